@@ -1,0 +1,50 @@
+# The whole book from here; `make` lists the commands.
+SHELL := /bin/bash
+PYTHON ?= python3
+PROFILE ?= quick
+CORES ?= all
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help figures test lab book-check book publish lint clean
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PROFILE=smoke|quick|cpu|paper (now $(PROFILE))   CORES=n (now $(CORES))   PYTHON=python3.11"
+
+figures: $(READY)  ## train, attack, certify and run every chapter: writes figures/$(PROFILE)/ (goes on where it was killed)
+	$(BIN)/python -m snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-incomplete --rerun-incomplete \
+	  --nolock --quiet rules
+
+test: $(READY)  ## every test: units, properties, notebooks in profile smoke, the book
+	$(BIN)/python -m pytest
+
+lab: $(READY)  ## open the chapters in JupyterLab (right click a .md: open with > Notebook)
+	$(BIN)/python -m jupyter lab --notebook-dir=. notebooks
+
+book-check: $(READY)  ## validate the whole book offline: references, embeds, links, images, citations
+	$(BIN)/python -m tools.book_check
+
+book: $(READY)  ## build the site into _build/html (needs internet once, for the theme; Node 20)
+	$(BIN)/python -m jupyter_book build --html --strict
+
+publish: figures  ## run the chapters, then put the executed twins beside their sources
+	$(BIN)/python -m tools.publish --profile $(PROFILE)
+
+lint: $(READY)  ## ruff, ruff format, pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:  ## remove what a build leaves (not runs/, not data/, not .venv)
+	rm -rf _build .snakemake .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+# A virtual environment, once; again when the dependencies change.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: Python 3.11 or newer is needed, got $$($(PYTHON) --version 2>&1): try make PYTHON=python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,106 @@
+# train -> attack, certify -> chapters -> figures/<profile>/ and _build/<profile>/*.ipynb
+#
+#   snakemake --cores 2 --config profile=quick          (make figures PROFILE=quick)
+#   snakemake --executor slurm --jobs 20 --config profile=paper --set-resources train:gpu=1 attack:gpu=1
+#
+# Training keeps its own checkpoints beside run.json, which appears when the run is complete: Snakemake deletes the
+# declared outputs of a killed job, never the checkpoints, so the next call goes on from the last epoch.
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(workflow.basedir))
+from clustr_core.recipes import EVALUATION_CODE, code_digest, load_profile, run_key
+from tools import notebooks
+
+PROFILE = load_profile(config.get("profile", "quick"))
+NAME = PROFILE.name
+PYTHON = sys.executable
+CORE = sorted(str(path) for path in Path("clustr_core").rglob("*.py"))
+TOOLS = ["tools/execute.py", "tools/notebooks.py"]
+
+METHOD_OF = {run_key(recipe): method for method, recipe in PROFILE.recipes.items()}
+RUN_OF = {method: f"runs/{key}/run.json" for key, method in METHOD_OF.items()}
+TABLES = [f"results/{NAME}/{kind}-{method}.csv" for method in RUN_OF for kind in ("attacks", "certificates")]
+CHAPTERS = {source.stem: notebooks.read_source(source) for source in notebooks.sources(Path("."))}
+
+
+def warm_start(wildcards):
+    """The run that this one starts from, if any."""
+    start = PROFILE.recipes[METHOD_OF[wildcards.key]].warm_start
+    return [f"runs/{run_key(start)}/run.json"] if start else []
+
+
+def figures(chapter):
+    """The files that a chapter draws."""
+    labels = notebooks.figure_labels(CHAPTERS[chapter])
+    return [f"figures/{NAME}/{label}{suffix}" for label in labels for suffix in (".svg", ".png", ".csv")]
+
+
+wildcard_constraints:
+    key="|".join(METHOD_OF) or "none",
+    method="|".join(RUN_OF) or "none",
+
+
+rule all:
+    input:
+        [f"_build/{NAME}/{chapter}.ipynb" for chapter in CHAPTERS],
+        [path for chapter in CHAPTERS for path in figures(chapter)],
+        TABLES,
+
+
+rule train:
+    input:
+        warm_start,
+    output:
+        "runs/{key}/run.json",
+    params:
+        method=lambda wildcards: METHOD_OF[wildcards.key],
+    threads: 1
+    shell:
+        "{PYTHON} -m clustr_core.cli train --profile {NAME} --method {params.method}"
+
+
+rule attack:
+    input:
+        lambda wildcards: RUN_OF[wildcards.method],
+    output:
+        f"results/{NAME}/attacks-{{method}}.csv",
+    params:
+        code=code_digest(EVALUATION_CODE),
+        protocols={name: asdict(protocol) for name, protocol in PROFILE.attacks.items()},
+    threads: 1
+    shell:
+        "{PYTHON} -m clustr_core.cli attack --profile {NAME} --method {wildcards.method}"
+
+
+rule certify:
+    input:
+        lambda wildcards: RUN_OF[wildcards.method],
+    output:
+        f"results/{NAME}/certificates-{{method}}.csv",
+    params:
+        code=code_digest(EVALUATION_CODE),
+        examples=PROFILE.certified_examples,
+    threads: 1
+    shell:
+        "{PYTHON} -m clustr_core.cli certify --profile {NAME} --method {wildcards.method}"
+
+
+for chapter, source in CHAPTERS.items():
+
+    rule:
+        name:
+            f"chapter_{chapter.replace('-', '_')}"
+        input:
+            [*RUN_OF.values(), *TABLES] if notebooks.uses_tables(source) else [],
+            CORE,
+            TOOLS,
+            source=f"notebooks/{chapter}.md",
+            profile=f"profiles/{NAME}.yaml",
+        output:
+            figures(chapter),
+            notebook=f"_build/{NAME}/{chapter}.ipynb",
+        threads: 1
+        shell:
+            "{PYTHON} -m tools.execute {input.source} --profile {NAME} --output {output.notebook}"

@@ -1,0 +1,131 @@
+"""`clustr train | attack | certify`: the package's calls, from a shell."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+
+from clustr_core import evaluation, records
+from clustr_core.recipes import METHODS, Profile, Recipe, load_profile, override, run_folder
+from clustr_core.training import Run, fit
+
+EPILOG = """\
+examples:
+  clustr train   --profile quick --method clustr
+  clustr train   --profile quick --method clustr --set epochs=5 --set gap=5
+  clustr train   --profile cpu --method ce --set dataset=folder:data/cifar10-jpeg
+  clustr attack  --profile quick --method clustr       writes results/quick/attacks-clustr.csv
+  clustr certify --profile quick --method clustr       writes results/quick/certificates-clustr.csv
+
+A profile (profiles/NAME.yaml) names the dataset, the methods' recipes and the attacks. A run lies in runs/, under a
+name made of its recipe and of the code that trains it: a finished one is loaded, a killed one goes on where it was.
+Figures come only from the notebooks: make figures PROFILE=quick.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; bad input ends with one clear line and status 2."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        options.command(options)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"clustr: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    run = _run(options)
+    print(f"{os.path.relpath(run.path)}: {run.recipe.epochs} epochs")
+    print(run.history.tail(3).to_string(index=False))
+
+
+def _attack(options: argparse.Namespace) -> None:
+    profile, run = load_profile(options.profile), _run(options)
+    tables = [evaluation.attack_table(run, protocol, device=_device(options)) for protocol in profile.attacks.values()]
+    if not tables:
+        raise ValueError(f"{profile.name}: expected at least one entry under attacks, got none")
+    table = pd.concat(tables, ignore_index=True)
+    _write(table, profile, options, "attacks")
+    print(evaluation.robust_accuracy(table).to_string(index=False, float_format="%.3f"))
+
+
+def _certify(options: argparse.Namespace) -> None:
+    profile, run = load_profile(options.profile), _run(options)
+    table = evaluation.certificate_table(run, examples=profile.certified_examples, device=_device(options))
+    _write(table, profile, options, "certificates")
+    means = pd.DataFrame(table.drop(columns=["index", "label", "prediction"]).groupby("bound").mean())
+    print(means.to_string(float_format="%.4g"))
+
+
+def _run(options: argparse.Namespace) -> Run:
+    return fit(_recipe(options), device=_device(options))
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    profile = load_profile(options.profile)
+    if options.method not in profile.recipes:
+        raise ValueError(f"method: expected one of {sorted(profile.recipes)} in {profile.name}, got {options.method!r}")
+    return override(profile.recipes[options.method], _changes(options.set))
+
+
+def _changes(pairs: Sequence[str]) -> dict[str, Any]:
+    changes = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set: expected NAME=VALUE, got {pair!r}")
+        changes[name] = yaml.safe_load(value)
+    return changes
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _write(table: pd.DataFrame, profile: Profile, options: argparse.Namespace, kind: str) -> None:
+    """The profile's own table; with --set it is another run's, and goes beside that run instead."""
+    changed = bool(options.set)
+    folder = run_folder(_recipe(options)) if changed else records.home() / "results" / profile.name
+    path = Path(options.output or folder / f"{kind}-{options.method}.csv")
+    records.write_table(path, table)
+    print(f"wrote {os.path.relpath(path)} ({len(table)} rows)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="clustr",
+        description="Train the book's classifiers, attack them, certify them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, command, summary in (
+        ("train", _train, "train a method by its recipe, or load the finished run"),
+        ("attack", _attack, "PGD on every eps of the profile; writes one row per image, eps and loss"),
+        ("certify", _certify, "certified radii and Lipschitz bounds; writes one row per image and bound"),
+    ):
+        sub = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        sub.set_defaults(command=command)
+        sub.add_argument("--profile", default="quick", help="profiles/NAME.yaml, or a YAML file (default: quick)")
+        sub.add_argument("--method", required=True, help=f"one of {', '.join(METHODS)}")
+        sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a recipe's field")
+        sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
+        sub.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+        if name != "train":
+            sub.add_argument("--output", help="where to write the table")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

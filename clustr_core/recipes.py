@@ -1,0 +1,335 @@
+"""What fully determines a run: one frozen dataclass for each training method; profiles that choose them.
+
+This module reads no tensors, so that a pipeline can ask it for names in no time.
+"""
+
+import ast
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_origin
+
+import yaml
+
+from clustr_core import records
+
+Augmentation = Literal["none", "crop", "crop-flip"]
+Optimiser = Literal["adam", "sgd"]
+
+# the modules that decide the weights of a run, or the numbers of an evaluation
+TRAINING_CODE = (
+    "distances", "kernels", "clusters", "sampling", "losses", "encoders", "classifiers", "attacks", "data", "training",
+)  # fmt: skip
+EVALUATION_CODE = (
+    "distances", "kernels", "clusters", "losses", "encoders", "classifiers", "lipschitz", "certify", "attacks", "data",
+    "evaluation",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every training method shares. Lengths are in pixels of [0, 1]; times in epochs.
+
+    Args:
+        dataset, encoder, width: as `data.load` and `encoders.build_encoder` take them.
+        train_examples: train on the first that many only; None for all.
+        augmentation: random crops (4 pixels of padding) and mirror images.
+        milestones: epochs after which the learning rate is divided by ten.
+        seed: fixes the initial weights, every batch and every random start.
+        snapshots: epochs whose weights are kept beside the final ones (0 is the start).
+    Raises:
+        ValueError: if a value has no meaning.
+    """
+
+    method: ClassVar[str]
+
+    dataset: str = "digits"
+    encoder: str = "small-cnn"
+    width: int = 32
+    train_examples: int | None = None
+    augmentation: Augmentation = "none"
+    epochs: int = 20
+    batch_size: int = 64
+    optimiser: Optimiser = "adam"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    milestones: tuple[int, ...] = ()
+    seed: int = 111
+    snapshots: tuple[int, ...] = ()
+    per_class: int = 2
+    kmeans_starts: int = 1
+    kmeans_iterations: int = 20
+    neighbours: int = 20
+    warm_start: "Recipe | None" = None
+
+    def __post_init__(self) -> None:
+        """Every number must be positive where zero has no meaning, every choice a known one."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if get_origin(item.type) is Literal and value not in get_args(item.type):
+                raise ValueError(f"{item.name}: expected one of {get_args(item.type)}, got {value!r}")
+            if item.name in _POSITIVE and value is not None and not value > 0:
+                raise ValueError(f"{item.name}: expected a positive number, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy(Recipe):
+    """Plain cross-entropy on clean images, with a linear head: no defence."""
+
+    method: ClassVar[str] = "ce"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialTraining(Recipe):
+    """Cross-entropy on images that PGD (L-infinity, random start) has moved to raise it.
+
+    Source: Madry et al. 2018 (CIFAR-10: eps 8/255, 7 steps of 2/255).
+    """
+
+    method: ClassVar[str] = "pgd-at"
+
+    eps: float = 8 / 255
+    step_size: float = 2 / 255
+    steps: int = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clustr(Recipe):
+    """The magnet loss on batches of clusters that k-means finds anew each epoch; no adversary.
+
+    Args:
+        per_class: k, clusters of each class.
+        clusters_per_batch, per_cluster: a batch is so many clusters with so many examples of each.
+        gap: the magnet loss's separation, in nats.
+        neighbours: how many nearest centroids vote at evaluation (the paper's L).
+        warm_start: the recipe whose encoder is the start (the paper starts from cross-entropy); None for scratch.
+    Source: Alfarra et al. 2021.
+    """
+
+    method: ClassVar[str] = "clustr"
+
+    clusters_per_batch: int = 12
+    per_cluster: int = 20
+    gap: float = 12.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClustrQTrades(Clustr):
+    """The magnet loss plus one-step consistency: the paper's ClusTR+QTRADES.
+
+    Args:
+        consistency_weight: lambda.
+        eps, step_size: the ball of the random start, and the one signed-gradient step from it.
+        training_neighbours: how many nearest centroids vote in the consistency term (the paper's L in training).
+    Source: Alfarra et al. 2021.
+    """
+
+    method: ClassVar[str] = "clustr-qtrades"
+
+    consistency_weight: float = 8.0
+    eps: float = 8 / 255
+    step_size: float = 10 / 255
+    training_neighbours: int = 10
+
+
+METHODS: dict[str, type[Recipe]] = {
+    kind.method: kind for kind in (CrossEntropy, AdversarialTraining, Clustr, ClustrQTrades)
+}
+
+_POSITIVE = {
+    "width", "train_examples", "epochs", "batch_size", "learning_rate", "per_class", "kmeans_starts",
+    "kmeans_iterations", "neighbours", "eps", "step_size", "steps", "clusters_per_batch", "per_cluster",
+    "consistency_weight", "training_neighbours",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How robustness is measured: PGD over a grid of eps, with each loss; the worst of them counts.
+
+    Args:
+        eps: the grid, in units of pixels in [0, 1].
+        steps, restarts: of each attack.
+        step_size: of every attack; None takes 2.5 eps / steps, which can cross the ball.
+        losses: what the attack climbs, as `attacks.pgd` takes it.
+        examples: how many test images, in an order drawn once; None for all.
+    Raises:
+        ValueError: if a number is not positive.
+    """
+
+    norm: Literal["linf", "l2"] = "linf"
+    eps: tuple[float, ...] = ()
+    steps: int = 20
+    restarts: int = 1
+    step_size: float | None = None
+    losses: tuple[str, ...] = ("ce", "margin")
+    examples: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        numbers = {
+            "steps": self.steps,
+            "restarts": self.restarts,
+            "step_size": self.step_size,
+            "examples": self.examples,
+        }
+        for name, value in [*numbers.items(), *(("eps", e) for e in self.eps)]:
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected positive numbers, got {value}")
+        if not self.eps or not self.losses:
+            raise ValueError(f"eps, losses: expected at least one of each, got {self.eps} and {self.losses}")
+
+    def step_size_at(self, eps: float) -> float:
+        """The length of a step in a ball of radius ``eps``."""
+        return self.step_size if self.step_size is not None else 2.5 * eps / self.steps
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A scale at which the whole book is computed: its runs, its measurements, its chapters' parameters."""
+
+    name: str
+    recipes: dict[str, Recipe]
+    attacks: dict[str, Protocol]
+    certified_examples: int | None = None
+    chapters: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def run_key(recipe: Recipe) -> str:
+    """The name of a run's folder: what it is, and a digest of the recipe and of the code that trains it.
+
+    A changed recipe or changed training code is another folder, so nothing stale is ever loaded and nothing is lost.
+    """
+    parts = (json.dumps(recipe_to_dict(recipe), sort_keys=True), code_digest(TRAINING_CODE))
+    dataset = recipe.dataset.rstrip("/").replace(":", "/").rsplit("/", 1)[-1]
+    return f"{dataset}-{recipe.method}-{records.digest(*parts)[:10]}"
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where a run lies: ``runs/<run_key>`` in the book's root."""
+    return records.home() / "runs" / run_key(recipe)
+
+
+@cache
+def code_digest(modules: Iterable[str]) -> str:
+    """SHA-256 of some modules of this package as the interpreter sees them: comments and docstrings do not count."""
+    package = Path(__file__).parent
+    paths = [package / f"{name}.py" for name in modules]
+    files = [path if path.exists() else path.with_suffix("") / "__init__.py" for path in paths]
+    return records.digest(*(ast.dump(_without_docstrings(ast.parse(file.read_text()))) for file in files))
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON-able values, with its method and, nested, its warm start."""
+    content = asdict(recipe)
+    content["warm_start"] = recipe_to_dict(recipe.warm_start) if recipe.warm_start else None
+    return {"method": recipe.method, **content}
+
+
+def recipe_from_dict(content: dict[str, Any]) -> Recipe:
+    """The inverse of `recipe_to_dict`.
+
+    Raises:
+        ValueError: for an unknown method or field.
+    """
+    content = dict(content)
+    method = content.pop("method", None)
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
+    if content.get("warm_start"):
+        content["warm_start"] = recipe_from_dict(content["warm_start"])
+    return _build(METHODS[method], content, where=str(method))
+
+
+def load_profile(name: str | Path) -> Profile:
+    """The profile ``profiles/<name>.yaml`` of the book's root, or a YAML file by its path.
+
+    Keys: ``shared`` (fields of every recipe), ``methods`` (the fields of each; ``warm_start`` names another method),
+    ``attacks`` (a `Protocol` each), ``certified_examples``, ``chapters`` (parameters of each notebook). Fractions
+    such as 8/255 are numbers.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for an unknown key or method, or a value without meaning; the key is named.
+    """
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else records.home() / "profiles" / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise FileNotFoundError(f"profile: expected one of {known} or a YAML file, got {name}")
+    content = yaml.safe_load(path.read_text()) or {}
+    known = {"shared", "methods", "attacks", "certified_examples", "chapters"}
+    if unknown := sorted(set(content) - known):
+        raise ValueError(f"{path.name}: unknown key {unknown}, expected some of {sorted(known)}")
+    recipes = _recipes(content.get("methods", {}), content.get("shared", {}), path.name)
+    attacks = {
+        key: _build(Protocol, values, where=f"{path.name}: attacks.{key}")
+        for key, values in content.get("attacks", {}).items()
+    }
+    return Profile(path.stem, recipes, attacks, content.get("certified_examples"), content.get("chapters", {}))
+
+
+def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """A recipe with some fields changed.
+
+    Raises:
+        ValueError: for an unknown field, or a value without meaning.
+    """
+    return replace(recipe, **_checked(type(recipe), changes, where=recipe.method))
+
+
+def _recipes(methods: dict[str, dict], shared: dict[str, Any], where: str) -> dict[str, Recipe]:
+    recipes: dict[str, Recipe] = {}
+    for method, values in methods.items():
+        if method not in METHODS:
+            raise ValueError(f"{where}: unknown method {method!r}, expected some of {sorted(METHODS)}")
+        values = {**shared, **(values or {})}
+        if start := values.pop("warm_start", None):
+            if start not in recipes:
+                raise ValueError(f"{where}: methods.{method}.warm_start: expected a method above it, got {start!r}")
+            values["warm_start"] = recipes[start]
+        recipes[method] = _build(METHODS[method], values, where=f"{where}: methods.{method}")
+    return recipes
+
+
+def _build(kind: type, values: dict[str, Any], where: str) -> Any:
+    try:
+        return kind(**_checked(kind, values, where))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if not str(error).startswith(where) else str(error)) from error
+
+
+def _checked(kind: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Known fields only, each value cast to what its field says."""
+    types = {item.name: item.type for item in fields(kind)}
+    if unknown := sorted(set(values) - set(types)):
+        raise ValueError(f"{where}: unknown key {unknown}, expected some of {sorted(types)}")
+    return {name: _value(value, types[name], f"{where}: {name}") for name, value in values.items()}
+
+
+def _value(value: Any, kind: Any, where: str) -> Any:
+    if value is None or isinstance(value, Recipe):
+        return value
+    try:
+        if get_origin(kind) is tuple:
+            return tuple(_value(item, get_args(kind)[0], where) for item in value)
+        options = get_args(kind) if get_origin(kind) is not Literal else ()
+        if kind is float or float in options:
+            return float(Fraction(value)) if isinstance(value, str) else float(value)
+        if kind is int or int in options:
+            if float(value) != int(value):
+                raise ValueError
+            return int(value)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{where}: expected {kind}, got {value!r}") from error
+    return value
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return tree

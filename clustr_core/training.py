@@ -1,0 +1,428 @@
+"""The one training loop: an objective and a sampler for each recipe, a checkpoint each epoch, resume."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import singledispatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int, UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from clustr_core import data, records
+from clustr_core.attacks import maximise, random_point
+from clustr_core.classifiers import ClusterClassifier, LinearClassifier, Rule, cluster_logits
+from clustr_core.clusters import Clusters, fit_clusters
+from clustr_core.encoders import build_encoder
+from clustr_core.losses import consistency_loss, cross_entropy, full_magnet_loss, magnet_loss
+from clustr_core.recipes import (
+    AdversarialTraining,
+    Clustr,
+    ClustrQTrades,
+    Recipe,
+    recipe_from_dict,
+    recipe_to_dict,
+    run_folder,
+)
+from clustr_core.sampling import ClusterBatches, ShuffledBatches
+
+log = logging.getLogger(__name__)
+CHECKPOINT, WEIGHTS, HISTORY, DONE = "checkpoint.safetensors", "model.safetensors", "history.csv", "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run on disk."""
+
+    path: Path
+    recipe: Recipe
+    num_classes: int
+    image_shape: tuple[int, int, int]
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row an epoch: ``epoch``, ``loss``, ``learning_rate``, and for cluster methods ``magnet``
+        (the magnet term alone), ``variance`` (sigma^2 at its start) and ``coverage`` (share of the images it saw)."""
+        return records.read_table(self.path / HISTORY)
+
+    def model(self, device: str | torch.device = "cpu") -> LinearClassifier | ClusterClassifier:
+        """The classifier as its method defines it, in evaluation mode."""
+        if isinstance(self.recipe, Clustr):
+            return self.cluster_model(device)
+        net = _new_network(self.recipe, self.image_shape, self.num_classes)
+        net.load_state_dict(_prefixed(self._weights(), "network."))
+        return net.to(device).eval()
+
+    def cluster_model(self, device: str | torch.device = "cpu", *, rule: Rule = "soft") -> ClusterClassifier:
+        """The run's encoder with clusters of its training embeddings, whatever the method, in evaluation mode."""
+        tensors = self._weights()
+        encoder = build_encoder(
+            self.recipe.encoder, self.image_shape, width=self.recipe.width, dataset=self.recipe.dataset
+        )
+        encoder.load_state_dict(_prefixed(tensors, "network.encoder."))
+        clusters = Clusters(**_prefixed(tensors, "clusters."))
+        neighbours = self.recipe.neighbours if rule == "soft" else None
+        return ClusterClassifier(encoder, clusters, rule=rule, neighbours=neighbours).to(device).eval()
+
+    def encoder_at(self, epoch: int, device: str | torch.device = "cpu") -> nn.Module:
+        """The encoder as it was after ``epoch`` epochs, for the epochs in ``recipe.snapshots``.
+
+        Raises:
+            ValueError: if the recipe kept no such snapshot.
+        """
+        if epoch not in self.recipe.snapshots:
+            raise ValueError(f"epoch: expected one of the snapshots {self.recipe.snapshots}, got {epoch}")
+        net = _new_network(self.recipe, self.image_shape, self.num_classes)
+        net.load_state_dict(load_file(_snapshot_path(self.path, epoch)))
+        return net.encoder.to(device).eval()
+
+    def _weights(self) -> dict[str, Tensor]:
+        return load_file(self.path / WEIGHTS)
+
+
+@dataclass
+class _State:
+    """All that an epoch changes."""
+
+    network: LinearClassifier
+    optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    generator: torch.Generator
+    epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an objective sees of one batch. ``clusters`` and ``assignments`` are there for cluster methods only."""
+
+    network: LinearClassifier
+    images: Float[Tensor, "batch channel height width"]
+    labels: Int[Tensor, " batch"]
+    generator: torch.Generator
+    assignments: Int[Tensor, " batch"] | None = None
+    clusters: Clusters | None = None
+
+
+class Terms(NamedTuple):
+    """The training loss of each example, and the part of it that draws the next seed clusters."""
+
+    loss: Float[Tensor, " batch"]
+    magnet: Float[Tensor, " batch"] | None = None
+
+
+@singledispatch
+def objective(recipe: Recipe, step: Step) -> Terms:
+    """The loss of a batch; register another implementation for another recipe."""
+    return Terms(cross_entropy(step.network(step.images), step.labels))
+
+
+@objective.register
+def _(recipe: AdversarialTraining, step: Step) -> Terms:
+    with evaluating(step.network):
+        moved = maximise(
+            lambda x: cross_entropy(step.network(x), step.labels),
+            step.images,
+            random_point(step.images, recipe.eps, "linf", step.generator),
+            eps=recipe.eps,
+            step_size=recipe.step_size,
+            steps=recipe.steps,
+        )
+    return Terms(cross_entropy(step.network(moved), step.labels))
+
+
+@objective.register
+def _(recipe: Clustr, step: Step) -> Terms:
+    assert step.assignments is not None
+    embeddings = step.network.embed(step.images)
+    magnet = magnet_loss(embeddings, step.assignments, step.labels, gap=recipe.gap).per_example
+    return Terms(magnet, magnet)
+
+
+@objective.register
+def _(recipe: ClustrQTrades, step: Step) -> Terms:
+    assert step.assignments is not None
+    assert step.clusters is not None
+    clusters, votes = step.clusters, recipe.training_neighbours
+    embeddings = step.network.embed(step.images)
+    magnet = magnet_loss(embeddings, step.assignments, step.labels, gap=recipe.gap).per_example
+    clean = cluster_logits(embeddings, clusters, neighbours=votes).detach()
+
+    def inconsistency(images: Tensor) -> Tensor:
+        return consistency_loss(clean, cluster_logits(step.network.embed(images), clusters, neighbours=votes))
+
+    with evaluating(step.network):
+        start = random_point(step.images, recipe.eps, "linf", step.generator)
+        moved = maximise(inconsistency, step.images, start, eps=recipe.eps, step_size=recipe.step_size, steps=1)
+    return Terms(magnet + recipe.consistency_weight * inconsistency(moved), magnet)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; each submodule's own mode afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def fit(
+    recipe: Recipe,
+    *,
+    dataset: data.Dataset | None = None,
+    folder: Path | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Run:
+    """Train by a recipe, or load what it left on disk: a finished run returns at once, a killed one goes on.
+
+    On a CPU a resumed run equals an uninterrupted one bit for bit. The test set is never looked at.
+
+    Args:
+        dataset: the recipe's dataset if it is in memory already.
+        folder: where the run lies; default ``runs/<run_key>``.
+        device: default the GPU if there is one.
+    Raises:
+        ValueError: if ``folder`` holds another recipe's run, a checkpoint is damaged, or ``dataset`` is another one.
+    """
+    folder = folder or run_folder(recipe)
+    if (folder / DONE).exists():
+        return load_run(folder, expected=recipe)
+    if dataset is not None and dataset.name != recipe.dataset:
+        raise ValueError(f"dataset: expected {recipe.dataset!r} as in the recipe, got {dataset.name!r}")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    start = fit(recipe.warm_start, dataset=dataset, device=device, progress=progress) if recipe.warm_start else None
+    dataset = dataset or data.load(recipe.dataset)
+    images = dataset.train_images[: recipe.train_examples].to(device)
+    labels = dataset.train_labels[: recipe.train_examples].to(device)
+    state = _new_state(recipe, dataset, device, start)
+    if (folder / CHECKPOINT).exists():
+        _load_checkpoint(folder / CHECKPOINT, recipe, state)
+        log.info("%s: going on after epoch %d", folder, state.epoch)
+    else:
+        _save_progress(folder, recipe, state)
+    with tqdm(range(recipe.epochs), recipe.method, unit="epoch", initial=state.epoch, disable=not progress) as bar:
+        while state.epoch < recipe.epochs:
+            row = _train_epoch(recipe, state, images, labels)
+            state.history.append(row)
+            state.epoch += 1
+            _save_progress(folder, recipe, state)
+            bar.set_postfix(loss=f"{row['loss']:.3f}")
+            bar.update()
+    _finish(folder, recipe, state, dataset, images, labels)
+    return load_run(folder, expected=recipe)
+
+
+def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
+    """A finished run.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is of another recipe than ``expected``.
+    """
+    if not (folder / DONE).exists():
+        raise FileNotFoundError(f"folder: expected a finished run with {DONE} in {folder}")
+    content = records.read_json(folder / DONE)
+    recipe = recipe_from_dict(content["recipe"])
+    if expected is not None and recipe != expected:
+        raise ValueError(_other_recipe(folder / DONE, recipe, expected))
+    channels, height, width = content["image_shape"]
+    return Run(folder, recipe, content["num_classes"], (channels, height, width))
+
+
+def embed_all(
+    encoder: nn.Module, images: UInt8[Tensor, "batch channel height width"], *, batch_size: int = 512
+) -> Float[Tensor, "batch dim"]:
+    """Embeddings of byte images, in evaluation mode and without a graph, on the encoder's device."""
+    device = next(encoder.parameters()).device
+    with evaluating(encoder), torch.no_grad():
+        return torch.cat([encoder(data.to_float(part.to(device))) for part in images.split(batch_size)])
+
+
+def _train_epoch(recipe: Recipe, state: _State, images: Tensor, labels: Tensor) -> dict[str, float]:
+    clusters, sampler = _clusters_and_sampler(recipe, state, images, labels)
+    state.network.train()
+    totals, count, touched = (
+        torch.zeros(2, device=images.device),
+        0,
+        torch.zeros(len(images), dtype=torch.bool),
+    )
+    for batch in sampler:
+        indices = batch.indices.to(images.device)
+        pixels = data.to_float(_augmented(recipe, images[indices], state.generator))
+        assignments = None if batch.assignments is None else batch.assignments.to(images.device)
+        step = Step(state.network, pixels, labels[indices], state.generator, assignments, clusters)
+        terms = objective(recipe, step)
+        state.optimiser.zero_grad(set_to_none=True)
+        terms.loss.mean().backward()
+        state.optimiser.step()
+        magnet = terms.loss if terms.magnet is None else terms.magnet
+        sampler.update(batch.indices, magnet)
+        totals += torch.stack([terms.loss.sum(), magnet.sum()]).detach()
+        count += len(terms.loss)
+        touched[batch.indices] = True
+    loss, magnet_mean = (totals / count).tolist()
+    row = {"epoch": state.epoch + 1, "loss": loss, "learning_rate": state.schedule.get_last_lr()[0]}
+    if clusters is not None:
+        coverage = float(touched.float().mean())
+        row |= {"magnet": magnet_mean, "variance": clusters.shared_variance, "coverage": coverage}
+    state.schedule.step()
+    return row
+
+
+def _clusters_and_sampler(
+    recipe: Recipe, state: _State, images: Tensor, labels: Tensor
+) -> tuple[Clusters | None, ClusterBatches | ShuffledBatches]:
+    """This epoch's clusters (from evaluation-mode embeddings) and a sampler that knows their losses."""
+    seed = int(torch.randint(2**31, (), generator=state.generator, device=images.device))
+    if not isinstance(recipe, Clustr):
+        return None, ShuffledBatches(len(images), batch_size=recipe.batch_size, seed=seed)
+    embeddings = embed_all(state.network.encoder, images)
+    clusters, assignments = _cluster(recipe, embeddings, labels, seed)
+    sampler = ClusterBatches(
+        clusters,
+        assignments,
+        clusters_per_batch=recipe.clusters_per_batch,
+        per_cluster=recipe.per_cluster,
+        seed=seed,
+    )
+    losses = full_magnet_loss(embeddings, labels, clusters, gap=recipe.gap).per_example
+    sampler.update(torch.arange(len(images)), losses)
+    return clusters, sampler
+
+
+def _cluster(recipe: Recipe, embeddings: Tensor, labels: Tensor, seed: int) -> tuple[Clusters, Tensor]:
+    return fit_clusters(
+        embeddings,
+        labels,
+        per_class=recipe.per_class,
+        n_init=recipe.kmeans_starts,
+        max_iter=recipe.kmeans_iterations,
+        seed=seed % 2**31,
+    )
+
+
+def _augmented(recipe: Recipe, images: Tensor, generator: torch.Generator) -> Tensor:
+    if recipe.augmentation == "none":
+        return images
+    return data.random_crop_flip(images, generator=generator, flip=recipe.augmentation == "crop-flip")
+
+
+def _new_network(recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int) -> LinearClassifier:
+    """The recipe's encoder with a linear head, initialised from its seed; cluster methods leave the head unused."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
+        return LinearClassifier(encoder, encoder.embedding_dim, num_classes)
+
+
+def _new_state(recipe: Recipe, dataset: data.Dataset, device: torch.device, start: Run | None) -> _State:
+    network = _new_network(recipe, dataset.image_shape, dataset.num_classes)
+    if start is not None:
+        network.load_state_dict(_prefixed(load_file(start.path / WEIGHTS), "network."))
+    network.to(device)
+    trained = network.encoder if isinstance(recipe, Clustr) else network
+    optimiser = _optimiser(recipe, trained)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(recipe.milestones), gamma=0.1)
+    return _State(network, optimiser, schedule, torch.Generator(device).manual_seed(recipe.seed))
+
+
+def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    if recipe.optimiser == "sgd":
+        return torch.optim.SGD(module.parameters(), lr=rate, weight_decay=decay, momentum=0.9)
+    return torch.optim.Adam(module.parameters(), lr=rate, weight_decay=decay)
+
+
+def _save_progress(folder: Path, recipe: Recipe, state: _State) -> None:
+    """The snapshot, if this epoch is one, and the checkpoint: one safetensors file that holds all a resume needs."""
+    if state.epoch in recipe.snapshots:
+        with records.written_whole(_snapshot_path(folder, state.epoch)) as temporary:
+            save_file(state.network.state_dict(), temporary)
+    packed = state.optimiser.state_dict()
+    tensors = {f"network.{name}": tensor for name, tensor in state.network.state_dict().items()}
+    for index, slots in packed["state"].items():
+        tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in slots.items() if tensor is not None}
+    tensors["generator"] = state.generator.get_state()
+    facts = {
+        "recipe": recipe_to_dict(recipe),
+        "epoch": state.epoch,
+        "history": state.history,
+        "param_groups": packed["param_groups"],
+        "schedule": _plain(state.schedule.state_dict()),
+    }
+    with records.written_whole(folder / CHECKPOINT) as temporary:
+        save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
+
+
+def _load_checkpoint(path: Path, recipe: Recipe, state: _State) -> None:
+    try:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a checkpoint, got a truncated or damaged file ({error})") from error
+    found = recipe_from_dict(facts["recipe"])
+    if found != recipe:
+        raise ValueError(_other_recipe(path, found, recipe))
+    state.network.load_state_dict(_prefixed(tensors, "network."))
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _prefixed(tensors, "optimiser.").items():
+        index, _, slot = name.partition(".")
+        slots.setdefault(int(index), {})[slot] = tensor
+    state.optimiser.load_state_dict({"state": slots, "param_groups": facts["param_groups"]})
+    schedule = facts["schedule"]
+    schedule["milestones"] = state.schedule.state_dict()["milestones"]
+    state.schedule.load_state_dict(schedule)
+    state.generator.set_state(tensors["generator"])
+    state.epoch, state.history = facts["epoch"], facts["history"]
+
+
+def _finish(folder: Path, recipe: Recipe, state: _State, dataset: data.Dataset, images: Tensor, labels: Tensor) -> None:
+    """Cluster the final embeddings and write the run; run.json comes last and says that it is whole."""
+    clusters, _ = _cluster(recipe, embed_all(state.network.encoder, images), labels, recipe.seed)
+    tensors = {f"network.{name}": tensor for name, tensor in state.network.state_dict().items()}
+    parts = {"centroids": clusters.centroids, "labels": clusters.labels, "variance": clusters.variance}
+    tensors |= {f"clusters.{name}": tensor.contiguous() for name, tensor in parts.items()}
+    with records.written_whole(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary)
+    records.write_table(folder / HISTORY, pd.DataFrame(state.history))
+    content: dict[str, Any] = {
+        "recipe": recipe_to_dict(recipe),
+        "num_classes": dataset.num_classes,
+        "image_shape": list(dataset.image_shape),
+        "train_images_sha256": records.digest(images.cpu().numpy().tobytes()),
+        "threads": torch.get_num_threads(),
+        **records.environment(str(images.device)),
+    }
+    records.write_json(folder / DONE, content)
+
+
+def _snapshot_path(folder: Path, epoch: int) -> Path:
+    return folder / "snapshots" / f"epoch-{epoch:04d}.safetensors"
+
+
+def _prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if isinstance(value, int | float | list | bool | None)}
+
+
+def _other_recipe(path: Path, found: Recipe, expected: Recipe) -> str:
+    left, right = recipe_to_dict(found), recipe_to_dict(expected)
+    names = sorted(set(left) | set(right))
+    differing = [f"{n} = {left.get(n)!r}" for n in names if left.get(n) != right.get(n)]
+    return f"{path}: expected a run of this recipe, got one with {', '.join(differing)}"

@@ -1,0 +1,178 @@
+"""The book as published: it validates, each fault is caught, pairs are in step and twins are current."""
+
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tools import notebooks, publish
+from tools.book_check import NOT_THE_BOOK, check
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = notebooks.sources(ROOT)
+chapters = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+
+# what is appended to index.md -> words of the complaint
+BROKEN = {
+    "reference": ("See [](#figure-of-nothing).", "figure-of-nothing"),
+    "numbered reference": ("See {numref}`figure-of-nothing`.", "figure-of-nothing"),
+    "equation": ("By {eq}`eq-of-nothing`.", "eq-of-nothing"),
+    "anchor": ("See [there](notebooks/01-geometry.ipynb#nothing-of-the-kind).", "nothing-of-the-kind"),
+    "citation": ("As shown by {cite:t}`Nobody1999`.", "Nobody1999"),
+    "directive": ("```{nonsense}\nbody\n```", "unknown directive: nonsense"),
+    "role": ("A {nonsense}`role`.", "unknown role: nonsense"),
+    "embed": ("```{figure} #fig-of-nothing\n:name: figure-b\n:alt: words\n\nCaption.\n```", "fig-of-nothing"),
+    "embedded cell": ("```{embed} #fig-of-nothing\n```", "fig-of-nothing"),
+    "link": ("See [this](notebooks/99-nothing.ipynb).", "notebooks/99-nothing.ipynb"),
+    "linked file": ("See [this](clustr_core/nothing.py).", "clustr_core/nothing.py"),
+    "image": ("![words](figures/nothing.png)", "figures/nothing.png"),
+    "alt text": ("![](picture.png)", "no alt text"),
+    "label": ("(twice)=\n## One\n\n(twice)=\n## Two", "Duplicate identifier"),
+    "mathematics": ("$$\n\\frac{a}{\n$$", "frac"),
+    "include": ("```{include} nothing.md\n```", "nothing.md"),
+}
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the book that a test may break."""
+    copy = tmp_path_factory.mktemp("book") / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_THE_BOOK))
+    shutil.copy(next((ROOT / "figures").rglob("*.png")), copy / "picture.png")
+    return copy
+
+
+def test_the_book_is_sound() -> None:
+    assert check(ROOT) == []
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_each_fault_is_caught(book: Path, kind: str) -> None:
+    text, complaint = BROKEN[kind]
+    index = book / "index.md"
+    whole = index.read_text()
+    try:
+        index.write_text(f"{whole}\n\n{text}\n")
+        faults = check(book)
+    finally:
+        index.write_text(whole)
+    assert any(complaint in fault for fault in faults), faults
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "complaint"),
+    [
+        (r":name: figure-[a-z0-9-]+\n", "", "has no :name:"),
+        (r"(```\{figure\} #fig-[a-z0-9-]+\n(?::.*\n)+)\n(?:(?!```).*\n)+", r"\1", "has no caption"),
+        (r"\{figure\} #fig-", "{figure} #fig-no-", "shows nothing"),
+    ],
+)
+def test_each_fault_of_a_figure_is_caught(book: Path, pattern: str, replacement: str, complaint: str) -> None:
+    assert any(complaint in fault for fault in faults_after(book, pattern, replacement, in_outputs=False))
+
+
+def test_an_output_without_alt_text_is_caught(book: Path) -> None:
+    faults = faults_after(book, r".+", "<Figure size 640x480 with 1 Axes>", in_outputs=True)
+    assert any("has no alt text" in fault for fault in faults)
+
+
+def faults_after(book: Path, pattern: str, replacement: str, *, in_outputs: bool) -> list[str]:
+    """Faults of the book once the first twin with a figure is changed, in prose or in its images' text."""
+    path = next(
+        path for path in sorted(book.glob("notebooks/*.ipynb")) if "{figure} #fig-" in path.read_text()
+    )
+    whole = path.read_text()
+    twin = nbformat.reads(whole, as_version=4)
+    for cell in twin.cells:
+        if cell.cell_type == "markdown" and not in_outputs:
+            cell.source = re.sub(pattern, replacement, cell.source)
+        for output in cell.get("outputs", []) if in_outputs else []:
+            if "image/png" in output.get("data", {}):
+                output.data["text/plain"] = re.sub(pattern, replacement, output.data["text/plain"])
+    try:
+        nbformat.write(twin, path)
+        return check(book)
+    finally:
+        path.write_text(whole)
+
+
+def test_every_chapter_is_in_the_table_of_contents() -> None:
+    listed = re.findall(r"file: notebooks/(\S+)\.ipynb", (ROOT / "myst.yml").read_text())
+    assert listed == [source.stem for source in SOURCES]
+
+
+@chapters
+def test_pair_is_in_step(source: Path) -> None:
+    mine, theirs = notebooks.read_source(source), read_twin(source)
+    assert [(c.cell_type, c.source, c.metadata) for c in theirs.cells] == [
+        (c.cell_type, c.source, c.metadata) for c in mine.cells
+    ]
+
+
+@chapters
+def test_twin_is_current(source: Path) -> None:
+    twin = read_twin(source)
+    profile = twin.metadata.clustr.profile.name
+    current = notebooks.provenance(ROOT, source, ROOT / "profiles" / f"{profile}.yaml")
+    stale = [key for key in current if current[key] != twin.metadata.clustr.get(key)]
+    assert profile == "quick"
+    assert not stale, f"{stale} changed since {source.stem} was published: make publish"
+
+
+@chapters
+def test_twin_is_a_clean_run(source: Path) -> None:
+    twin, text = read_twin(source), source.with_suffix(".ipynb").read_text()
+    nbformat.validate(twin)
+    publish.check_portable(text, source.stem, ROOT)
+    assert not re.search(r"(?<![\w.])/(?:home|Users|root|tmp)/\w", text), "an absolute path of some machine"
+    outputs = [output for cell in twin.cells for output in cell.get("outputs", [])]
+    assert not [
+        output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+    assert "Traceback (most recent call last)" not in text
+    assert all(cell.execution_count for cell in twin.cells if cell.cell_type == "code")
+    assert not {"papermill", "widgets", "trusted"} & set(twin.metadata)
+
+
+@chapters
+def test_every_figure_is_labelled_captioned_and_described(source: Path) -> None:
+    notebook, twin = notebooks.read_source(source), read_twin(source)
+    shown = {embed.target: embed for embed in notebooks.embeds(notebook)}
+    for cell in twin.cells:
+        images = [
+            o for o in cell.get("outputs", []) if any(m.startswith("image/") for m in o.get("data", {}))
+        ]
+        label = cell.metadata.get("label", "")
+        if not images and not label.startswith("fig-"):
+            continue
+        assert notebooks.FIGURE_LABEL.fullmatch(label), (
+            f"{cell.id} draws: expected :label: fig-..., got {label!r}"
+        )
+        assert len(images) == len(cell.outputs) == 1, f"{label}: expected one image and nothing else"
+        assert label in shown, f"{label}: expected a {{figure}} #{label} in the prose"
+        embed = shown[label]
+        assert embed.name == label.replace("fig-", "figure-", 1)
+        assert embed.caption
+        assert len(embed.alt) > 20
+        assert images[0].data["text/plain"] == embed.alt
+        for suffix in (".svg", ".png", ".csv"):
+            assert (ROOT / "figures/quick" / f"{label}{suffix}").exists()
+
+
+def test_labels_are_unique_and_nothing_else_lies_in_figures() -> None:
+    labels = [label for source in SOURCES for label in notebooks.figure_labels(notebooks.read_source(source))]
+    assert not [label for label, count in Counter(labels).items() if count > 1]
+    assert {path.stem for path in (ROOT / "figures/quick").iterdir()} == set(labels)
+
+
+def test_checking_leaves_no_stub_of_the_theme() -> None:
+    check(ROOT)
+    assert not [p for p in ROOT.glob("_build/templates/site/**/template.yml") if "stub" in p.read_text()]
+
+
+def read_twin(source: Path) -> nbformat.NotebookNode:
+    """The executed notebook beside a source."""
+    return nbformat.read(source.with_suffix(".ipynb"), as_version=4)

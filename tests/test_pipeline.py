@@ -1,0 +1,210 @@
+"""The pipeline: chapters run headlessly, profiles are held to them, the DAG is what it should be."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from clustr_core.recipes import load_profile, run_key
+from tools import notebooks, publish
+from tools.execute import chosen_parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = notebooks.sources(ROOT)
+PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
+PARTS = ("clustr_core", "tools", "notebooks", "profiles", "myst.yml", "Snakefile", "pyproject.toml")
+
+CHAPTER = """\
+---
+kernelspec: {display_name: Python 3, language: python, name: python3}
+---
+
+# A chapter
+
+```{code-cell} ipython3
+:tags: [parameters]
+
+rows = 2
+```
+
+```{code-cell} ipython3
+:label: fig-test
+:tags: [hide-cell]
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from clustr_core.plotting import house_style, save_figure
+
+house_style()
+figure, axes = plt.subplots()
+axes.plot(range(rows))
+save_figure(figure, "fig-test", pd.DataFrame({"row": range(rows)}));
+```
+
+```{figure} #fig-test
+:name: figure-test
+:alt: A line that rises from zero.
+
+A line.
+```
+
+```{code-cell} ipython3
+import sys
+
+print("rows", rows, file=sys.stderr)
+rows
+```
+"""
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the pipeline reads, so that the tree stays untouched; the chapters share its runs."""
+    copy = tmp_path_factory.mktemp("home")
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "*.ipynb"))
+        else:
+            shutil.copy(ROOT / part, copy / part)
+    return copy
+
+
+@pytest.fixture
+def one_chapter(home: Path, tmp_path: Path) -> Path:
+    """A home whose only chapter is a small one."""
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("notebooks", "runs", "_build"))
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/01-test.md").write_text(CHAPTER)
+    (tmp_path / "profiles/smoke.yaml").write_text("chapters:\n  01-test: {rows: 3}\n")
+    return tmp_path
+
+
+def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A module of the project, in a copy of the project."""
+    environment = os.environ | {"CLUSTR_HOME": str(home), "PYTHONPATH": str(home), "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=900, check=False)
+
+
+def execute(home: Path, stem: str, profile: str = "smoke") -> subprocess.CompletedProcess[str]:
+    """Run one chapter of a home."""
+    output = f"_build/{profile}/{stem}.ipynb"
+    return run(home, "tools.execute", f"notebooks/{stem}.md", "--profile", profile, "--output", output)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_every_chapter_runs_in_profile_smoke(home: Path, source: Path) -> None:
+    done = execute(home, source.stem)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert (home / f"_build/smoke/{source.stem}.ipynb").exists()
+    for label in notebooks.figure_labels(notebooks.read_source(source)):
+        for suffix in (".svg", ".png", ".csv"):
+            assert (home / "figures/smoke" / f"{label}{suffix}").stat().st_size > 0
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_sets_only_what_the_chapters_declare(profile: str) -> None:
+    settings = load_profile(ROOT / "profiles" / f"{profile}.yaml")
+    assert set(settings.chapters) <= {source.stem for source in SOURCES}
+    for source in SOURCES:
+        declared = notebooks.declared_parameters(notebooks.read_source(source))
+        chosen_parameters(source, declared, settings.chapters.get(source.stem, {}), settings.name)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_dag(home: Path, tmp_path: Path, profile: str) -> None:
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("runs", "_build", "results"))
+    done = run(tmp_path, "snakemake", "-n", "--cores", "2", "--config", f"profile={profile}")
+    assert done.returncode == 0, done.stderr[-4000:]
+    jobs = Counter({name: int(n) for name, n in re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.M)})
+    recipes = load_profile(ROOT / "profiles" / f"{profile}.yaml").recipes
+    expected = {"all": 1, "attack": len(recipes), "certify": len(recipes)}
+    expected["train"] = len({run_key(recipe) for recipe in recipes.values()})
+    expected |= {f"chapter_{source.stem.replace('-', '_')}": 1 for source in SOURCES}
+    assert jobs - Counter(total=jobs["total"]) == Counter(expected)
+
+
+def test_a_key_that_the_chapter_does_not_declare_is_an_error(one_chapter: Path) -> None:
+    (one_chapter / "profiles/smoke.yaml").write_text("chapters:\n  01-test: {rows: 3, colums: 4}\n")
+    done = execute(one_chapter, "01-test")
+    assert done.returncode == 1
+    assert "colums is not a parameter of 01-test.md, which declares rows" in done.stderr
+    assert not list(one_chapter.glob("_build/smoke/**/*.ipynb"))
+
+
+def test_a_failing_cell_leaves_its_traceback_and_nothing_in_place(one_chapter: Path) -> None:
+    source = one_chapter / "notebooks/01-test.md"
+    source.write_text(CHAPTER.replace("range(rows))", "range(rows + nothing))", 1))
+    done = execute(one_chapter, "01-test")
+    assert done.returncode == 1
+    assert "name 'nothing' is not defined" in done.stderr
+    assert not (one_chapter / "_build/smoke/01-test.ipynb").exists()
+    assert (one_chapter / "_build/smoke/failed/01-test.ipynb").exists()
+
+
+def test_two_runs_publish_the_same_bytes(one_chapter: Path) -> None:
+    published = []
+    for _ in range(2):
+        done = execute(one_chapter, "01-test")
+        assert done.returncode == 0, done.stderr
+        done = run(one_chapter, "tools.publish", "--profile", "smoke")
+        assert done.returncode == 0, done.stderr
+        files = [one_chapter / "notebooks/01-test.ipynb", *sorted(one_chapter.glob("figures/smoke/*"))]
+        published.append([path.read_bytes() for path in files])
+    assert published[0] == published[1]
+    twin = nbformat.reads(published[0][0].decode(), as_version=4)
+    assert [cell.id for cell in twin.cells] == [f"01-test-00{i}" for i in range(1, 6)]
+    assert twin.cells[1].source == "rows = 2"
+    drawn, shown = twin.cells[2].outputs[0], twin.cells[4].outputs
+    assert drawn.data["text/plain"] == drawn.metadata["image/png"]["alt"] == "A line that rises from zero."
+    assert [output.data for output in shown] == [{"text/plain": "3"}]
+    assert (one_chapter / "figures/smoke/fig-test.csv").read_text() == "row\n0\n1\n2\n"
+
+
+def test_a_changed_source_cannot_be_published(one_chapter: Path) -> None:
+    assert execute(one_chapter, "01-test").returncode == 0
+    (one_chapter / "notebooks/01-test.md").write_text(CHAPTER.replace("A line.", "A straight line."))
+    done = run(one_chapter, "tools.publish", "--profile", "smoke")
+    assert done.returncode == 1
+    assert "source changed since it was executed" in done.stderr
+    assert not (one_chapter / "notebooks/01-test.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "complaint"),
+    [
+        (
+            nbformat.v4.new_output("error", ename="ValueError", evalue="no", traceback=[]),
+            "run without errors",
+        ),
+        (
+            nbformat.v4.new_output("execute_result", data={"text/plain": "<Axes at 0x7f00deadbeef>"}),
+            "changes at every run",
+        ),
+    ],
+)
+def test_an_output_that_cannot_be_published(output: nbformat.NotebookNode, complaint: str) -> None:
+    source = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")], metadata={"clustr": {}})
+    executed = nbformat.from_dict(source)
+    executed.cells[0].outputs = [output]
+    with pytest.raises(ValueError, match=complaint):
+        publish.twin(source, executed, stem="01-test")
+
+
+def test_a_path_of_this_machine_cannot_be_published() -> None:
+    with pytest.raises(ValueError, match="no path of this machine"):
+        publish.check_portable(f'"text": "{ROOT}/runs"', "01-test", ROOT)
+
+
+@pytest.mark.parametrize("code", ["rows = len([1])", "import os", "a, b = 1, 2"])
+def test_parameters_are_literals(code: str) -> None:
+    cell = nbformat.v4.new_code_cell(code, metadata={"tags": ["parameters"]})
+    with pytest.raises(ValueError, match="parameters cell: expected"):
+        notebooks.declared_parameters(nbformat.v4.new_notebook(cells=[cell]))

@@ -1,0 +1,105 @@
+"""Run one chapter headlessly through papermill, whole or not at all.
+
+python -m tools.execute notebooks/03-training.md --profile quick --output _build/quick/03-training.ipynb
+"""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+from clustr_core import records
+from clustr_core.recipes import load_profile
+from tools import notebooks
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def chosen_parameters(
+    source: Path, declared: Mapping[str, Any], chapter: Mapping[str, Any], profile: str
+) -> dict[str, Any]:
+    """What papermill injects: the profile's values for this chapter, and the profile's name where declared.
+
+    Raises:
+        ValueError: if the profile sets a name that the notebook does not declare.
+    """
+    if unknown := sorted(set(chapter) - set(declared)):
+        raise ValueError(
+            f"profile {profile!r}, chapters: {source.stem}: {', '.join(unknown)} is not a parameter "
+            f"of {source.name}, which declares {', '.join(sorted(declared)) or 'none'}"
+        )
+    return dict(chapter) | ({"profile": profile} if "profile" in declared else {})
+
+
+def execute(source: Path, profile_name: str, output: Path) -> None:
+    """Execute ``source`` under the profile into ``output``; a failed run is kept in ``failed/`` beside it.
+
+    Raises:
+        ValueError: for a profile key that the notebook does not declare.
+        PapermillExecutionError: if a cell raises.
+    """
+    root, source = records.home().resolve(), source.resolve()
+    profile = load_profile(profile_name)
+    notebook = notebooks.read_source(source)
+    declared = notebooks.declared_parameters(notebook)
+    parameters = chosen_parameters(source, declared, profile.chapters.get(source.stem, {}), profile.name)
+    notebook.metadata["clustr"] = notebooks.provenance(
+        root, source, root / "profiles" / f"{profile.name}.yaml"
+    )
+    running = output.parent / "failed" / output.name
+    running.parent.mkdir(parents=True, exist_ok=True)
+    output.unlink(missing_ok=True)
+    _run(notebook, running, parameters, folder=source.parent, profile=profile.name)
+    running.replace(output)
+
+
+def _run(
+    notebook: nbformat.NotebookNode, running: Path, parameters: dict[str, Any], *, folder: Path, profile: str
+) -> None:
+    # The kernel is this interpreter's; a chapter without parameters still draws into the profile's folder.
+    os.environ |= {"CLUSTR_PROFILE": profile, "JUPYTER_PREFER_ENV_PATH": "1"}
+    with tempfile.TemporaryDirectory() as scratch:
+        converted = Path(scratch, running.name)
+        nbformat.write(notebook, converted)
+        papermill.execute_notebook(
+            str(converted),
+            str(running),
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=str(folder),
+            progress_bar=sys.stderr.isatty(),
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; 0 when the executed notebook is in place, 1 with the reason on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.execute", description="Run one chapter headlessly."
+    )
+    parser.add_argument("source", type=Path, help="the chapter, notebooks/NN-topic.md")
+    parser.add_argument("--profile", required=True, help="a name in profiles/: smoke, quick, cpu, paper")
+    parser.add_argument("--output", type=Path, required=True, help="the executed .ipynb")
+    options = parser.parse_args(arguments)
+    try:
+        execute(options.source, options.profile, options.output)
+    except PapermillExecutionError as error:
+        failed = options.output.parent / "failed" / options.output.name
+        print(f"{options.source}: cell {error.cell_index} failed, see {failed}\n", file=sys.stderr)
+        print(ANSI.sub("", "\n".join(error.traceback)), file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"{options.source}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Read chapters: sources, parameters, figures, and the hashes of what a run was made from."""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jupytext
+from nbformat import NotebookNode
+
+from clustr_core import records
+
+FIGURE_LABEL = re.compile(r"fig-[a-z0-9]+(?:-[a-z0-9]+)*")
+_DIRECTIVE = re.compile(
+    r"^(?P<fence>`{3,}|:{3,})\{figure\}[ \t]*(?P<target>\S*)[ \t]*\n(?P<body>.*?)^(?P=fence)[ \t]*$",
+    re.M | re.S,
+)
+_OPTION = re.compile(r":(?P<key>[\w-]+):[ \t]*(?P<value>.*)")
+
+
+@dataclass(frozen=True)
+class Embed:
+    """One ``{figure}`` directive: what it shows, what it is called, and its words."""
+
+    target: str
+    name: str
+    alt: str
+    kind: str
+    caption: str
+
+
+def sources(root: Path) -> list[Path]:
+    """The chapters' sources, in the order of their numbers."""
+    return sorted((root / "notebooks").glob("[0-9][0-9]-*.md"))
+
+
+def read_source(path: Path) -> NotebookNode:
+    """A chapter's MyST source as a notebook without outputs, metadata as written."""
+    notebook = jupytext.read(path, fmt="md:myst")
+    notebook.metadata.get("jupytext", {}).pop("default_lexer", None)
+    return notebook
+
+
+def has_tag(cell: NotebookNode, tag: str) -> bool:
+    """Whether the cell carries the tag."""
+    return tag in cell.metadata.get("tags", [])
+
+
+def declared_parameters(notebook: NotebookNode) -> dict[str, Any]:
+    """Names and defaults in the cell tagged "parameters", none if there is no such cell.
+
+    Raises:
+        ValueError: if a line of that cell is not ``name = literal``.
+    """
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and has_tag(cell, "parameters")]
+    return dict(pair for cell in cells for pair in _assignments(cell.source))
+
+
+def _assignments(code: str) -> Iterator[tuple[str, Any]]:
+    for statement in ast.parse(code).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                pass
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                pass
+            case _:
+                raise ValueError(f"parameters cell: expected name = literal, got {ast.unparse(statement)!r}")
+        try:
+            yield name, ast.literal_eval(value)
+        except ValueError as error:
+            raise ValueError(
+                f"parameters cell: expected a literal for {name}, got {ast.unparse(value)!r}"
+            ) from error
+
+
+def uses_tables(notebook: NotebookNode) -> bool:
+    """Whether the chapter reads the trained methods: it declares a parameter called profile."""
+    return "profile" in declared_parameters(notebook)
+
+
+def labels(notebook: NotebookNode) -> list[str]:
+    """Labels of code cells, in order."""
+    return [
+        cell.metadata["label"]
+        for cell in notebook.cells
+        if cell.cell_type == "code" and "label" in cell.metadata
+    ]
+
+
+def figure_labels(notebook: NotebookNode) -> list[str]:
+    """Labels of the cells that draw a figure."""
+    return [label for label in labels(notebook) if label.startswith("fig-")]
+
+
+def embeds(notebook: NotebookNode) -> list[Embed]:
+    """Every ``{figure}`` in the chapter's prose."""
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    return [_embed(match) for text in prose for match in _DIRECTIVE.finditer(text)]
+
+
+def _embed(match: re.Match[str]) -> Embed:
+    lines = match["body"].splitlines()
+    options: dict[str, str] = {}
+    while lines and (option := _OPTION.fullmatch(lines[0].strip())):
+        options[option["key"]] = option["value"].strip()
+        lines.pop(0)
+    return Embed(
+        target=match["target"].removeprefix("#"),
+        name=options.get("name", options.get("label", "")),
+        alt=options.get("alt", ""),
+        kind=options.get("kind", "figure"),
+        caption="\n".join(lines).strip(),
+    )
+
+
+def provenance(root: Path, source: Path, profile: Path) -> dict[str, Any]:
+    """Hashes of everything that a run of ``source`` under ``profile`` is made from."""
+    profile_name = profile.stem
+    tables = (
+        sorted((root / "results" / profile_name).glob("*.csv")) if uses_tables(read_source(source)) else []
+    )
+    return {
+        "core": _tree_digest(root, sorted((root / "clustr_core").rglob("*.py"))),
+        "profile": {"name": profile_name, "sha256": records.digest(profile.read_bytes())},
+        "source": records.digest(source.read_bytes()),
+        "tables": {path.relative_to(root).as_posix(): records.digest(path.read_bytes()) for path in tables},
+    }
+
+
+def _tree_digest(root: Path, paths: list[Path]) -> str:
+    return records.digest(*(part for p in paths for part in (p.relative_to(root).as_posix(), p.read_bytes())))

@@ -1,0 +1,161 @@
+"""Put executed chapters beside their sources: the twins that GitHub and the book show.
+
+    python -m tools.publish
+
+A twin is the source's own cells with the run's outputs, and nothing that changes from one run to the next.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+
+from clustr_core import records
+from tools import notebooks
+
+LANGUAGE = {
+    "codemirror_mode": {"name": "ipython", "version": 3},
+    "file_extension": ".py",
+    "mimetype": "text/x-python",
+    "name": "python",
+    "nbconvert_exporter": "python",
+    "pygments_lexer": "ipython3",
+}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}\b")
+
+
+def twin(source: NotebookNode, executed: NotebookNode, *, stem: str) -> NotebookNode:
+    """The source's cells with the executed notebook's outputs.
+
+    Raises:
+        ValueError: if ``executed`` was run from other cells, or an output cannot be published.
+    """
+    run = [cell for cell in executed.cells if not notebooks.has_tag(cell, "injected-parameters")]
+    if [cell.source for cell in run] != [cell.source for cell in source.cells]:
+        raise ValueError(f"{stem}: the executed notebook has other cells than the source: make figures first")
+    alts = {embed.target: embed.alt for embed in notebooks.embeds(source)}
+    result = nbformat.v4.new_notebook(metadata=_metadata(source, executed))
+    result.cells = [
+        _cell(mine, theirs, stem=stem, index=i, alts=alts)
+        for i, (mine, theirs) in enumerate(zip(source.cells, run, strict=True), start=1)
+    ]
+    _number(result.cells)
+    return result
+
+
+def _metadata(source: NotebookNode, executed: NotebookNode) -> dict[str, Any]:
+    kept = {key: value for key, value in source.metadata.items() if key not in ("papermill", "trusted")}
+    return kept | {"language_info": LANGUAGE, "clustr": executed.metadata["clustr"]}
+
+
+def _cell(
+    mine: NotebookNode, theirs: NotebookNode, *, stem: str, index: int, alts: Mapping[str, str]
+) -> NotebookNode:
+    cell = nbformat.from_dict({**mine, "id": f"{stem}-{index:03d}"})
+    if cell.cell_type == "code":
+        alt = alts.get(cell.metadata.get("label", ""), "")
+        cell.outputs = [
+            _output(output, cell.id, alt) for output in theirs.outputs if not _is_progress(output)
+        ]
+    return cell
+
+
+def _is_progress(output: NotebookNode) -> bool:
+    return output.get("name") == "stderr" or WIDGET in output.get("data", {})
+
+
+def _output(output: NotebookNode, cell_id: str, alt: str) -> NotebookNode:
+    if output.output_type == "error":
+        raise ValueError(f"{cell_id}: expected a run without errors, got {output.ename}: {output.evalue}")
+    output = nbformat.from_dict({**output, "metadata": {}} if "data" in output else dict(output))
+    data = output.get("data", {})
+    if "image/png" in data and alt:
+        # MyST drops the alt text of a cell shown as a figure; the theme and nbconvert read these two places.
+        data["text/plain"] = alt
+        output.metadata["image/png"] = {"alt": alt}
+    if address := ADDRESS.search(str(data.get("text/plain", "")) + str(output.get("text", ""))):
+        raise ValueError(
+            f"{cell_id}: an object's address ({address[0]}) changes at every run: end the line with ;"
+        )
+    return output
+
+
+def _number(cells: Sequence[NotebookNode]) -> None:
+    """Count the code cells from 1, as if nothing had been injected."""
+    for count, cell in enumerate((c for c in cells if c.cell_type == "code"), start=1):
+        cell.execution_count = count
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
+
+
+def check_portable(text: str, name: str, root: Path) -> None:
+    """No path of this machine may be published.
+
+    Raises:
+        ValueError: if ``text`` names the project's root or the home directory.
+    """
+    for place in (root, Path.home()):
+        if len(place.parts) > 1 and f"{place}/" in text:
+            raise ValueError(f"{name}: expected no path of this machine, got {place}")
+
+
+def publish(root: Path, profile: str) -> list[Path]:
+    """Write the twin of every chapter that was executed under the profile.
+
+    Raises:
+        ValueError: if a chapter was not executed, or not from what is there now.
+    """
+    written = []
+    for source in notebooks.sources(root):
+        executed = root / "_build" / profile / f"{source.stem}.ipynb"
+        if not executed.exists():
+            raise ValueError(
+                f"{executed.relative_to(root)}: expected an executed chapter, got none: make figures first"
+            )
+        text = _twin_text(root, source, executed, profile)
+        path = source.with_suffix(".ipynb")
+        with records.written_whole(path) as temporary:
+            temporary.write_text(text)
+        written.append(path)
+    return written
+
+
+def _twin_text(root: Path, source: Path, executed: Path, profile: str) -> str:
+    run = nbformat.read(executed, as_version=4)
+    current = notebooks.provenance(root, source, root / "profiles" / f"{profile}.yaml")
+    if stale := sorted(key for key in current if current[key] != run.metadata.clustr.get(key)):
+        raise ValueError(
+            f"{source.stem}: {', '.join(stale)} changed since it was executed: make figures first"
+        )
+    result = twin(notebooks.read_source(source), run, stem=source.stem)
+    nbformat.validate(result)
+    text = nbformat.writes(result)
+    check_portable(text, source.stem, root)
+    return text if text.endswith("\n") else text + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; 1 with the reason on stderr if a chapter cannot be published."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.publish", description="Publish the executed chapters."
+    )
+    parser.add_argument("--profile", default="quick", help="the profile whose run the book shows (quick)")
+    options = parser.parse_args(arguments)
+    try:
+        for path in publish(records.home().resolve(), options.profile):
+            print(path.name)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
