@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(workflow.basedir))
-from clustr_core.recipes import EVALUATION_CODE, code_digest, load_profile, run_key
+from clustr_core.recipes import CERTIFICATE_CODE, code_digest, load_profile, run_key
 from tools import notebooks
 
 PROFILE = load_profile(config.get("profile", "quick"))
@@ -67,7 +67,7 @@ rule attack:
     output:
         f"results/{NAME}/attacks-{{method}}.csv",
     params:
-        code=code_digest(EVALUATION_CODE),
+        code=code_digest(CERTIFICATE_CODE),
         protocols={name: asdict(protocol) for name, protocol in PROFILE.attacks.items()},
     threads: 1
     shell:
@@ -80,7 +80,7 @@ rule certify:
     output:
         f"results/{NAME}/certificates-{{method}}.csv",
     params:
-        code=code_digest(EVALUATION_CODE),
+        code=code_digest(CERTIFICATE_CODE),
         examples=PROFILE.certified_examples,
     threads: 1
     shell:

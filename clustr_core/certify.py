@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clustr_core.attacks import Norm
 from clustr_core.classifiers import ClusterClassifier, Rule, cluster_logits
 from clustr_core.clusters import Clusters
 from clustr_core.distances import squared_distances
@@ -102,6 +103,52 @@ def certify(
         rule=model.rule,
         neighbours=model.neighbours,
     )
+
+
+def radius_from_magnet_loss(
+    losses: Float[Tensor, " batch"],
+    embeddings: Float[Tensor, "batch dim"],
+    labels: Int[Tensor, " batch"],
+    clusters: Clusters,
+    *,
+    gap: float,
+    lipschitz: float = 1.0,
+) -> Float[Tensor, " batch"]:
+    """What a magnet loss alone guarantees: r >= sigma^2 (gap - l) / (L max_j ||mu_j - mu_A||), j over the rivals.
+
+    The loss bounds each rival's distance, d_j^2 - d_A^2 >= 2 sigma^2 (gap - l), A the nearest cluster of the label; so
+    an example with l < gap is classified correctly, and its "nearest" radius is at least this. Never negative.
+
+    Args:
+        losses: of `losses.full_magnet_loss` against these clusters, with the same ``gap``.
+    Source: this book, chapter 3.
+    """
+    distances = squared_distances(embeddings, clusters.centroids)
+    is_rival = clusters.labels != labels[:, None]
+    nearest = distances.masked_fill(is_rival, torch.inf).argmin(dim=1)
+    between = squared_distances(clusters.centroids, clusters.centroids).sqrt()[nearest]
+    farthest = between.masked_fill(~is_rival, 0).amax(dim=1)
+    return (clusters.shared_variance * (gap - losses)).clamp_min(0) / (lipschitz * farthest)
+
+
+def linear_radius(
+    weight: Float[Tensor, "class dim"],
+    bias: Float[Tensor, " class"],
+    points: Float[Tensor, "batch dim"],
+    labels: Int[Tensor, " batch"],
+    *,
+    norm: Norm = "l2",
+) -> Float[Tensor, " batch"]:
+    """The exact distance of each point to a linear classifier's nearest other class; 0 where it is misclassified.
+
+    min_j (w_y - w_j) . x + b_y - b_j over the dual norm of w_y - w_j: L2 for "l2", L1 for "linf". The space has no
+    walls: where pixels end at 0 and 1, the distance can only be larger.
+    """
+    logits = points @ weight.T + bias
+    margins = logits.gather(1, labels[:, None]) - logits
+    lengths = (weight[labels][:, None] - weight).norm(p=2 if norm == "l2" else 1, dim=2)
+    own = torch.nn.functional.one_hot(labels, len(weight)).bool()
+    return (margins / lengths.masked_fill(own, 1)).masked_fill(own, torch.inf).amin(dim=1).clamp_min(0)
 
 
 def _predicted_class(

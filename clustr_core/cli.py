@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from clustr_core import evaluation, records
+from clustr_core.accuracy import robust_accuracy
 from clustr_core.recipes import METHODS, Profile, Recipe, load_profile, override, run_folder
 from clustr_core.training import Run, fit
 
@@ -52,20 +53,17 @@ def _train(options: argparse.Namespace) -> None:
 
 def _attack(options: argparse.Namespace) -> None:
     profile, run = load_profile(options.profile), _run(options)
-    tables = [evaluation.attack_table(run, protocol, device=_device(options)) for protocol in profile.attacks.values()]
-    if not tables:
-        raise ValueError(f"{profile.name}: expected at least one entry under attacks, got none")
-    table = pd.concat(tables, ignore_index=True)
+    table = evaluation.attacks_of(run, profile, device=_device(options))
     _write(table, profile, options, "attacks")
-    print(evaluation.robust_accuracy(table).to_string(index=False, float_format="%.3f"))
+    print(robust_accuracy(table).to_string(index=False, float_format="%.3f"))
 
 
 def _certify(options: argparse.Namespace) -> None:
     profile, run = load_profile(options.profile), _run(options)
-    table = evaluation.certificate_table(run, examples=profile.certified_examples, device=_device(options))
+    table = evaluation.certificates_of(run, profile, device=_device(options))
     _write(table, profile, options, "certificates")
-    means = pd.DataFrame(table.drop(columns=["index", "label", "prediction"]).groupby("bound").mean())
-    print(means.to_string(float_format="%.4g"))
+    numbers = ["correct", "feature_radius", "radius", "lipschitz", "lipschitz_lower_bound"]
+    print(pd.DataFrame(table.groupby("bound")[numbers].mean()).to_string(float_format="%.4g"))
 
 
 def _run(options: argparse.Namespace) -> Run:

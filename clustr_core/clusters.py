@@ -66,7 +66,7 @@ class Clusters:
         return order[position.clamp_max(len(order) - 1)], slots < counts[:, None]
 
     def gather_by_class(
-        self, values: Shaped[Tensor, "batch cluster"], fill: float
+        self, values: Shaped[Tensor, "batch cluster"], fill: float | bool
     ) -> Shaped[Tensor, "batch class slot"]:
         """Rearrange one value per cluster into [batch, class, slot], with ``fill`` in the empty slots."""
         columns, filled = self.by_class

@@ -1,7 +1,4 @@
-"""Measurements of finished runs: per-example tables, cached beside the run, and the curves drawn from them.
-
-Every table is a set of rows, one for each example and measurement; everything the book says is derived from rows.
-"""
+"""Measurements of finished runs: tables with one row for each example, cached beside the run."""
 
 import json
 from dataclasses import asdict
@@ -10,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 from jaxtyping import Int
-from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -18,7 +14,7 @@ from clustr_core import data, records
 from clustr_core.attacks import pgd
 from clustr_core.certify import Bound, certified_radius
 from clustr_core.lipschitz import lipschitz_lower_bound, lipschitz_upper_bound
-from clustr_core.recipes import EVALUATION_CODE, Protocol, code_digest
+from clustr_core.recipes import ATTACK_CODE, CERTIFICATE_CODE, Profile, Protocol, code_digest
 from clustr_core.training import Run, embed_all
 
 BOUNDS: tuple[Bound, ...] = ("triangle", "nearest", "pairwise")
@@ -42,7 +38,7 @@ def attack_table(
         ``robust`` says that the attack did not succeed; it is false for an image misclassified when clean.
     """
     pieces = [(eps, loss) for eps in protocol.eps for loss in protocol.losses]
-    paths = [_cache_path(run, "attack", _piece(protocol, eps, loss)) for eps, loss in pieces]
+    paths = [cache_path(run, "attack", _piece(protocol, eps, loss), ATTACK_CODE) for eps, loss in pieces]
     todo = [item for item in zip(pieces, paths, strict=True) if not item[1].exists()]
     if todo:
         model = run.model(device)
@@ -50,6 +46,19 @@ def attack_table(
         for (eps, loss), path in tqdm(todo, f"attack {run.recipe.method} {protocol.norm}", disable=not progress):
             records.write_table(path, _attack_rows(model, indices, images, labels, protocol, eps, loss))
     return pd.concat([records.read_table(path) for path in paths], ignore_index=True)
+
+
+def attacks_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
+    """`attack_table` of a run under every attack of a profile; the method comes first."""
+    tables = [attack_table(run, protocol, **options) for protocol in profile.attacks.values()]
+    if not tables:
+        raise ValueError(f"profile {profile.name}: expected at least one entry under attacks, got none")
+    return _named(run, pd.concat(tables, ignore_index=True))
+
+
+def certificates_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
+    """`certificate_table` of a run on as many images as a profile says; the method comes first."""
+    return _named(run, certificate_table(run, examples=profile.certified_examples, **options))
 
 
 def certificate_table(
@@ -65,55 +74,16 @@ def certificate_table(
         columns ``bound index label prediction correct feature_radius radius lipschitz lipschitz_lower_bound``:
         ``feature_radius`` in the embedding space, ``radius`` = feature_radius / lipschitz in pixels of [0, 1].
     """
-    path = _cache_path(run, "certificate", {"examples": examples, "bounds": BOUNDS})
+    path = cache_path(run, "certificate", {"examples": examples, "bounds": BOUNDS}, CERTIFICATE_CODE)
     if not path.exists():
         records.write_table(path, _certificate_rows(run, examples, dataset, device))
     return records.read_table(path)
 
 
-def robust_accuracy(table: pd.DataFrame) -> pd.DataFrame:
-    """Robust accuracy against eps, worst case over the losses of each example, with its 95 % interval.
-
-    Args:
-        table: of `attack_table`, for one or several methods (column ``method``) and norms.
-    Returns:
-        columns ``[method] norm eps robust_accuracy low high examples``; eps = 0 is the clean accuracy.
-    """
-    keys = [name for name in ("method", "norm") if name in table]
-    clean = table.drop_duplicates([*keys, "index"]).assign(eps=0.0, robust=lambda t: t["correct"])
-    worst = pd.concat([clean, table]).groupby([*keys, "eps", "index"], sort=True)["robust"].all()
-    return _proportions(worst.reset_index(), [*keys, "eps"], "robust", "robust_accuracy")
-
-
-def robust_accuracy_by_loss(table: pd.DataFrame) -> pd.DataFrame:
-    """`robust_accuracy` of each attack loss on its own: losses that should agree, and where they do not."""
-    keys = [name for name in ("method", "norm") if name in table]
-    return _proportions(table, [*keys, "loss", "eps"], "robust", "robust_accuracy")
-
-
-def certified_accuracy(table: pd.DataFrame, radii: list[float], *, column: str = "radius") -> pd.DataFrame:
-    """Share of test images that are classified correctly and certified at each radius, with its 95 % interval.
-
-    Args:
-        table: of `certificate_table`.
-        column: "radius" (input units) or "feature_radius".
-    """
-    keys = [name for name in ("method", "bound") if name in table]
-    parts = [table.assign(at=r, certified=table["correct"] & (table[column] >= r)) for r in radii]
-    return _proportions(pd.concat(parts), [*keys, "at"], "certified", "certified_accuracy")
-
-
-def binomial_interval(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """The exact (Clopper-Pearson) interval of a proportion.
-
-    Raises:
-        ValueError: if there is no trial.
-    Source: Clopper and Pearson 1934, through scipy.
-    """
-    if trials < 1:
-        raise ValueError(f"trials: expected at least one, got {trials}")
-    found = binomtest(int(successes), int(trials)).proportion_ci(confidence_level=confidence, method="exact")
-    return float(found.low), float(found.high)
+def cache_path(run: Run, kind: str, what: dict, code: tuple[str, ...]) -> Path:
+    """Where a measurement of a run is kept: beside it, under a digest of the question and of the code that answers."""
+    key = records.digest(json.dumps(what, sort_keys=True), code_digest(code))
+    return run.path / "tables" / f"{kind}-{key[:12]}.csv"
 
 
 def some_test_images(
@@ -130,6 +100,11 @@ def predictions(model: nn.Module, images: Tensor, device: str | torch.device = "
     """Predicted classes of byte images, on the CPU."""
     with torch.no_grad():
         return torch.cat([model(data.to_float(part.to(device))).argmax(dim=1).cpu() for part in images.split(BATCH)])
+
+
+def _named(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    table.insert(0, "method", run.recipe.method)
+    return table
 
 
 def _attack_rows(
@@ -201,20 +176,6 @@ def _certificate_rows(
     return table.assign(radius=table["feature_radius"] / upper, lipschitz=upper, lipschitz_lower_bound=lower)
 
 
-def _proportions(table: pd.DataFrame, keys: list[str], column: str, name: str) -> pd.DataFrame:
-    counts = table.groupby(keys, sort=True)[column].agg(["sum", "count"]).reset_index()
-    intervals = [binomial_interval(s, n) for s, n in zip(counts["sum"], counts["count"], strict=True)]
-    counts[name] = counts["sum"] / counts["count"]
-    counts[["low", "high"]] = intervals
-    counts["examples"] = counts["count"]
-    return counts.drop(columns=["sum", "count"])
-
-
 def _piece(protocol: Protocol, eps: float, loss: str) -> dict:
     """What one cached measurement depends on."""
     return {**asdict(protocol), "eps": eps, "losses": loss, "step_size": protocol.step_size_at(eps)}
-
-
-def _cache_path(run: Run, kind: str, what: dict) -> Path:
-    key = records.digest(json.dumps(what, sort_keys=True), code_digest(EVALUATION_CODE))
-    return run.path / "tables" / f"{kind}-{key[:12]}.csv"

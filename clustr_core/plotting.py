@@ -1,9 +1,10 @@
 """Tables -> Axes. Every series has a colour, a line style and a marker, so that grey and colour-blind eyes can tell."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -59,7 +60,6 @@ def house_style() -> None:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "legend.frameon": False,
-            "svg.hashsalt": "clustr",
             "svg.fonttype": "none",
             "font.family": ["DejaVu Sans"],
         }
@@ -83,7 +83,8 @@ def save_figure(figure: Figure, label: str, table: pd.DataFrame, *, profile: str
     profile = profile or os.environ.get("CLUSTR_PROFILE", "quick")
     stem = records.home() / "figures" / profile / label
     for suffix, undated in ((".svg", {"Date": None}), (".png", {"Software": None})):
-        with records.written_whole(stem.with_suffix(suffix)) as temporary:
+        # a fixed salt: the same table gives the same bytes
+        with records.written_whole(stem.with_suffix(suffix)) as temporary, mpl.rc_context({"svg.hashsalt": label}):
             figure.savefig(temporary, format=suffix[1:], metadata=undated, bbox_inches="tight")
     records.write_table(stem.with_suffix(".csv"), table)
     return stem.with_suffix(".csv")
@@ -192,6 +193,7 @@ def draw_ladder(
             markevery=every or None,
             markersize=4.5,
             linewidth=1.8,
+            zorder=2 if look.linestyle == "-" else 3,
             label=bound,
         )
     axes.legend()
@@ -204,7 +206,14 @@ def draw_distribution(axes: Axes, table: pd.DataFrame, value: str, *, group: str
         share = np.arange(1, len(values) + 1) / len(values)
         every = max(len(values) // 8, 1)
         axes.plot(
-            values, share, color=look.color, linestyle=look.linestyle, marker=look.marker, markevery=every, label=name
+            values,
+            share,
+            color=look.color,
+            linestyle=look.linestyle,
+            marker=look.marker,
+            markevery=every,
+            zorder=2 if look.linestyle == "-" else 3,
+            label=name,
         )
 
 
@@ -250,11 +259,118 @@ def draw_soft_margin(axes: Axes, table: pd.DataFrame) -> None:
     """
     axes.plot(table["shift"], table["margin"], color="black")
     axes.axhline(0, color="0.4", linewidth=0.9)
-    low, high = (float(end) for end in (table["margin"].min(), table["margin"].max()))
-    bars = (("nearest_rule_radius", "nearest rule's radius", "//", 0.80), ("soft_rule_radius", "corrected", "", 0.92))
+    margin = table["margin"].to_numpy(dtype=float)
+    low, high = margin.min(), margin.max()
+    bars = (("nearest_rule_radius", "nearest rule", "//", 0.80), ("soft_rule_radius", "corrected", "", 0.92))
     for column, name, hatch, share in bars:
         radius, height = float(table[column].iloc[0]), low + share * (high - low)
         axes.barh(height, 2 * radius, 0.07 * (high - low), -radius, color="0.88", edgecolor="black", hatch=hatch)
         axes.text(-radius - 0.02, height, name, va="center", ha="right", fontsize="small")
     axes.axvline(-table["flip"].iloc[0], color="black", linestyle="--", linewidth=1.2)
     axes.set(xlabel="shift of z", ylabel="soft margin, nats", xlim=(table["shift"].min(), table["shift"].max()))
+
+
+def draw_accuracy(axes: Axes, table: pd.DataFrame, x: str, y: str, *, loss: str | None = None) -> None:
+    """Accuracy against ``x``, one line a method, with its binomial interval as a band (columns low, high)."""
+    if loss is not None:
+        table = pd.DataFrame(table[table["loss"] == loss])
+    for method, rows in _groups(table, "method"):
+        look = LOOKS[method]
+        style = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker, "markersize": 5}
+        axes.plot(rows[x], rows[y], label=METHOD_NAMES[method], **style)
+        axes.fill_between(rows[x], rows["low"], rows["high"], color=look.color, alpha=0.15, linewidth=0)
+    axes.set_ylim(-0.02, 1.02)
+
+
+def draw_history(axes: Axes, table: pd.DataFrame, y: str) -> None:
+    """One column of training histories against the epoch, one line a method."""
+    for method, rows in _groups(table.dropna(subset=[y]), "method"):
+        look = LOOKS[method]
+        axes.plot(rows["epoch"], rows[y], color=look.color, linestyle=look.linestyle, label=METHOD_NAMES[method])
+    axes.set_xlabel("epoch")
+
+
+def draw_map(axes: Axes, table: pd.DataFrame, class_names: Sequence[str]) -> None:
+    """A planar map of embeddings (x, y, label): each class in a colour, its name written at its median."""
+    colours = sns.color_palette("colorblind", len(class_names))
+    for label, rows in _groups(table, "label"):
+        axes.scatter(
+            rows["x"], rows["y"], s=9, color=[colours[label]], marker="o^sDvPX<>*"[label % 10], linewidth=0, alpha=0.75
+        )
+        box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "0.6", "linewidth": 0.5, "alpha": 0.85}
+        middle = (np.median(rows["x"]), np.median(rows["y"]))
+        axes.annotate(str(class_names[label]), middle, ha="center", va="center", fontsize=8, bbox=box)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    sns.despine(ax=axes, left=True, bottom=True)
+
+
+def draw_shares(axes: Axes, table: pd.DataFrame, value: str, group: str) -> None:
+    """Share of examples at or below each value, one curve a group, from light and thin to dark and thick."""
+    groups = list(_groups(table, group))
+    for rank, (name, rows) in enumerate(groups):
+        depth = (rank + 1) / len(groups)
+        ordered = np.sort(rows[value].to_numpy())
+        shares = np.arange(1, len(ordered) + 1) / len(ordered)
+        shade = str(round(0.8 * (1 - depth), 2))
+        axes.step(ordered, shares, where="post", color=shade, linewidth=0.8 + 1.6 * depth, label=f"{group} {name}")
+    axes.set_ylim(0, 1)
+
+
+def draw_paths(axes: Axes, table: pd.DataFrame) -> None:
+    """The path of an attack for each method: position along the line to the rival, and distance from that line."""
+    for method, rows in _groups(table, "method"):
+        look = LOOKS[method]
+        axes.plot(
+            rows["along"],
+            rows["across"],
+            color=look.color,
+            linestyle=look.linestyle,
+            marker=look.marker,
+            markersize=3.5,
+            label=METHOD_NAMES[method],
+        )
+        axes.plot(rows["along"].iloc[0], rows["across"].iloc[0], marker="o", markersize=10, color=look.color, alpha=0.4)
+    axes.axvline(0.5, color="0.3", linewidth=1)
+    axes.plot([0, 1], [0, 0], "k", marker="x", linestyle="none", markersize=8)
+
+
+def draw_image(axes: Axes, image: np.ndarray, title: str = "") -> None:
+    """One image, [channel, height, width] in bytes or in [0, 1], without axes."""
+    grey = image.shape[0] == 1
+    top = 255 if image.dtype == np.uint8 else 1
+    axes.imshow(image[0] if grey else image.transpose(1, 2, 0), cmap="gray" if grey else None, vmin=0, vmax=top)
+    axes.set_title(title, fontsize=9)
+    axes.axis("off")
+
+
+def _groups(table: pd.DataFrame, column: str) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """The rows of each value of a column, in order of appearance."""
+    return ((name, pd.DataFrame(rows)) for name, rows in table.groupby(column, sort=False))
+
+
+def draw_progress(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
+    """One column against another, one line a method."""
+    for method, rows in _groups(table, "method"):
+        look = LOOKS[method]
+        style = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker, "markersize": 3.5}
+        axes.plot(rows[x], rows[y], label=METHOD_NAMES[method], **style)
+
+
+def draw_ranges(axes: Axes, table: pd.DataFrame, value: str) -> None:
+    """One horizontal box a method: quartiles, and whiskers from the 5th to the 95th percentile."""
+    groups = list(_groups(table, "method"))
+    boxes = axes.boxplot(
+        [rows[value].to_numpy() for _, rows in groups],
+        orientation="horizontal",
+        whis=(5, 95),
+        showfliers=False,
+        patch_artist=True,
+        medianprops={"color": "black"},
+        tick_labels=[METHOD_NAMES[method] for method, _ in groups],
+    )
+    for box, (method, _) in zip(boxes["boxes"], groups, strict=True):
+        box.set_facecolor(LOOKS[method].color)
+        box.set_alpha(0.5)
+    axes.invert_yaxis()

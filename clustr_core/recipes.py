@@ -5,9 +5,9 @@ This module reads no tensors, so that a pipeline can ask it for names in no time
 
 import ast
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -19,14 +19,12 @@ from clustr_core import records
 Augmentation = Literal["none", "crop", "crop-flip"]
 Optimiser = Literal["adam", "sgd"]
 
-# the modules that decide the weights of a run, or the numbers of an evaluation
-TRAINING_CODE = (
-    "distances", "kernels", "clusters", "sampling", "losses", "encoders", "classifiers", "attacks", "data", "training",
-)  # fmt: skip
-EVALUATION_CODE = (
-    "distances", "kernels", "clusters", "losses", "encoders", "classifiers", "lipschitz", "certify", "attacks", "data",
-    "evaluation",
-)  # fmt: skip
+# the modules that decide the weights of a run, and the numbers measured on it
+_MODEL = ("losses", "encoders", "classifiers", "attacks", "data")
+TRAINING_CODE = ("distances", "kernels", "clusters", "sampling", *_MODEL, "training")
+ATTACK_CODE = ("distances", "kernels", "clusters", *_MODEL, "evaluation")
+CERTIFICATE_CODE = (*ATTACK_CODE, "lipschitz", "certify")
+EMBEDDING_CODE = (*ATTACK_CODE, "embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,11 +214,11 @@ def run_folder(recipe: Recipe) -> Path:
 
 @cache
 def code_digest(modules: Iterable[str]) -> str:
-    """SHA-256 of some modules of this package as the interpreter sees them: comments and docstrings do not count."""
+    """SHA-256 of what some modules of this package do: comments, docstrings and signatures' types do not count."""
     package = Path(__file__).parent
     paths = [package / f"{name}.py" for name in modules]
     files = [path if path.exists() else path.with_suffix("") / "__init__.py" for path in paths]
-    return records.digest(*(ast.dump(_without_docstrings(ast.parse(file.read_text()))) for file in files))
+    return records.digest(*(ast.dump(_behaviour(ast.parse(file.read_text()))) for file in files))
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -311,25 +309,41 @@ def _checked(kind: type, values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _value(value: Any, kind: Any, where: str) -> Any:
-    if value is None or isinstance(value, Recipe):
+    """A value as its field's type: numbers from numbers or fractions, tuples from lists, the rest as it is."""
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: expected a list, got {value!r}")
+        return tuple(_value(item, get_args(kind)[0], where) for item in value)
+    numeric = {float, int} & {kind, *get_args(kind)}
+    if value is None or isinstance(value, Recipe) or not numeric:
         return value
+    number = _number(value, where)
+    if float in numeric:
+        return number
+    if number != int(number):
+        raise ValueError(f"{where}: expected a whole number, got {value!r}")
+    return int(number)
+
+
+def _number(value: Any, where: str) -> float:
+    """A finite number, or a fraction of two such as "25.5/255"."""
     try:
-        if get_origin(kind) is tuple:
-            return tuple(_value(item, get_args(kind)[0], where) for item in value)
-        options = get_args(kind) if get_origin(kind) is not Literal else ()
-        if kind is float or float in options:
-            return float(Fraction(value)) if isinstance(value, str) else float(value)
-        if kind is int or int in options:
-            if float(value) != int(value):
-                raise ValueError
-            return int(value)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{where}: expected {kind}, got {value!r}") from error
-    return value
+        top, _, bottom = str(value).partition("/")
+        number = float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{where}: expected a number or a fraction, got {value!r}") from error
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError(f"{where}: expected a finite number, got {value!r}")
+    return number
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
+def _behaviour(tree: ast.Module) -> ast.Module:
+    """A module without docstrings and without the annotations of its functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
     return tree

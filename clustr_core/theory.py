@@ -5,6 +5,7 @@ No certificate lives here. `exact_nearest_rule_distance` is the ground truth tha
 the distance to another class. Everything runs in float64.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -57,7 +58,7 @@ def proof_steps(dim: int = 3) -> tuple[ProofStep, ...]:
 
     Raises:
         ValueError: if ``dim`` is below 2, where a pair of coordinates does not exist.
-    Source: chapter 1, equations 4 to 11.
+    Source: chapter 1, eq-identity to eq-extremal.
     """
     if dim < 2:
         raise ValueError(f"dim: expected at least 2, got {dim}")
@@ -101,6 +102,14 @@ def proof_steps(dim: int = 3) -> tuple[ProofStep, ...]:
         ),
         *_extremal_steps(dim),
     )
+
+
+def broken_step(dim: int = 3) -> ProofStep:
+    """The first identity with a wrong sign: the check must refuse it, or it checks nothing."""
+    first = proof_steps(dim)[0]
+    v, w = _vector("v", dim), _vector("b", dim) - _vector("a", dim)
+    wrong = r"d_j(z+v)^2 - d_i(z+v)^2 = d_j^2 - d_i^2 + 2\langle v, \mu_j - \mu_i\rangle"
+    return ProofStep("identity with a wrong sign", wrong, first.residual - 4 * v.dot(w))
 
 
 def _dominance_step() -> ProofStep:
@@ -156,8 +165,8 @@ def proof_table(steps: Sequence[ProofStep]) -> pd.DataFrame:
 def numeric_table(*, configurations: int, dim: int, seed: int) -> pd.DataFrame:
     """The same steps in float64 on random vectors: the worst relative error of each identity and inequality.
 
-    An error is |left - right| / (|left| + |right|) for an identity, and the same with the wrong side's excess alone
-    for an inequality, where negative numbers mean that it held with room to spare.
+    Errors are relative to the lengths of the configuration. For an inequality it is the excess of the side that
+    should be smaller: a negative worst error means that it held every time with room to spare.
 
     Args:
         configurations: how many draws of (z, v, mu_i, mu_j), with mu_i the nearer centroid.
@@ -202,6 +211,8 @@ def _inequality_errors(z: Tensor, v: Tensor, own: Tensor, rival: Tensor) -> dict
         ("Cauchy-Schwarz", "inequality"): (push - largest) / largest,
         ("triangle inequality", "inequality"): (length - near - far) / length,
         ("dominance", "inequality"): (triangle - nearest) / length,
+        # the coordinates of z serve as the exponents of one class's votes
+        ("logsumexp", "inequality"): z.logsumexp(dim=1) - z.amax(dim=1) - math.log(z.shape[1]),
     }
 
 
@@ -248,9 +259,10 @@ def random_configuration(
     Raises:
         ValueError: if there are fewer than two classes, or a size is below one.
     """
-    sizes = {"classes": classes - 1, "per_class": per_class, "dim": dim, "points": points}
-    if bad := [name for name, size in sizes.items() if size < 1]:
-        raise ValueError(f"{bad[0]}: expected at least {2 if bad[0] == 'classes' else 1}, got too few")
+    sizes = {"classes": (classes, 2), "per_class": (per_class, 1), "dim": (dim, 1), "points": (points, 1)}
+    for name, (size, least) in sizes.items():
+        if size < least:
+            raise ValueError(f"{name}: expected at least {least}, got {size}")
     generator = torch.Generator().manual_seed(seed)
     count = classes * per_class
     centroids = torch.randn(count, dim, generator=generator, dtype=torch.float64)
@@ -489,7 +501,7 @@ def extremal_map(
 
     Raises:
         ValueError: if the target is the embedding itself, which leaves no direction.
-    Source: chapter 1, equation 11.
+    Source: chapter 1, eq-extremal.
     """
     if torch.equal(embedding, target):
         raise ValueError("target: expected a point other than the embedding, got the embedding")
@@ -601,7 +613,7 @@ def logits_of(encode: Encode, clusters: Clusters, *, rule: Rule, neighbours: int
 def search_table(
     *,
     configurations: int,
-    per_class: int,
+    per_class: Sequence[int],
     seed: int,
     dim: int = 6,
     input_dim: int = 12,
@@ -613,34 +625,43 @@ def search_table(
 
     Three maps for each configuration: an isometry, a folding and the extremal map. Three rules: nearest, soft, and
     soft with three voters. One row for each (configuration, map, rule, bound), with the certified radius, the
-    smallest flip, and their ratio, which a sound certificate keeps at 1 or above.
+    smallest flip, and their ratio, which a sound certificate keeps at 1 or above (NaN where the radius is 0).
+
+    Args:
+        configurations: drawn anew for each entry of ``per_class``.
+        directions: random ones, besides those from gradients and from geometry.
     """
     rows = []
-    for index, (z, clusters) in enumerate(_single_points(configurations, classes, per_class, dim, seed)):
-        start = torch.zeros(input_dim, dtype=torch.float64)
-        target = exact_nearest_rule_distance(z, clusters)[1][0]
-        maps = {
-            "isometry": isometry_to(z[0], start, lipschitz=lipschitz, seed=seed + index),
-            "folding": folding_to(z[0], start, lipschitz=lipschitz, seed=seed + index),
-            "extremal": extremal_map(z[0], target, start, lipschitz=lipschitz, seed=seed + index),
-        }
-        for name, encode in maps.items():
-            for rule, neighbours in _RULES:
-                flip = _attack(encode, start, clusters, rule, neighbours, directions, seed + index)
-                for bound in BOUNDS:
-                    # the embedding that the map computes, not the one it was asked for: they differ by rounding
-                    radius = certified_radius(
-                        encode(start[None]),
-                        clusters,
-                        bound=bound,
-                        lipschitz=lipschitz,
-                        rule=rule,
-                        neighbours=neighbours,
-                    )
-                    rows.append((index, per_class, name, rule, neighbours or 0, bound, float(radius), flip))
+    for k in per_class:
+        for index, (z, clusters) in enumerate(_single_points(configurations, classes, k, dim, seed)):
+            start = torch.zeros(input_dim, dtype=torch.float64)
+            for name, encode in _maps_to(z, clusters, start, lipschitz, seed + index).items():
+                for rule, neighbours in _RULES:
+                    flip = _attack(encode, start, clusters, rule, neighbours, directions, seed + index)
+                    radii = _radii_at(encode, start, clusters, rule, neighbours)
+                    rows += [(index, k, name, rule, neighbours or 0, bound, r, flip) for bound, r in radii.items()]
     columns = ["configuration", "per_class", "map", "rule", "neighbours", "bound", "radius", "flip"]
     table = pd.DataFrame(rows, columns=columns)
     return table.assign(ratio=table["flip"] / table["radius"].where(table["radius"] > 0))
+
+
+def _maps_to(
+    z: Tensor, clusters: Clusters, start: Tensor, lipschitz: float, seed: int
+) -> dict[str, Isometry | Folding | ExtremalMap]:
+    target = exact_nearest_rule_distance(z, clusters)[1][0]
+    return {
+        "isometry": isometry_to(z[0], start, lipschitz=lipschitz, seed=seed),
+        "folding": folding_to(z[0], start, lipschitz=lipschitz, seed=seed),
+        "extremal": extremal_map(z[0], target, start, lipschitz=lipschitz, seed=seed),
+    }
+
+
+def _radii_at(
+    encode: Isometry | Folding | ExtremalMap, start: Tensor, clusters: Clusters, rule: Rule, neighbours: int | None
+) -> dict[Bound, float]:
+    """Radii of the embedding that the map computes, which differs by rounding from the one it was asked for."""
+    options = {"lipschitz": encode.lipschitz, "rule": rule, "neighbours": neighbours}
+    return {bound: float(certified_radius(encode(start[None]), clusters, bound=bound, **options)) for bound in BOUNDS}
 
 
 _RULES: tuple[tuple[Rule, int | None], ...] = (("nearest", None), ("soft", None), ("soft", 3))
@@ -748,6 +769,16 @@ def planar_radii(configuration: Configuration) -> pd.DataFrame:
     return pd.concat([head, ladder(points, clusters)], axis=1)
 
 
+def planar_flips(
+    configuration: Configuration, *, directions: int, reach: float, rule: Rule = "nearest"
+) -> Float[np.ndarray, " batch"]:
+    """The smallest step that changes each planar point's class, over evenly spread directions."""
+    angles = torch.arange(directions, dtype=torch.float64) * (2 * math.pi / directions)
+    rays = torch.stack([angles.cos(), angles.sin()], dim=1)
+    logits = logits_of(lambda x: x, configuration.clusters, rule=rule)
+    return np.array([smallest_flip(logits, point, rays, reach=reach, scan=512) for point in configuration.embeddings])
+
+
 def radii_along(clusters: Clusters, *, begin: Sequence[float], end: Sequence[float], points: int) -> pd.DataFrame:
     """The ladder on a straight walk: "position" is the length walked, "prediction" the class there."""
     first, last = (torch.tensor(list(p), dtype=torch.float64) for p in (begin, end))
@@ -853,9 +884,9 @@ def gain_by_dimension(ladders: pd.DataFrame, *, threshold: float = 1.01) -> pd.D
     """
     ratios = ladders.assign(ratio=ladders["pairwise"] / ladders["nearest"].where(ladders["nearest"] > 0))
     rows = []
-    for key, group in ratios.groupby(["dim", "per_class"]):
-        ratio = group["ratio"].dropna().to_numpy(dtype=float)
-        rows.append((*key, len(ratio), float((ratio > threshold).mean()), float(ratio.max())))
+    for dim, per_class in ratios[["dim", "per_class"]].drop_duplicates().itertuples(index=False):
+        ratio = ratios.query(f"dim == {dim} and per_class == {per_class}")["ratio"].dropna().to_numpy(dtype=float)
+        rows.append((dim, per_class, len(ratio), float((ratio > threshold).mean()), float(ratio.max())))
     return pd.DataFrame(rows, columns=["dim", "per_class", "points", "share", "largest"])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupytext.cli import jupytext
 
 from tools import notebooks, publish
 from tools.book_check import NOT_THE_BOOK, check
@@ -81,9 +82,7 @@ def test_an_output_without_alt_text_is_caught(book: Path) -> None:
 
 def faults_after(book: Path, pattern: str, replacement: str, *, in_outputs: bool) -> list[str]:
     """Faults of the book once the first twin with a figure is changed, in prose or in its images' text."""
-    path = next(
-        path for path in sorted(book.glob("notebooks/*.ipynb")) if "{figure} #fig-" in path.read_text()
-    )
+    path = next(path for path in sorted(book.glob("notebooks/*.ipynb")) if "{figure} #fig-" in path.read_text())
     whole = path.read_text()
     twin = nbformat.reads(whole, as_version=4)
     for cell in twin.cells:
@@ -102,6 +101,12 @@ def faults_after(book: Path, pattern: str, replacement: str, *, in_outputs: bool
 def test_every_chapter_is_in_the_table_of_contents() -> None:
     listed = re.findall(r"file: notebooks/(\S+)\.ipynb", (ROOT / "myst.yml").read_text())
     assert listed == [source.stem for source in SOURCES]
+
+
+@chapters
+def test_jupytext_pairs_source_and_twin(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jupytext(["--paired-paths", str(source)])
+    assert capsys.readouterr().out.split() == [str(source.with_suffix(".ipynb"))]
 
 
 @chapters
@@ -129,9 +134,7 @@ def test_twin_is_a_clean_run(source: Path) -> None:
     publish.check_portable(text, source.stem, ROOT)
     assert not re.search(r"(?<![\w.])/(?:home|Users|root|tmp)/\w", text), "an absolute path of some machine"
     outputs = [output for cell in twin.cells for output in cell.get("outputs", [])]
-    assert not [
-        output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"
-    ]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     assert "Traceback (most recent call last)" not in text
     assert all(cell.execution_count for cell in twin.cells if cell.cell_type == "code")
     assert not {"papermill", "widgets", "trusted"} & set(twin.metadata)
@@ -142,15 +145,11 @@ def test_every_figure_is_labelled_captioned_and_described(source: Path) -> None:
     notebook, twin = notebooks.read_source(source), read_twin(source)
     shown = {embed.target: embed for embed in notebooks.embeds(notebook)}
     for cell in twin.cells:
-        images = [
-            o for o in cell.get("outputs", []) if any(m.startswith("image/") for m in o.get("data", {}))
-        ]
+        images = [o for o in cell.get("outputs", []) if any(m.startswith("image/") for m in o.get("data", {}))]
         label = cell.metadata.get("label", "")
         if not images and not label.startswith("fig-"):
             continue
-        assert notebooks.FIGURE_LABEL.fullmatch(label), (
-            f"{cell.id} draws: expected :label: fig-..., got {label!r}"
-        )
+        assert notebooks.FIGURE_LABEL.fullmatch(label), f"{cell.id} draws: expected :label: fig-..., got {label!r}"
         assert len(images) == len(cell.outputs) == 1, f"{label}: expected one image and nothing else"
         assert label in shown, f"{label}: expected a {{figure}} #{label} in the prose"
         embed = shown[label]

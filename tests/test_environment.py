@@ -35,7 +35,7 @@ def conda_specs() -> dict[str, MatchSpec]:
     """Name -> spec, each parsed strictly."""
     lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     specs = [MatchSpec(line, strict=True) for line in lines]
-    return {str(spec.name.normalized if hasattr(spec.name, "normalized") else spec.name): spec for spec in specs}
+    return {spec.name.normalized: spec for spec in specs}
 
 
 def pip_requirements() -> dict[str, Requirement]:

@@ -46,9 +46,7 @@ def check(root: Path) -> list[str]:
         pages = sorted((copy / "_build/site/content").glob("*.json"))
         if not pages:
             return [*complaints, "no page was built"]
-        return complaints + [
-            fault for page in pages for fault in page_faults(page, copy / "_build/site/public")
-        ]
+        return complaints + [fault for page in pages for fault in page_faults(page, copy / "_build/site/public")]
 
 
 def _write_stub(copy: Path) -> None:
@@ -61,14 +59,10 @@ def _build(copy: Path) -> list[str]:
     command = [sys.executable, "-m", "jupyter_book", "build", "--site", "--strict", "--ci"]
     environment = {k: v for k, v in os.environ.items() if k not in ("BASE_URL", "HOST", "CLUSTR_HOME")}
     environment |= {"NO_COLOR": "1", "FORCE_COLOR": "0"}
-    done = subprocess.run(
-        command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300, check=False)
     lines = (done.stderr + "\n" + done.stdout).splitlines()
     # The summary at the end repeats the faults with a dash; the lines above it say where.
-    complaints = [
-        line.strip() for line in lines if COMPLAINT.match(line) and not line.strip().startswith("-")
-    ]
+    complaints = [line.strip() for line in lines if COMPLAINT.match(line) and not line.strip().startswith("-")]
     if done.returncode and not complaints:
         return [f"jupyter-book exited with status {done.returncode}: {lines[-5:]}"]
     return [line.replace(f"{copy}", ".") for line in complaints]
@@ -134,9 +128,7 @@ def _container_faults(node: Node) -> Iterator[str]:
         yield f"{node['kind']} {name!r} has no :name:, so no number and nothing to refer to"
     if not any(child.get("type") == "caption" for child in inner):
         yield f"{node['kind']} {name!r} has no caption"
-    media = [
-        child for child in inner if child.get("type") in ("image", "output", "table", "iframe", "anywidget")
-    ]
+    media = [child for child in inner if child.get("type") in ("image", "output", "table", "iframe", "anywidget")]
     if not media:
         yield f"{node['kind']} {name!r} shows nothing: its cell does not exist or has no output"
     if any(child.get("visibility") == "remove" for child in inner):
@@ -154,16 +146,12 @@ def _alt_faults(output: Node) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; prints every fault."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.book_check", description="Validate the whole book offline."
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.book_check", description="Validate the whole book offline.")
     parser.add_argument("root", type=Path, nargs="?", help="the book's root (found from here)")
     root = (parser.parse_args(arguments).root or records.home()).resolve()
     faults = list(dict.fromkeys(check(root)))
     print(
-        "\n".join(faults)
-        if faults
-        else "The book is sound: every reference, embed, link, image and citation resolves."
+        "\n".join(faults) if faults else "The book is sound: every reference, embed, link, image and citation resolves."
     )
     return 1 if faults else 0
 

@@ -20,6 +20,7 @@ from clustr_core import records
 from clustr_core.recipes import load_profile
 from tools import notebooks
 
+INLINE = "module://matplotlib_inline.backend_inline"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -51,9 +52,7 @@ def execute(source: Path, profile_name: str, output: Path) -> None:
     notebook = notebooks.read_source(source)
     declared = notebooks.declared_parameters(notebook)
     parameters = chosen_parameters(source, declared, profile.chapters.get(source.stem, {}), profile.name)
-    notebook.metadata["clustr"] = notebooks.provenance(
-        root, source, root / "profiles" / f"{profile.name}.yaml"
-    )
+    notebook.metadata["clustr"] = notebooks.provenance(root, source, root / "profiles" / f"{profile.name}.yaml")
     running = output.parent / "failed" / output.name
     running.parent.mkdir(parents=True, exist_ok=True)
     output.unlink(missing_ok=True)
@@ -64,8 +63,9 @@ def execute(source: Path, profile_name: str, output: Path) -> None:
 def _run(
     notebook: nbformat.NotebookNode, running: Path, parameters: dict[str, Any], *, folder: Path, profile: str
 ) -> None:
-    # The kernel is this interpreter's; a chapter without parameters still draws into the profile's folder.
-    os.environ |= {"CLUSTR_PROFILE": profile, "JUPYTER_PREFER_ENV_PATH": "1"}
+    # The kernel is this interpreter's, its cells show their figures whatever the caller's shell says, and a chapter
+    # without parameters still draws into the profile's folder.
+    os.environ |= {"CLUSTR_PROFILE": profile, "JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": INLINE}
     with tempfile.TemporaryDirectory() as scratch:
         converted = Path(scratch, running.name)
         nbformat.write(notebook, converted)
@@ -81,9 +81,7 @@ def _run(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 0 when the executed notebook is in place, 1 with the reason on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.execute", description="Run one chapter headlessly."
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.execute", description="Run one chapter headlessly.")
     parser.add_argument("source", type=Path, help="the chapter, notebooks/NN-topic.md")
     parser.add_argument("--profile", required=True, help="a name in profiles/: smoke, quick, cpu, paper")
     parser.add_argument("--output", type=Path, required=True, help="the executed .ipynb")

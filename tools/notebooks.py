@@ -70,9 +70,7 @@ def _assignments(code: str) -> Iterator[tuple[str, Any]]:
         try:
             yield name, ast.literal_eval(value)
         except ValueError as error:
-            raise ValueError(
-                f"parameters cell: expected a literal for {name}, got {ast.unparse(value)!r}"
-            ) from error
+            raise ValueError(f"parameters cell: expected a literal for {name}, got {ast.unparse(value)!r}") from error
 
 
 def uses_tables(notebook: NotebookNode) -> bool:
@@ -82,11 +80,7 @@ def uses_tables(notebook: NotebookNode) -> bool:
 
 def labels(notebook: NotebookNode) -> list[str]:
     """Labels of code cells, in order."""
-    return [
-        cell.metadata["label"]
-        for cell in notebook.cells
-        if cell.cell_type == "code" and "label" in cell.metadata
-    ]
+    return [cell.metadata["label"] for cell in notebook.cells if cell.cell_type == "code" and "label" in cell.metadata]
 
 
 def figure_labels(notebook: NotebookNode) -> list[str]:
@@ -118,9 +112,7 @@ def _embed(match: re.Match[str]) -> Embed:
 def provenance(root: Path, source: Path, profile: Path) -> dict[str, Any]:
     """Hashes of everything that a run of ``source`` under ``profile`` is made from."""
     profile_name = profile.stem
-    tables = (
-        sorted((root / "results" / profile_name).glob("*.csv")) if uses_tables(read_source(source)) else []
-    )
+    tables = sorted((root / "results" / profile_name).glob("*.csv")) if uses_tables(read_source(source)) else []
     return {
         "core": _tree_digest(root, sorted((root / "clustr_core").rglob("*.py"))),
         "profile": {"name": profile_name, "sha256": records.digest(profile.read_bytes())},

@@ -6,6 +6,7 @@ A twin is the source's own cells with the run's outputs, and nothing that change
 """
 
 import argparse
+import copy
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -54,15 +55,12 @@ def _metadata(source: NotebookNode, executed: NotebookNode) -> dict[str, Any]:
     return kept | {"language_info": LANGUAGE, "clustr": executed.metadata["clustr"]}
 
 
-def _cell(
-    mine: NotebookNode, theirs: NotebookNode, *, stem: str, index: int, alts: Mapping[str, str]
-) -> NotebookNode:
-    cell = nbformat.from_dict({**mine, "id": f"{stem}-{index:03d}"})
+def _cell(mine: NotebookNode, theirs: NotebookNode, *, stem: str, index: int, alts: Mapping[str, str]) -> NotebookNode:
+    cell = copy.deepcopy(mine)
+    cell.id = f"{stem}-{index:03d}"
     if cell.cell_type == "code":
         alt = alts.get(cell.metadata.get("label", ""), "")
-        cell.outputs = [
-            _output(output, cell.id, alt) for output in theirs.outputs if not _is_progress(output)
-        ]
+        cell.outputs = [_output(output, cell.id, alt) for output in theirs.outputs if not _is_progress(output)]
     return cell
 
 
@@ -73,16 +71,16 @@ def _is_progress(output: NotebookNode) -> bool:
 def _output(output: NotebookNode, cell_id: str, alt: str) -> NotebookNode:
     if output.output_type == "error":
         raise ValueError(f"{cell_id}: expected a run without errors, got {output.ename}: {output.evalue}")
-    output = nbformat.from_dict({**output, "metadata": {}} if "data" in output else dict(output))
+    output = copy.deepcopy(output)
     data = output.get("data", {})
+    if data:
+        output.metadata = NotebookNode()
     if "image/png" in data and alt:
         # MyST drops the alt text of a cell shown as a figure; the theme and nbconvert read these two places.
         data["text/plain"] = alt
-        output.metadata["image/png"] = {"alt": alt}
+        output.metadata["image/png"] = NotebookNode(alt=alt)
     if address := ADDRESS.search(str(data.get("text/plain", "")) + str(output.get("text", ""))):
-        raise ValueError(
-            f"{cell_id}: an object's address ({address[0]}) changes at every run: end the line with ;"
-        )
+        raise ValueError(f"{cell_id}: an object's address ({address[0]}) changes at every run: end the line with ;")
     return output
 
 
@@ -131,9 +129,7 @@ def _twin_text(root: Path, source: Path, executed: Path, profile: str) -> str:
     run = nbformat.read(executed, as_version=4)
     current = notebooks.provenance(root, source, root / "profiles" / f"{profile}.yaml")
     if stale := sorted(key for key in current if current[key] != run.metadata.clustr.get(key)):
-        raise ValueError(
-            f"{source.stem}: {', '.join(stale)} changed since it was executed: make figures first"
-        )
+        raise ValueError(f"{source.stem}: {', '.join(stale)} changed since it was executed: make figures first")
     result = twin(notebooks.read_source(source), run, stem=source.stem)
     nbformat.validate(result)
     text = nbformat.writes(result)
@@ -143,9 +139,7 @@ def _twin_text(root: Path, source: Path, executed: Path, profile: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 with the reason on stderr if a chapter cannot be published."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.publish", description="Publish the executed chapters."
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.publish", description="Publish the executed chapters.")
     parser.add_argument("--profile", default="quick", help="the profile whose run the book shows (quick)")
     options = parser.parse_args(arguments)
     try:

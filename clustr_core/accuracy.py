@@ -1,0 +1,58 @@
+"""From per-example rows to accuracies with their intervals: everything the book says is derived from rows."""
+
+import pandas as pd
+from scipy.stats import binomtest
+
+
+def robust_accuracy(table: pd.DataFrame) -> pd.DataFrame:
+    """Robust accuracy against eps, worst case over the losses of each example, with its 95 % interval.
+
+    Args:
+        table: of `attack_table`, for one or several methods (column ``method``) and norms.
+    Returns:
+        columns ``[method] norm eps robust_accuracy low high examples``; eps = 0 is the clean accuracy.
+    """
+    keys = [name for name in ("method", "norm") if name in table]
+    clean = table.drop_duplicates([*keys, "index"]).assign(eps=0.0, robust=lambda t: t["correct"])
+    worst = pd.concat([clean, table]).groupby([*keys, "eps", "index"], sort=True)["robust"].all()
+    return _proportions(worst.reset_index(), [*keys, "eps"], "robust", "robust_accuracy")
+
+
+def robust_accuracy_by_loss(table: pd.DataFrame) -> pd.DataFrame:
+    """`robust_accuracy` of each attack loss on its own: losses that should agree, and where they do not."""
+    keys = [name for name in ("method", "norm") if name in table]
+    return _proportions(table, [*keys, "loss", "eps"], "robust", "robust_accuracy")
+
+
+def certified_accuracy(table: pd.DataFrame, radii: list[float], *, column: str = "radius") -> pd.DataFrame:
+    """Share of test images that are classified correctly and certified at each radius, with its 95 % interval.
+
+    Args:
+        table: of `certificate_table`.
+        column: "radius" (input units) or "feature_radius".
+    """
+    keys = [name for name in ("method", "bound") if name in table]
+    parts = [table.assign(at=r, certified=table["correct"] & (table[column] >= r)) for r in radii]
+    return _proportions(pd.concat(parts), [*keys, "at"], "certified", "certified_accuracy")
+
+
+def binomial_interval(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact (Clopper-Pearson) interval of a proportion.
+
+    Raises:
+        ValueError: if there is no trial.
+    Source: Clopper and Pearson 1934, through scipy.
+    """
+    if trials < 1:
+        raise ValueError(f"trials: expected at least one, got {trials}")
+    found = binomtest(int(successes), int(trials)).proportion_ci(confidence_level=confidence, method="exact")
+    return float(found.low), float(found.high)
+
+
+def _proportions(table: pd.DataFrame, keys: list[str], column: str, name: str) -> pd.DataFrame:
+    counts = table.groupby(keys, sort=True)[column].agg(["sum", "count"]).reset_index()
+    intervals = [binomial_interval(s, n) for s, n in zip(counts["sum"], counts["count"], strict=True)]
+    counts[name] = counts["sum"] / counts["count"]
+    counts[["low", "high"]] = intervals
+    counts["examples"] = counts["count"]
+    return counts.drop(columns=["sum", "count"])

@@ -1,0 +1,54 @@
+"""Shapes are checked while testing, one thread a process, and no skip but that of a missing GPU."""
+
+import os
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+import torch
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+torch.set_num_threads(1)
+
+# before anything imports the package: its functions then check the shapes in their signatures
+jaxtyping.install_import_hook("clustr_core", "beartype.beartype")
+
+
+@pytest.fixture
+def as_installed() -> Iterator[None]:
+    """Without the shape checks, as users run the package: what it refuses by itself is what they see."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The one skip that is allowed: a test marked ``gpu`` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Any other skip is a failure: a test that does not run proves nothing."""
+    report = yield
+    if report.skipped and not item.get_closest_marker("gpu"):
+        _fail(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """The same for a whole module that skips itself."""
+    report = yield
+    if report.skipped:
+        _fail(report)
+    return report
+
+
+def _fail(report: pytest.TestReport | pytest.CollectReport) -> None:
+    report.outcome = "failed"
+    report.longrepr = f"skipped without the gpu marker, which this project does not allow: {report.longrepr}"

@@ -1,0 +1,295 @@
+import math
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from clustr_core import certify as certify_module
+from clustr_core import theory
+from clustr_core.certify import certified_radius, certify
+from clustr_core.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
+from clustr_core.clusters import Clusters
+
+BOUNDS = ("triangle", "nearest", "pairwise")
+SEEDS = st.integers(0, 10**6)
+
+
+def draw(seed, classes=3, per_class=2, dim=3, points=8, variance=0.3, spread=0.5):
+    drawn = theory.random_configuration(
+        classes=classes, per_class=per_class, dim=dim, points=points, seed=seed, variance=variance, spread=spread
+    )
+    return drawn.embeddings, drawn.clusters
+
+
+def by_loops(z, clusters, **options):
+    parts = clusters.centroids.tolist(), clusters.labels.tolist()
+    return [reference.certified_radius(point, *parts, **options) for point in z.tolist()]
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@given(SEEDS, st.integers(2, 4), st.integers(1, 3), st.floats(0.01, 100))
+@settings(max_examples=25, deadline=None)
+def test_the_radius_is_that_of_the_loops(bound, seed, classes, per_class, lipschitz):
+    z, clusters = draw(seed, classes, per_class)
+    expected = by_loops(z, clusters, bound=bound, lipschitz=lipschitz)
+    got = certified_radius(z, clusters, bound=bound, lipschitz=lipschitz)
+    assert got.tolist() == pytest.approx(expected, rel=1e-11, abs=1e-12 / lipschitz)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("neighbours", [None, 1, 2, 3, 5])
+def test_the_corrected_radius_is_that_of_the_loops(bound, neighbours):
+    z, clusters = draw(11, classes=3, per_class=3, points=40)
+    k = 3
+    votes = k if neighbours is None else max(1, min(k, neighbours - 1))
+    correction = [0.3 * math.log(votes)] * len(clusters.centroids)
+    predicted = cluster_logits(z, clusters, neighbours=neighbours).argmax(dim=1).tolist()
+    parts = clusters.centroids.tolist(), clusters.labels.tolist()
+    expected = [
+        reference.certified_radius(point, *parts, bound=bound, predicted=c, correction=correction)
+        for point, c in zip(z.tolist(), predicted, strict=True)
+    ]
+    got = certified_radius(z, clusters, bound=bound, rule="soft", neighbours=neighbours)
+    assert got.tolist() == pytest.approx(expected, rel=1e-11, abs=1e-12)
+    assert sum(r > 0 for r in expected) > 5
+
+
+def test_classes_of_different_size():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.tensor([2, 0, 1, 1, 0, 1])
+    clusters = Clusters(torch.randn(6, 3, generator=g).double(), labels, torch.full((6,), 0.2).double())
+    z = clusters.centroids + 0.3 * torch.randn(6, 3, generator=g).double()
+    sizes = torch.bincount(labels)[labels].tolist()
+    for bound in BOUNDS:
+        assert certified_radius(z, clusters, bound=bound).tolist() == pytest.approx(by_loops(z, clusters, bound=bound))
+        parts = clusters.centroids.tolist(), labels.tolist()
+        predicted = cluster_logits(z, clusters).argmax(dim=1).tolist()
+        correction = [0.2 * math.log(size) for size in sizes]
+        expected = [
+            reference.certified_radius(p, *parts, bound=bound, predicted=c, correction=correction)
+            for p, c in zip(z.tolist(), predicted, strict=True)
+        ]
+        assert certified_radius(z, clusters, bound=bound, rule="soft").tolist() == pytest.approx(expected, abs=1e-7)
+
+
+@given(SEEDS, st.integers(2, 4), st.integers(1, 4), st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_the_ladder_rises_to_the_truth(seed, classes, per_class, dim):
+    z, clusters = draw(seed, classes, per_class, dim, points=5)
+    table = theory.ladder(z, clusters)
+    for lower, upper in zip((*BOUNDS,), (*BOUNDS[1:], "exact"), strict=True):
+        assert (table[lower] <= table[upper] * (1 + 1e-9) + 1e-12).all()
+    if per_class == 1:
+        assert table["nearest"].to_numpy() == pytest.approx(table["exact"].to_numpy(), rel=1e-8, abs=1e-10)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@given(SEEDS, st.floats(0.01, 100))
+@settings(max_examples=25, deadline=None)
+def test_order_rigid_motion_and_scale(bound, seed, scale):
+    z, clusters = draw(seed)
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(6, generator=g)
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=g, dtype=torch.float64))[0]
+    shift = torch.randn(3, generator=g, dtype=torch.float64)
+
+    def move(points):
+        return scale * (points @ rotation.T + shift)
+
+    moved = Clusters(move(clusters.centroids)[order], clusters.labels[order], clusters.variance[order] * scale**2)
+    for rule in ("nearest", "soft"):
+        before = certified_radius(z, clusters, bound=bound, rule=rule)
+        after = certified_radius(move(z), moved, bound=bound, rule=rule)
+        torch.testing.assert_close(after, scale * before, rtol=1e-7, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize(
+    ("rule", "neighbours"), [("nearest", None), ("soft", None), ("soft", 2), ("soft", 3), ("soft", 4)]
+)
+@given(SEEDS, st.integers(1, 3), st.floats(0.05, 1.0))
+@settings(max_examples=12, deadline=None)
+def test_no_class_changes_inside_the_radius(rule, neighbours, seed, per_class, variance):
+    """Steps in all directions of the plane and towards every centroid, to just inside the radius."""
+    z, clusters = draw(seed, classes=3, per_class=per_class, dim=2, points=6, variance=variance, spread=0.3)
+    radius = certified_radius(z, clusters, rule=rule, neighbours=neighbours)
+    angles = torch.arange(180, dtype=torch.float64) * (2 * math.pi / 180)
+    around = torch.stack([angles.cos(), angles.sin()], dim=1)
+    logits = theory.logits_of(lambda x: x, clusters, rule=rule, neighbours=neighbours)
+    for point, r in zip(z, radius, strict=True):
+        aimed = (clusters.centroids[:, None] - clusters.centroids).flatten(0, 1)
+        aimed = aimed[aimed.norm(dim=1) > 0]
+        rays = torch.cat([around, aimed / aimed.norm(dim=1, keepdim=True)])
+        own = logits(point[None]).argmax()
+        for share in (0.5, 1 - 1e-12):
+            assert (logits(point + share * r * rays).argmax(dim=1) == own).all()
+
+
+def test_a_naive_radius_would_be_caught_by_that_test():
+    """The nearest rule's radius on the soft rule (CE4), and on few voters: both flip inside."""
+    example = theory.hard_radius_soft_rule_example()
+    wrong = float(certified_radius(example.embeddings, example.clusters, rule="nearest"))
+    moved = example.embeddings - 0.9 * wrong
+    assert cluster_logits(example.embeddings, example.clusters).argmax() == 0
+    assert cluster_logits(moved, example.clusters).argmax() == 1
+    assert cluster_logits(moved, example.clusters, neighbours=3).argmax() == 1
+
+
+def test_the_radius_is_reached():
+    z, clusters = draw(3, per_class=1, points=20)
+    radius = certified_radius(z, clusters, bound="nearest")
+    _, target = theory.exact_nearest_rule_distance(z, clusters)
+    assert (radius > 0).all()
+    beyond = z + (target - z) * (1 + 1e-7)
+    changed = nearest_logits(beyond, clusters).argmax(dim=1) != nearest_logits(z, clusters).argmax(dim=1)
+    assert changed.all()
+    assert ((target - z).norm(dim=1) / radius).max() < 1 + 1e-9
+
+
+def test_counterexamples():
+    ce1 = theory.only_second_nearest_example()
+    assert float(certified_radius(ce1.embeddings, ce1.clusters, bound="nearest")) == pytest.approx(0.3)
+    ce2 = theory.loose_nearest_example(2.0)
+    for bound, expected in zip(BOUNDS, (1.01, 1.01, 2.01), strict=True):
+        assert float(certified_radius(ce2.embeddings, ce2.clusters, bound=bound)) == pytest.approx(expected)
+    ce4 = theory.hard_radius_soft_rule_example()
+    assert float(certified_radius(ce4.embeddings, ce4.clusters, bound="nearest")) == pytest.approx(0.45)
+    expected = 0.45 - math.log(2) / 2.1
+    assert float(certified_radius(ce4.embeddings, ce4.clusters, rule="soft")) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
+@pytest.mark.parametrize("dim", [1, 2, 64])
+def test_single_precision_never_exceeds_the_truth(dim, offset):
+    """On a line through two centroids the truth is exact, and rounding would be caught as often as not."""
+    worst, best = 0.0, math.inf
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        centroids = (torch.randn(4, dim, generator=g) + offset).float()
+        clusters = Clusters(centroids, torch.tensor([0, 0, 1, 2]), torch.full((4,), 0.1))
+        z = (centroids[torch.randint(4, (20,), generator=g)] + 0.3 * torch.randn(20, dim, generator=g)).float()
+        doubled = clusters.to(torch.float64)
+        truth = theory.exact_nearest_rule_distance(z.double(), doubled)[0]
+        radius = certified_radius(z, clusters).double()
+        soft = certified_radius(z, clusters, rule="soft").double()
+        # the float64 slack is below 1e-12 of the truth, far below a float32 rounding
+        soft_truth = certified_radius(z.double(), doubled, rule="soft")
+        assert (radius <= truth * (1 + 1e-12)).all()
+        assert (soft <= soft_truth * (1 + 1e-11) + 1e-12).all()
+        positive = truth > 0.05
+        worst = max(worst, float((radius / truth)[positive].max()))
+        best = min(best, float((radius / certified_radius(z.double(), doubled))[positive].min()))
+    assert worst < 1
+    assert best > 0.99
+
+
+def test_without_the_rounding_slack_single_precision_is_unsound(monkeypatch):
+    """So the test above can fail."""
+    monkeypatch.setattr(certify_module, "_relative_rounding", lambda embeddings: 0.0)
+    with pytest.raises(AssertionError):
+        test_single_precision_never_exceeds_the_truth(64, 30.0)
+
+
+def test_coincident_centroids():
+    ones = torch.ones(3, dtype=torch.float64)
+    on_a_rival = Clusters(torch.tensor([[0.0], [0.0], [4.0]], dtype=torch.float64), torch.tensor([0, 1, 1]), ones)
+    z = torch.tensor([[-1.0]], dtype=torch.float64)
+    for bound in ("nearest", "pairwise"):
+        assert float(certified_radius(z, on_a_rival, bound=bound)) == 0
+    # the other own centroid still holds off the rival that the first coincides with
+    held = Clusters(torch.tensor([[0.0], [-2.0], [0.0]], dtype=torch.float64), torch.tensor([0, 0, 1]), ones)
+    assert float(certified_radius(torch.tensor([[-1.5]]).double(), held)) == pytest.approx(0.5)
+    twins = Clusters(torch.tensor([[0.0], [0.0], [4.0]], dtype=torch.float64), torch.tensor([0, 0, 1]), ones)
+    assert float(certified_radius(torch.tensor([[1.0]]).double(), twins)) == pytest.approx(1.0)
+
+
+def test_an_embedding_on_the_border_has_radius_zero():
+    clusters = Clusters(torch.tensor([[0.0], [2.0]]), torch.tensor([0, 1]), torch.ones(2))
+    for bound in BOUNDS:
+        assert float(certified_radius(torch.tensor([[1.0]]), clusters, bound=bound)) == 0
+
+
+def test_a_huge_lipschitz_constant_leaves_nothing_and_a_small_one_stretches():
+    z, clusters = draw(0)
+    base = certified_radius(z, clusters)
+    torch.testing.assert_close(certified_radius(z, clusters, lipschitz=1e30), base / 1e30)
+    torch.testing.assert_close(certified_radius(z, clusters, lipschitz=0.5), base * 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bound": "second"}, r"bound: expected one of .*'pairwise'.*got 'second'"),
+        ({"rule": "hard"}, r"rule: expected one of .*got 'hard'"),
+        ({"neighbours": 0}, r"neighbours: expected a positive number or None, got 0"),
+        ({"lipschitz": 0.0}, r"lipschitz: expected a positive finite number, got 0"),
+        ({"lipschitz": -1.0}, r"lipschitz: expected a positive finite number, got -1"),
+        ({"lipschitz": math.inf}, r"lipschitz: expected a positive finite number, got inf"),
+        ({"lipschitz": math.nan}, r"lipschitz: expected a positive finite number, got nan"),
+    ],
+)
+def test_bad_options_are_named(options, message, as_installed):
+    z, clusters = draw(0)
+    with pytest.raises(ValueError, match=message):
+        certified_radius(z, clusters, **options)
+
+
+def test_bad_embeddings_and_clusters_are_named():
+    z, clusters = draw(0)
+    z[2, 1] = math.nan
+    with pytest.raises(ValueError, match="embeddings: expected finite values"):
+        certified_radius(z, clusters)
+    z, clusters = draw(0)
+    one_class = Clusters(clusters.centroids, torch.zeros(6).long(), clusters.variance)
+    with pytest.raises(ValueError, match="at least two classes"):
+        certified_radius(z, one_class)
+    unequal = Clusters(clusters.centroids, clusters.labels, torch.linspace(1, 2, 6, dtype=torch.float64))
+    for options in ({"rule": "soft"}, {"rule": "soft", "neighbours": 3}):
+        with pytest.raises(ValueError, match="one shared variance, got values from 1 to 2"):
+            certified_radius(z, unequal, **options)
+    # the nearest rule never looks at the variance
+    assert torch.equal(certified_radius(z, unequal), certified_radius(z, clusters))
+
+
+def model_and_images(rule="nearest", neighbours=None):
+    z, clusters = draw(5, dim=4, points=6)
+    linear = nn.Linear(4, 4, bias=False).double()
+    linear.weight.data = 2 * torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double())[0]
+    encoder = nn.Sequential(nn.Flatten(), linear)
+    images = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return ClusterClassifier(encoder, clusters, rule=rule, neighbours=neighbours), images
+
+
+@pytest.mark.parametrize(("rule", "neighbours"), [("nearest", None), ("soft", None), ("soft", 3)])
+def test_certify_takes_rule_neighbours_and_constant_from_the_model(rule, neighbours):
+    model, images = model_and_images(rule, neighbours)
+    expected = certified_radius(
+        model.embed(images), model.clusters, lipschitz=2.0, rule=rule, neighbours=neighbours, bound="pairwise"
+    )
+    torch.testing.assert_close(certify(model, images), expected, rtol=1e-8, atol=0)
+    assert not certify(model, images).requires_grad
+    given_constant = certify(model, images, lipschitz=4.0, bound="nearest")
+    halved = certified_radius(
+        model.embed(images), model.clusters, lipschitz=4.0, rule=rule, neighbours=neighbours, bound="nearest"
+    )
+    torch.testing.assert_close(given_constant, halved)
+
+
+def test_certify_refuses_what_has_no_certificate(as_installed):
+    model, images = model_and_images()
+    with pytest.raises(ValueError, match=r"images: expected pixels in \[0, 1\], got .* to 1.5"):
+        certify(
+            model,
+            images.clone().index_put_(
+                (torch.tensor(0), torch.tensor(0), torch.tensor(0), torch.tensor(0)), torch.tensor(1.5).double()
+            ),
+        )
+    with pytest.raises(ValueError, match="images: expected pixels"):
+        certify(model, images * math.nan)
+    with pytest.raises(TypeError, match="expected a ClusterClassifier, got LinearClassifier"):
+        certify(LinearClassifier(nn.Flatten(), 4, 3), images)  # pyright: ignore[reportArgumentType]
+    strange = ClusterClassifier(nn.Sequential(nn.Flatten(), nn.Softmax(dim=1)), model.clusters, rule="nearest")
+    with pytest.raises(TypeError, match="no Lipschitz bound is known for the layer Softmax"):
+        certify(strange, images)

@@ -1,0 +1,139 @@
+import math
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from clustr_core.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
+from clustr_core.clusters import Clusters
+
+
+def draw(seed, classes=3, per_class=2, dim=4, points=6, equal=True):
+    g = torch.Generator().manual_seed(seed)
+    count = classes * per_class
+    labels = torch.arange(classes).repeat(per_class)
+    variance = torch.full((count,), 0.7) if equal else 0.5 + torch.rand(count, generator=g)
+    clusters = Clusters(torch.randn(count, dim, generator=g).double(), labels, variance.double())
+    return torch.randn(points, dim, generator=g).double() * 2, clusters
+
+
+@given(st.integers(0, 10**6), st.integers(2, 4), st.integers(1, 3), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_logits_match_the_loops(seed, classes, per_class, equal):
+    z, clusters = draw(seed, classes, per_class, equal=equal)
+    parts = clusters.centroids.tolist(), clusters.labels.tolist(), clusters.variance.tolist()
+    expected = torch.tensor([reference.cluster_logits(p, *parts) for p in z.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(cluster_logits(z, clusters), expected, rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(0, 10**6), st.integers(2, 4), st.integers(1, 3), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_few_voters_match_the_loops_and_the_rest_stay_below(seed, classes, per_class, neighbours):
+    z, clusters = draw(seed, classes, per_class)
+    logits = cluster_logits(z, clusters, neighbours=neighbours)
+    parts = clusters.centroids.tolist(), clusters.labels.tolist(), clusters.variance.tolist()
+    for point, got in zip(z.tolist(), logits.tolist(), strict=True):
+        expected = reference.cluster_logits(point, *parts, neighbours=neighbours)
+        voting = [c for c, value in enumerate(expected) if value > -math.inf]
+        assert [got[c] for c in voting] == pytest.approx([expected[c] for c in voting], rel=1e-12)
+        silent = [got[c] for c in range(classes) if c not in voting]
+        assert all(math.isfinite(value) and value < min(got[c] for c in voting) for value in silent)
+
+
+def test_logits_stay_finite_where_the_scores_underflow():
+    z, clusters = draw(0)
+    far = (z * 1e6).float()
+    logits = cluster_logits(far, clusters.to(torch.float32))
+    assert logits.isfinite().all()
+    assert (logits.exp() == 0).all()
+    for neighbours in (1, 2, 3):
+        assert cluster_logits(far, clusters.to(torch.float32), neighbours=neighbours).isfinite().all()
+
+
+@pytest.mark.parametrize("neighbours", [None, 3])
+def test_logits_gradient(neighbours):
+    z, clusters = draw(1)
+    voting = cluster_logits(z, clusters, neighbours=neighbours).detach()
+    if neighbours:
+        # a class without a vote follows its own centroid but not the detached floor: compare classes with a vote
+        parts = clusters.centroids.tolist(), clusters.labels.tolist(), clusters.variance.tolist()
+        rows = [reference.cluster_logits(p, *parts, neighbours=neighbours) for p in z.tolist()]
+        mask = torch.tensor(rows).isfinite()
+    else:
+        mask = torch.ones_like(voting, dtype=torch.bool)
+    assert torch.autograd.gradcheck(
+        lambda x: cluster_logits(x, clusters, neighbours=neighbours)[mask], (z.requires_grad_(),)
+    )
+
+
+def test_nearest_logits_pick_the_nearest_centroid():
+    z, clusters = draw(2, points=200)
+    nearest = torch.tensor(
+        [
+            min(range(6), key=row.__getitem__)
+            for row in reference.squared_distances(z.tolist(), clusters.centroids.tolist())
+        ]
+    )
+    assert torch.equal(nearest_logits(z, clusters).argmax(dim=1), clusters.labels[nearest])
+    assert torch.equal(cluster_logits(z, clusters, neighbours=1).argmax(dim=1), clusters.labels[nearest])
+    assert torch.equal(cluster_logits(z, clusters, neighbours=2).argmax(dim=1), clusters.labels[nearest])
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_logits_do_not_depend_on_the_order_of_centroids_or_on_a_rigid_motion(seed):
+    z, clusters = draw(seed)
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(6, generator=g)
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=g, dtype=torch.float64))[0]
+    shift = torch.randn(4, generator=g, dtype=torch.float64)
+    moved = Clusters((clusters.centroids @ rotation.T + shift)[order], clusters.labels[order], clusters.variance[order])
+    for neighbours in (None, 3):
+        torch.testing.assert_close(
+            cluster_logits(z @ rotation.T + shift, moved, neighbours=neighbours),
+            cluster_logits(z, clusters, neighbours=neighbours),
+            rtol=1e-9,
+            atol=1e-9,
+        )
+
+
+def test_bad_input_is_named(as_installed):
+    z, clusters = draw(0)
+    with pytest.raises(ValueError, match=r"embeddings: expected dimension 4 as the centroids', got 3"):
+        cluster_logits(z[:, :3], clusters)
+    with pytest.raises(ValueError, match=r"embeddings: expected dimension 4"):
+        nearest_logits(z[:, :3], clusters)
+    with pytest.raises(ValueError, match=r"neighbours: expected a positive number or None, got 0"):
+        cluster_logits(z, clusters, neighbours=0)
+    with pytest.raises(ValueError, match=r'rule: expected "soft" or "nearest", got \'hard\''):
+        ClusterClassifier(nn.Flatten(), clusters, rule="hard")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r'neighbours: expected None with rule="nearest", got 3'):
+        ClusterClassifier(nn.Flatten(), clusters, rule="nearest", neighbours=3)
+    with pytest.raises(ValueError, match=r"neighbours: expected a positive number or None, got -1"):
+        ClusterClassifier(nn.Flatten(), clusters, neighbours=-1)
+
+
+def test_classifier_agrees_with_the_functions_and_survives_a_round_trip():
+    z, clusters = draw(3)
+    images = z.reshape(6, 1, 2, 2)
+    soft = ClusterClassifier(nn.Flatten(), clusters, neighbours=4)
+    hard = ClusterClassifier(nn.Flatten(), clusters, rule="nearest")
+    assert torch.equal(soft(images), cluster_logits(z, clusters, neighbours=4))
+    assert torch.equal(hard(images), nearest_logits(z, clusters))
+    assert torch.equal(soft.embed(images), z)
+    other = ClusterClassifier(nn.Flatten(), draw(4)[1], neighbours=4)
+    assert not torch.equal(other(images), soft(images))
+    other.load_state_dict(soft.state_dict())
+    assert torch.equal(other(images), soft(images))
+    assert soft.float().clusters.centroids.dtype == torch.float32
+
+
+def test_linear_classifier():
+    torch.manual_seed(0)
+    model = LinearClassifier(nn.Flatten(), 4, 3).double()
+    images = draw(5)[0].reshape(6, 1, 2, 2)
+    expected = model.embed(images) @ model.linear.weight.T + model.linear.bias
+    torch.testing.assert_close(model(images), expected)
