@@ -18,9 +18,12 @@ from clustr_core.training import Run, embed_all
 
 
 def umap_map(
-    embeddings: Float[Tensor, "batch dim"], *, neighbours: int = 15, min_dist: float = 0.1, seed: int = 0
+    embeddings: Float[Tensor, "batch dim"], *, neighbours: int = 15, min_dist: float = 0.5, seed: int = 0
 ) -> Float[np.ndarray, "batch 2"]:
     """A UMAP of embeddings in the plane. Neighbourhoods mean something; distances between groups do not.
+
+    Args:
+        min_dist: larger spreads the points of a group (umap-learn's default, 0.1, draws a tight cluster as a dot).
 
     Source: McInnes et al. 2018, through umap-learn.
     """

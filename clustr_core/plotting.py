@@ -13,6 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
+from matplotlib.patheffects import withStroke
 from scipy.spatial import Voronoi, voronoi_plot_2d
 
 from clustr_core import records
@@ -291,19 +292,24 @@ def draw_history(axes: Axes, table: pd.DataFrame, y: str) -> None:
 
 
 def draw_map(axes: Axes, table: pd.DataFrame, class_names: Sequence[str]) -> None:
-    """A planar map of embeddings (x, y, label): each class in a colour, its name written at its median."""
+    """A planar map of embeddings (x, y, label): a colour and a marker for each class, its name above its images."""
     colours = sns.color_palette("colorblind", len(class_names))
     for label, rows in _groups(table, "label"):
-        axes.scatter(
-            rows["x"], rows["y"], s=9, color=[colours[label]], marker="o^sDvPX<>*"[label % 10], linewidth=0, alpha=0.75
+        marker = "o^sDvPX<>*"[label % 10]
+        axes.scatter(rows["x"], rows["y"], s=12, color=[colours[label]], marker=marker, linewidth=0, alpha=0.8)
+    for label, rows in _groups(table, "label"):
+        above = (np.median(rows["x"]), np.quantile(rows["y"], 0.9))
+        text = axes.annotate(
+            str(class_names[label]), above, xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9
         )
-        box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "0.6", "linewidth": 0.5, "alpha": 0.85}
-        middle = (np.median(rows["x"]), np.median(rows["y"]))
-        axes.annotate(str(class_names[label]), middle, ha="center", va="center", fontsize=8, bbox=box)
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+    axes.margins(0.1)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
-    sns.despine(ax=axes, left=True, bottom=True)
+    sns.despine(ax=axes, top=False, right=False)
+    for spine in axes.spines.values():
+        spine.set(color="0.75", linewidth=0.8)
 
 
 def draw_shares(axes: Axes, table: pd.DataFrame, value: str, group: str) -> None:

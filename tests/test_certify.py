@@ -254,7 +254,7 @@ def test_bad_embeddings_and_clusters_are_named():
 
 
 def model_and_images(rule="nearest", neighbours=None):
-    z, clusters = draw(5, dim=4, points=6)
+    _, clusters = draw(5, dim=4, points=6)
     linear = nn.Linear(4, 4, bias=False).double()
     linear.weight.data = 2 * torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double())[0]
     encoder = nn.Sequential(nn.Flatten(), linear)

@@ -268,7 +268,7 @@ def test_planar_flips_agree_with_the_oracle():
     radii = theory.planar_radii(example)
     flips = theory.planar_flips(example, directions=360, reach=8.0)
     assert (flips >= radii["pairwise"]).all()
-    assert (flips - radii["exact"]).between(-1e-9, 1e-3).all()
+    assert (flips - radii["exact"]).between(-1e-9, 5e-3).all()
     assert (radii["pairwise"] > 1.3 * radii["nearest"]).sum() >= 2
 
 
