@@ -54,7 +54,9 @@ def certified_radius(
     own_distances = distances.gather(1, own)[:, :, None]
     rival_distances = distances[:, None, :]
     relative = _relative_rounding(embeddings)
-    gaps = (rival_distances - own_distances) / 2 - relative * (rival_distances + own_distances) / 2
+    tiny = torch.finfo(embeddings.dtype).tiny
+    # squares of less than that lose digits to underflow, which no relative bound covers
+    gaps = (rival_distances - own_distances) / 2 - relative * (rival_distances + own_distances) / 2 - tiny
     if rule == "soft" or neighbours is not None:
         gaps = gaps - _vote_correction(clusters, neighbours)
     if bound == "triangle":
@@ -62,10 +64,11 @@ def certified_radius(
     else:
         lengths = squared_distances(clusters.centroids, clusters.centroids).sqrt()[own]
     # an own centroid on top of a rival decides nothing: it is skipped, and if none is left the radius is 0
-    usable = is_own[:, :, None] & (lengths > 0)
+    usable = is_own[:, :, None] & (lengths.square() > tiny / torch.finfo(embeddings.dtype).eps)
     radii = (gaps / lengths.where(usable, 1)).masked_fill(~usable, -torch.inf).amax(dim=1)
     is_rival = clusters.labels != predicted[:, None]
-    feature_radius = radii.masked_fill(~is_rival, torch.inf).amin(dim=1).clamp_min(0)
+    # where a square has overflowed nothing is known
+    feature_radius = radii.masked_fill(~is_rival, torch.inf).amin(dim=1).clamp_min(0).nan_to_num(nan=0)
     return feature_radius * (1 - relative) / lipschitz
 
 

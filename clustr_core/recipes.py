@@ -18,6 +18,7 @@ from clustr_core import records
 
 Augmentation = Literal["none", "crop", "crop-flip"]
 Optimiser = Literal["adam", "sgd"]
+Norm = Literal["linf", "l2"]
 
 # the modules that decide the weights of a run, and the numbers measured on it
 _MODEL = ("losses", "encoders", "classifiers", "attacks", "data")
@@ -158,7 +159,7 @@ class Protocol:
         ValueError: if a number is not positive.
     """
 
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Norm = "linf"
     eps: tuple[float, ...] = ()
     steps: int = 20
     restarts: int = 1
@@ -175,6 +176,8 @@ class Protocol:
             "step_size": self.step_size,
             "examples": self.examples,
         }
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm: expected one of {get_args(Norm)}, got {self.norm!r}")
         for name, value in [*numbers.items(), *(("eps", e) for e in self.eps)]:
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected positive numbers, got {value}")
@@ -258,16 +261,17 @@ def load_profile(name: str | Path) -> Profile:
     if not path.exists():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise FileNotFoundError(f"profile: expected one of {known} or a YAML file, got {name}")
-    content = yaml.safe_load(path.read_text()) or {}
-    known = {"shared", "methods", "attacks", "certified_examples", "chapters"}
-    if unknown := sorted(set(content) - known):
-        raise ValueError(f"{path.name}: unknown key {unknown}, expected some of {sorted(known)}")
-    recipes = _recipes(content.get("methods", {}), content.get("shared", {}), path.name)
-    attacks = {
-        key: _build(Protocol, values, where=f"{path.name}: attacks.{key}")
-        for key, values in content.get("attacks", {}).items()
-    }
-    return Profile(path.stem, recipes, attacks, content.get("certified_examples"), content.get("chapters", {}))
+    content = _mapping(_read_yaml(path), path.name)
+    parts = ("shared", "methods", "attacks", "chapters")
+    if unknown := sorted(set(content) - {*parts, "certified_examples"}, key=str):
+        raise ValueError(f"{path.name}: unknown key {unknown}, expected some of {[*parts, 'certified_examples']}")
+    shared, methods, attacks, chapters = (_mapping(content.get(key), f"{path.name}: {key}") for key in parts)
+    protocols = {key: _protocol(values, f"{path.name}: attacks.{key}") for key, values in attacks.items()}
+    where = f"{path.name}: certified_examples"
+    examples = _value(content.get("certified_examples"), int | None, where)
+    if examples is not None and examples < 1:
+        raise ValueError(f"{where}: expected a positive number, got {examples}")
+    return Profile(path.stem, _recipes(methods, shared, path.name), protocols, examples, chapters)
 
 
 def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
@@ -279,14 +283,32 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     return replace(recipe, **_checked(type(recipe), changes, where=recipe.method))
 
 
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name}: expected YAML, got {error}") from error
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    """A mapping; nothing at all is an empty one."""
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{where}: expected keys with values, got {value!r}")
+    return value or {}
+
+
+def _protocol(values: Any, where: str) -> Protocol:
+    return _build(Protocol, _mapping(values, where), where)
+
+
 def _recipes(methods: dict[str, dict], shared: dict[str, Any], where: str) -> dict[str, Recipe]:
     recipes: dict[str, Recipe] = {}
     for method, values in methods.items():
         if method not in METHODS:
             raise ValueError(f"{where}: unknown method {method!r}, expected some of {sorted(METHODS)}")
-        values = {**shared, **(values or {})}
+        values = {**shared, **_mapping(values, f"{where}: methods.{method}")}
         if start := values.pop("warm_start", None):
-            if start not in recipes:
+            if not isinstance(start, str) or start not in recipes:
                 raise ValueError(f"{where}: methods.{method}.warm_start: expected a method above it, got {start!r}")
             values["warm_start"] = recipes[start]
         recipes[method] = _build(METHODS[method], values, where=f"{where}: methods.{method}")
@@ -303,19 +325,27 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
 def _checked(kind: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     """Known fields only, each value cast to what its field says."""
     types = {item.name: item.type for item in fields(kind)}
-    if unknown := sorted(set(values) - set(types)):
+    if unknown := sorted(set(values) - set(types), key=str):
         raise ValueError(f"{where}: unknown key {unknown}, expected some of {sorted(types)}")
     return {name: _value(value, types[name], f"{where}: {name}") for name, value in values.items()}
 
 
 def _value(value: Any, kind: Any, where: str) -> Any:
     """A value as its field's type: numbers from numbers or fractions, tuples from lists, the rest as it is."""
+    if kind == "Recipe | None":
+        if value is not None and not isinstance(value, Recipe):
+            raise ValueError(f"{where}: expected a recipe or None, got {value!r}")
+        return value
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where}: expected a list, got {value!r}")
         return tuple(_value(item, get_args(kind)[0], where) for item in value)
+    if value is None and type(None) in get_args(kind):
+        return value
+    if kind is str and not isinstance(value, str):
+        raise ValueError(f"{where}: expected a name, got {value!r}")
     numeric = {float, int} & {kind, *get_args(kind)}
-    if value is None or isinstance(value, Recipe) or not numeric:
+    if not numeric:
         return value
     number = _number(value, where)
     if float in numeric:

@@ -192,6 +192,18 @@ def test_without_the_rounding_slack_single_precision_is_unsound(monkeypatch):
         test_single_precision_never_exceeds_the_truth(64, 30.0)
 
 
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_squares_that_underflow_certify_nothing_wrong(bound):
+    """d^2 near the smallest number that float32 has: its rounding is a large part of it."""
+    for scale in (1e-23, 1e-22, 3e-22, 1e-20, 1e-17, 1e-14, 1e-10):
+        clusters = Clusters(torch.tensor([[0.0], [scale]]), torch.tensor([0, 1]), torch.ones(2))
+        z = torch.linspace(0.01, 0.49, 49)[:, None] * scale
+        truth = float(clusters.centroids[1]) / 2 - z.double().squeeze(1)
+        radius = certified_radius(z, clusters, bound=bound).double()
+        assert (radius <= truth).all()
+    assert (radius[:40] > 0.9 * truth[:40]).all()
+
+
 def test_coincident_centroids():
     ones = torch.ones(3, dtype=torch.float64)
     on_a_rival = Clusters(torch.tensor([[0.0], [0.0], [4.0]], dtype=torch.float64), torch.tensor([0, 1, 1]), ones)
@@ -203,6 +215,13 @@ def test_coincident_centroids():
     assert float(certified_radius(torch.tensor([[-1.5]]).double(), held)) == pytest.approx(0.5)
     twins = Clusters(torch.tensor([[0.0], [0.0], [4.0]], dtype=torch.float64), torch.tensor([0, 0, 1]), ones)
     assert float(certified_radius(torch.tensor([[1.0]]).double(), twins)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_an_embedding_on_top_of_its_centroid_and_of_a_rival(bound):
+    """0 / 0 must become 0, not NaN."""
+    clusters = Clusters(torch.tensor([[0.0], [0.0], [4.0]]), torch.tensor([0, 1, 0]), torch.ones(3))
+    assert certified_radius(torch.tensor([[0.0]]), clusters, bound=bound).tolist() == [0]
 
 
 def test_an_embedding_on_the_border_has_radius_zero():

@@ -171,7 +171,10 @@ def test_magnet_loss_refuses(as_installed, changes, message):
         ({"labels": torch.tensor([0, 1, 2])}, r"labels: expected classes in 0\.\.1, got 0 to 2"),
         ({"labels": torch.tensor([0, 1, -1])}, r"labels: expected classes in 0\.\.1, got -1 to 1"),
         (
-            {"clusters": Clusters(torch.zeros(1, 2), torch.tensor([0]), torch.ones(1)), "labels": torch.zeros(3).long()},
+            {
+                "clusters": Clusters(torch.zeros(1, 2), torch.tensor([0]), torch.ones(1)),
+                "labels": torch.zeros(3).long(),
+            },
             "clusters: expected at least two classes, got one",
         ),
         (

@@ -1,0 +1,392 @@
+"""Datasets: what is loaded is what lies on disk, and what cannot be used is refused by name."""
+
+import os
+import resource
+from contextlib import contextmanager
+from dataclasses import replace
+
+import archives
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from scipy.stats import chisquare
+
+from clustr_core import data
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "train", "test"), [("digits", (1, 8, 8), 1437, 360), ("mnist5k", (1, 28, 28), 4000, 1000)]
+)
+def test_embedded_datasets(name, shape, train, test):
+    found, again = data.load(name), data.load(name)
+    assert found.name == name
+    assert found.image_shape == shape
+    assert found.num_classes == 10
+    assert found.class_names == tuple("0123456789")
+    assert (len(found.train_images), len(found.test_images)) == (train, test)
+    assert found.train_images.dtype == torch.uint8
+    assert found.train_labels.dtype == found.test_labels.dtype == torch.int64
+    assert found.train_images.max() == 255
+    for part in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert torch.equal(getattr(found, part), getattr(again, part))
+    shares = torch.bincount(found.test_labels) / torch.bincount(torch.cat([found.train_labels, found.test_labels]))
+    assert ((shares - 0.2).abs() < 0.01).all()
+
+
+def test_the_two_parts_are_disjoint_and_complete(digits):
+    from sklearn.datasets import load_digits
+
+    rows = torch.cat([digits.train_images, digits.test_images]).flatten(1)
+    original = np.rint(load_digits().data * 255 / 16).astype(np.uint8)
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, original.tolist()))
+
+
+def test_labels_stay_with_their_images(digits):
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    label_of = {row.tobytes(): y for row, y in zip(source.data.astype(np.uint8), source.target, strict=True)}
+    for image, label in zip(digits.test_images, digits.test_labels.tolist(), strict=True):
+        assert label_of[(image.numpy() * (16 / 255)).round().astype(np.uint8).tobytes()] == label
+
+
+def test_bytes_become_floats_in_the_unit_range():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    floats = data.to_float(images)
+    assert floats.dtype == torch.float32
+    assert floats.flatten().tolist() == pytest.approx([i / 255 for i in range(256)], rel=1e-7)
+    assert images.flatten()[255] == 255
+
+
+def noise(count, shape=(3, 7, 6), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 256, (count, *shape), generator=g, dtype=torch.uint8)
+
+
+def crop_of(image, out, padding):
+    """(row, column, mirrored) of the one crop of an image that equals ``out``, found by trying all."""
+    channels, height, width = image.shape
+    padded = np.zeros((channels, height + 2 * padding, width + 2 * padding), dtype=np.uint8)
+    padded[:, padding : padding + height, padding : padding + width] = image.numpy()
+    found = []
+    for row in range(2 * padding + 1):
+        for column in range(2 * padding + 1):
+            crop = padded[:, row : row + height, column : column + width]
+            found += [(row, column, m) for m, c in enumerate((crop, crop[:, :, ::-1])) if np.array_equal(c, out)]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_each_image_is_one_of_its_own_crops_evenly_drawn():
+    images = noise(600)
+    out = data.random_crop_flip(images, generator=torch.Generator().manual_seed(0), padding=2)
+    assert out.dtype == torch.uint8
+    assert out.shape == images.shape
+    found = [crop_of(image, crop.numpy(), 2) for image, crop in zip(images, out, strict=True)]
+    for position, values in enumerate((5, 5, 2)):
+        assert chisquare(np.bincount([f[position] for f in found], minlength=values)).pvalue > 1e-3
+    pairs = np.bincount([5 * row + column for row, column, _ in found], minlength=25)
+    assert chisquare(pairs).pvalue > 1e-3
+
+
+def test_augmentation_follows_its_generator_and_leaves_its_input():
+    images = noise(50)
+    before = images.clone()
+    outs = [data.random_crop_flip(images, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    assert torch.equal(images, before)
+
+
+def test_crops_alone_mirror_nothing_and_no_padding_moves_nothing():
+    images = noise(80)
+    g = torch.Generator().manual_seed(0)
+    out = data.random_crop_flip(images, generator=g, padding=1, flip=False)
+    assert not any(crop_of(image, crop.numpy(), 1)[2] for image, crop in zip(images, out, strict=True))
+    assert torch.equal(data.random_crop_flip(images, generator=g, padding=0, flip=False), images)
+    with pytest.raises(ValueError, match="padding: expected 0 or more pixels, got -1"):
+        data.random_crop_flip(images, generator=g, padding=-1)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"name: expected one of \['cifar10', .*\] or folder:PATH, got 'imagenet'"):
+        data.load("imagenet")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_names": ("a",)}, "expected at least two classes"),
+        ({"train_images": torch.zeros(2, 1, 4, 4)}, r"train_images: expected uint8 .* got torch.float32"),
+        ({"test_images": torch.zeros(2, 4, 4, dtype=torch.uint8)}, r"test_images: expected uint8 of shape"),
+        ({"train_labels": torch.tensor([0])}, "train_labels: expected one for each of 2 images, got 1"),
+        ({"test_labels": torch.tensor([0, 2])}, r"test_labels: expected classes in 0\.\.1, got 0 to 2"),
+        ({"test_labels": torch.tensor([0, -1])}, r"test_labels: expected classes in 0\.\.1, got -1 to 0"),
+    ],
+)
+def test_datasets_that_do_not_hold_together(as_installed, changes, message):
+    images, labels = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
+    good = data.Dataset("toy", images, labels, images, labels, ("a", "b"))
+    with pytest.raises(ValueError, match=message):
+        replace(good, **changes)
+
+
+# archives of torchvision's formats, downloaded from a server on this machine
+
+
+@pytest.mark.parametrize("name", archives.MAKERS)
+def test_torchvision_datasets_are_downloaded_once_and_read(name, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    source, root = tmp_path / "source", tmp_path / "root"
+    source.mkdir()
+    with archives.served(source) as url:
+        splits = archives.MAKERS[name](source, url, monkeypatch)
+        found = data.load(name, root)
+    assert "100%" in capfd.readouterr().err
+    again = data.load(name, root)
+    for dataset in (found, again):
+        assert dataset.name == name
+        assert dataset.num_classes == (100 if name == "cifar100" else 10)
+        for part, (pixels, labels) in splits.items():
+            assert np.array_equal(getattr(dataset, f"{part}_images").numpy(), pixels)
+            assert getattr(dataset, f"{part}_labels").tolist() == labels.tolist()
+
+
+def test_a_damaged_archive_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with archives.served(tmp_path) as url:
+        archives.MAKERS["cifar10"](tmp_path, url, monkeypatch)
+        (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"not what it was")
+        with pytest.raises(RuntimeError, match="not found or corrupted"):
+            data.load("cifar10", tmp_path / "root")
+
+
+def test_downloads_lie_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("CLUSTR_DATA", str(tmp_path / "elsewhere"))
+    (tmp_path / "source").mkdir()
+    with archives.served(tmp_path / "source") as url:
+        archives.MAKERS["svhn"](tmp_path / "source", url, monkeypatch)
+        data.load("svhn")
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"train_32x32.mat", "test_32x32.mat"}
+
+
+# folders of images
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def picture(seed, shape=(6, 5, 3)):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of colour PNGs: two images each to train on, one to test on."""
+    names = ("train/cat/a", "train/cat/b", "train/dog/a", "train/dog/b", "test/cat/c", "test/dog/c")
+    for seed, name in enumerate(names):
+        save(tmp_path / f"{name}.png", picture(seed))
+    return tmp_path
+
+
+def load(folder):
+    return data.load(f"folder:{folder}")
+
+
+def cache(folder):
+    return folder / data.CACHE_NAME
+
+
+def leftovers(folder):
+    return sorted(path.name for path in folder.rglob(".*"))
+
+
+def test_a_folder_of_colour_images(folder):
+    found = load(folder)
+    assert found.name == f"folder:{folder}"
+    assert found.class_names == ("cat", "dog")
+    assert found.image_shape == (3, 6, 5)
+    assert found.train_labels.tolist() == [0, 0, 1, 1]
+    assert found.test_labels.tolist() == [0, 1]
+    for row, seed in enumerate(range(4)):
+        assert np.array_equal(found.train_images[row].numpy(), picture(seed).transpose(2, 0, 1))
+    assert np.array_equal(found.test_images[1].numpy(), picture(5).transpose(2, 0, 1))
+    assert leftovers(folder) == [data.CACHE_NAME]
+
+
+def test_a_relative_folder_is_found_in_the_books_root(folder, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("CLUSTR_HOME", str(folder.parent))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert len(data.load(f"folder:{folder.name}").train_labels) == 4
+
+
+def test_a_folder_of_grey_images(tmp_path):
+    for seed, name in enumerate(("train/0/a", "train/1/a", "test/0/a", "test/1/a")):
+        save(tmp_path / f"{name}.png", picture(seed, (6, 5)))
+    Image.fromarray(picture(9, (6, 5))).convert("1").save(tmp_path / "train/1/b.png")
+    found = load(tmp_path)
+    assert found.image_shape == (1, 6, 5)
+    assert np.array_equal(found.train_images[0, 0].numpy(), picture(0, (6, 5)))
+    assert set(found.train_images[2].unique().tolist()) == {0, 255}
+
+
+def test_other_formats_among_colour_images(folder):
+    save(folder / "train/cat/c.jpg", np.full((6, 5, 3), 200, dtype=np.uint8))
+    save(folder / "train/cat/d.png", picture(8, (6, 5)))
+    save(folder / "train/cat/e.png", np.dstack([picture(9), np.full((6, 5), 7, dtype=np.uint8)]))
+    palette = Image.fromarray(picture(10)).quantize(16)
+    palette.save(folder / "train/cat/f.png")
+    Image.fromarray(picture(11)).convert("CMYK").save(folder / "train/cat/g.jpg")
+    images = load(folder).train_images
+    assert len(images) == 9
+    assert ((images[2].int() - 200).abs() <= 2).all()
+    assert np.array_equal(images[3].numpy(), np.repeat(picture(8, (6, 5))[None], 3, axis=0))
+    assert np.array_equal(images[4].numpy(), picture(9).transpose(2, 0, 1))
+    assert np.array_equal(images[5].numpy(), np.asarray(palette.convert("RGB")).transpose(2, 0, 1))
+
+
+def test_a_palette_with_transparency_is_read_without_a_warning(folder):
+    palette = Image.fromarray(picture(10)).quantize(16)
+    palette.save(folder / "train/cat/c.png", transparency=bytes(range(16)))
+    assert np.array_equal(load(folder).train_images[2].numpy(), np.asarray(palette.convert("RGB")).transpose(2, 0, 1))
+
+
+def test_images_are_decoded_once(folder):
+    first = load(folder)
+    before = cache(folder).stat().st_mtime_ns
+    # other pixels behind the same sizes and times: only a cache can still know the old ones
+    for path in folder.rglob("*.png"):
+        stat = path.stat()
+        path.write_bytes(bytes(stat.st_size))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again = load(folder)
+    assert torch.equal(again.train_images, first.train_images)
+    assert torch.equal(again.test_images, first.test_images)
+    assert cache(folder).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("change", ["touched", "added", "removed", "renamed"])
+def test_a_stale_cache_is_made_again(folder, change):
+    load(folder)
+    path = folder / "train/cat/b.png"
+    if change == "touched":
+        save(path, picture(20))
+        os.utime(path, ns=(0, 1))
+    elif change == "added":
+        save(folder / "train/cat/a0.png", picture(20))
+    elif change == "removed":
+        path.unlink()
+    else:
+        path.rename(folder / "train/dog/a0.png")
+    images = load(folder).train_images
+    expected = {"touched": [0, 20, 2, 3], "added": [0, 20, 1, 2, 3], "removed": [0, 2, 3], "renamed": [0, 2, 1, 3]}
+    assert [image.tolist() for image in images] == [picture(s).transpose(2, 0, 1).tolist() for s in expected[change]]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 60, -1])
+def test_a_truncated_cache_is_made_again(folder, keep):
+    first = load(folder)
+    whole = cache(folder).read_bytes()
+    cache(folder).write_bytes(whole[:keep])
+    assert torch.equal(load(folder).train_images, first.train_images)
+    assert cache(folder).read_bytes() == whole
+
+
+def spoil(folder, case):
+    """Make a folder unusable in one way; returns what the message must say."""
+    bad = folder / "train/dog/b.png"
+    if case == "unreadable":
+        bad.write_bytes(b"no image at all")
+    elif case == "truncated":
+        bad.write_bytes(bad.read_bytes()[:-40])
+    elif case == "odd size":
+        save(bad, picture(0, (5, 6, 3)))
+    elif case == "16 bit":
+        save(bad, picture(0, (6, 5)).astype(np.uint16) * 200)
+    elif case == "float":
+        bad = bad.with_suffix(".tiff")
+        save(bad, np.zeros((6, 5), dtype=np.float32))
+    return {
+        "unreadable": f"expected an image, got an unreadable file {bad}",
+        "truncated": f"expected an image, got an unreadable file {bad}",
+        "odd size": rf"expected every image to be 5 x 6 pixels, got \(6, 5\) in {bad}",
+        "16 bit": f"expected 8-bit images .* got 'I;16' in {bad}",
+        "float": f"expected 8-bit images .* got 'F' in {bad}",
+    }[case]
+
+
+@pytest.mark.parametrize("case", ["unreadable", "truncated", "odd size", "16 bit", "float"])
+def test_an_image_that_cannot_be_used_is_named_and_nothing_is_cached(folder, case):
+    with pytest.raises(ValueError, match=f"folder: {spoil(folder, case)}"):
+        load(folder)
+    assert leftovers(folder) == []
+
+
+def test_a_colour_image_among_grey_ones_is_refused(folder):
+    save(folder / "train/cat/a.png", picture(0, (6, 5)))
+    with pytest.raises(ValueError, match=r"folder: expected 8-bit images .* got 'RGB' in .*train/cat/b\.png"):
+        load(folder)
+
+
+def test_the_first_image_may_be_the_bad_one(folder):
+    save(folder / "train/cat/a.png", picture(0, (6, 5)).astype(np.uint16) * 200)
+    with pytest.raises(ValueError, match=r"folder: expected 8-bit images .* got 'I;16' in .*train/cat/a\.png"):
+        load(folder)
+
+
+def test_an_empty_class(folder):
+    for path in (folder / "test/dog").iterdir():
+        path.unlink()
+    (folder / "test/dog/.hidden").touch()
+    with pytest.raises(ValueError, match=f"folder: expected images in {folder / 'test/dog'}, got an empty class"):
+        load(folder)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_class_in_one_part_only(folder, part):
+    save(folder / part / "fox/a.png", picture(0))
+    with pytest.raises(ValueError, match=r"expected the same classes in train and test, got only one of \['fox'\]"):
+        load(folder)
+
+
+def test_one_class_only(tmp_path):
+    save(tmp_path / "train/cat/a.png", picture(0))
+    save(tmp_path / "test/cat/a.png", picture(1))
+    with pytest.raises(ValueError, match=r"expected at least two class folders in .*train, got \['cat'\]"):
+        load(tmp_path)
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"folder: expected a directory at {tmp_path / 'none'}"):
+        load(tmp_path / "none")
+    save(tmp_path / "train/cat/a.png", picture(0))
+    with pytest.raises(FileNotFoundError, match=f"folder: expected a directory at {tmp_path / 'test'}"):
+        load(tmp_path)
+
+
+@contextmanager
+def files_of_at_most(size):
+    """No file can grow beyond so many bytes: as a full disk, but for this process alone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_room_for_the_cache_leaves_no_part_of_it(folder):
+    with files_of_at_most(100), pytest.raises((OSError, SafetensorError), match="File too large"):
+        load(folder)
+    assert leftovers(folder) == []
+    assert len(load(folder).train_images) == 4

@@ -1,0 +1,299 @@
+"""Recipes and profiles: what is written is what is read, a wrong key is named, and a run's name tells all of it."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from clustr_core import recipes
+from clustr_core.recipes import (
+    METHODS,
+    AdversarialTraining,
+    Clustr,
+    ClustrQTrades,
+    CrossEntropy,
+    Protocol,
+    Recipe,
+    load_profile,
+    override,
+    recipe_from_dict,
+    recipe_to_dict,
+    run_folder,
+    run_key,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+GOOD = """\
+shared: {dataset: digits, width: 8, learning_rate: 1e-3}
+methods:
+  ce: {epochs: 2, width: 4}
+  pgd-at: {eps: 25.5/255, steps: 2}
+  clustr: {warm_start: ce, snapshots: [0, 2]}
+  clustr-qtrades:
+attacks:
+  linf: {norm: linf, eps: [8/255, 0.1], steps: 5}
+certified_examples: 64
+chapters:
+  03-training: {shown_examples: 64}
+"""
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """Loads a profile from its text."""
+
+    def load(text):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return load_profile(path)
+
+    return load
+
+
+def test_a_profile_is_what_its_file_says(profile):
+    found = profile(GOOD)
+    assert found.name == "mine"
+    assert list(found.recipes) == list(METHODS)
+    ce, at, clustr, qtrades = found.recipes.values()
+    assert ce == CrossEntropy(epochs=2, width=4)
+    assert at == AdversarialTraining(eps=0.1, steps=2, width=8)
+    assert clustr == Clustr(warm_start=ce, snapshots=(0, 2), width=8)
+    assert qtrades == ClustrQTrades(width=8)
+    assert found.attacks == {"linf": Protocol(norm="linf", eps=(8 / 255, 0.1), steps=5)}
+    assert found.certified_examples == 64
+    assert found.chapters == {"03-training": {"shown_examples": 64}}
+
+
+def test_an_empty_profile_is_empty(profile):
+    found = profile("")
+    assert (found.recipes, found.attacks, found.certified_examples, found.chapters) == ({}, {}, None, {})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_profile_of_the_book_loads_and_survives_json(path, monkeypatch):
+    monkeypatch.setenv("CLUSTR_HOME", str(ROOT))
+    found = load_profile(path.stem)
+    assert found == load_profile(path)
+    assert set(found.recipes) == set(METHODS)
+    assert found.attacks
+    for recipe in found.recipes.values():
+        assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method: {ce: {}}", r"mine\.yaml: unknown key \['method'\], expected some of .*'methods'"),
+        ("methods: {magnet: {}}", r"mine\.yaml: unknown method 'magnet', expected some of \['ce', "),
+        ("methods: {ce: {epoch: 3}}", r"mine\.yaml: methods\.ce: unknown key \['epoch'\], expected some of .*'epochs'"),
+        ("methods: {ce: {gap: 3}}", r"mine\.yaml: methods\.ce: unknown key \['gap'\]"),
+        ("{methods: {ce: {}}, shared: {gap: 3}}", r"mine\.yaml: methods\.ce: unknown key \['gap'\]"),
+        ("attacks: {linf: {eps: [0.1], radius: 1}}", r"mine\.yaml: attacks\.linf: unknown key \['radius'\]"),
+        ("methods: {ce: {3: 4}}", r"mine\.yaml: methods\.ce: unknown key \[3\]"),
+        ("methods: {ce: {epochs: 0}}", r"methods\.ce: epochs: expected a positive number, got 0"),
+        ("methods: {ce: {epochs: -1}}", r"methods\.ce: epochs: expected a positive number, got -1"),
+        ("methods: {ce: {epochs: 2.5}}", r"methods\.ce: epochs: expected a whole number, got 2\.5"),
+        ("methods: {ce: {epochs: many}}", r"methods\.ce: epochs: expected a number or a fraction, got 'many'"),
+        ("methods: {ce: {epochs: true}}", r"methods\.ce: epochs: expected a number or a fraction, got True"),
+        ("methods: {ce: {epochs: null}}", r"methods\.ce: epochs: expected a number or a fraction, got None"),
+        ("methods: {ce: {epochs: [1]}}", r"methods\.ce: epochs: expected a number or a fraction, got \[1\]"),
+        ("methods: {ce: {dataset: 5}}", r"methods\.ce: dataset: expected a name, got 5"),
+        ("methods: {ce: {learning_rate: .nan}}", r"methods\.ce: learning_rate: expected a finite number"),
+        ("methods: {ce: {learning_rate: .inf}}", r"methods\.ce: learning_rate: expected a finite number"),
+        ("methods: {pgd-at: {eps: 8/0}}", r"methods\.pgd-at: eps: expected a number or a fraction, got '8/0'"),
+        ("methods: {pgd-at: {eps: 8/255/2}}", r"methods\.pgd-at: eps: expected a number or a fraction"),
+        ("methods: {ce: {milestones: 3}}", r"methods\.ce: milestones: expected a list, got 3"),
+        ("methods: {ce: {milestones: [a]}}", r"methods\.ce: milestones: expected a number or a fraction, got 'a'"),
+        ("methods: {ce: {augmentation: cutout}}", r"methods\.ce: augmentation: expected one of .* got 'cutout'"),
+        ("methods: {ce: {optimiser: 1}}", r"methods\.ce: optimiser: expected one of \('adam', 'sgd'\), got 1"),
+        ("methods: {clustr: {warm_start: ce}, ce: {}}", r"methods\.clustr\.warm_start: expected a method above it"),
+        ("methods: {clustr: {warm_start: clustr}}", r"methods\.clustr\.warm_start: expected a method above it"),
+        ("methods: {clustr: {warm_start: [ce]}}", r"methods\.clustr\.warm_start: expected a method above it"),
+        ("attacks: {linf: {eps: []}}", r"attacks\.linf: eps, losses: expected at least one of each"),
+        ("attacks: {linf: {eps: [0.1], losses: []}}", r"attacks\.linf: eps, losses: expected at least one of each"),
+        ("attacks: {linf: {eps: [0.1], losses: ce}}", r"attacks\.linf: losses: expected a list, got 'ce'"),
+        ("attacks: {linf: {eps: [0.1, -0.1]}}", r"attacks\.linf: eps: expected positive numbers, got -0\.1"),
+        ("attacks: {linf: {eps: [0.1], steps: 0}}", r"attacks\.linf: steps: expected positive numbers, got 0"),
+        ("attacks: {linf: {eps: [0.1], restarts: 0}}", r"attacks\.linf: restarts: expected positive numbers, got 0"),
+        ("attacks: {linf: {eps: [0.1], step_size: 0}}", r"attacks\.linf: step_size: expected positive numbers"),
+        ("attacks: {linf: {eps: [0.1], examples: 0}}", r"attacks\.linf: examples: expected positive numbers"),
+        ("attacks: {linf: {eps: [0.1], norm: l1}}", r"attacks\.linf: norm: expected one of .* got 'l1'"),
+        ("attacks: {linf: }", r"attacks\.linf: eps, losses: expected at least one of each"),
+        ("methods: [ce]", r"mine\.yaml: methods: expected keys with values, got \['ce'\]"),
+        ("methods: {ce: 5}", r"mine\.yaml: methods\.ce: expected keys with values, got 5"),
+        ("shared: 5", r"mine\.yaml: shared: expected keys with values, got 5"),
+        ("attacks: {linf: [0.1]}", r"mine\.yaml: attacks\.linf: expected keys with values"),
+        ("- ce", r"mine\.yaml: expected keys with values, got \['ce'\]"),
+        ("methods: {ce: [", r"mine\.yaml: expected YAML, got "),
+        ("certified_examples: 0", r"mine\.yaml: certified_examples: expected a positive number, got 0"),
+        ("certified_examples: all", r"mine\.yaml: certified_examples: expected a number or a fraction, got 'all'"),
+    ],
+)
+def test_what_a_profile_cannot_say(profile, as_installed, text, message):
+    with pytest.raises(ValueError, match=message):
+        profile(text)
+
+
+def test_a_missing_profile_says_which_there_are(tmp_path, monkeypatch):
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles/tiny.yaml").touch()
+    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
+    assert load_profile("tiny").recipes == {}
+    with pytest.raises(FileNotFoundError, match=r"profile: expected one of \['tiny'\] or a YAML file, got huge"):
+        load_profile("huge")
+
+
+@pytest.mark.parametrize("name", sorted(recipes._POSITIVE))
+@pytest.mark.parametrize("value", [0, -1, math.nan])
+def test_sizes_must_be_positive(name, value):
+    kind = next(kind for kind in METHODS.values() if name in {item.name for item in fields(kind)})
+    with pytest.raises(ValueError, match=f"{name}: expected a positive number, got {value}"):
+        kind(**{name: value})
+
+
+def test_every_choice_must_be_a_known_one():
+    for name in ("augmentation", "optimiser"):
+        with pytest.raises(ValueError, match=f"{name}: expected one of"):
+            CrossEntropy(**{name: "other"})
+
+
+@pytest.mark.parametrize(("steps", "step_size", "expected"), [(20, None, 0.0125), (5, None, 0.05), (20, 0.03, 0.03)])
+def test_the_step_of_a_protocol(steps, step_size, expected):
+    assert Protocol(eps=(0.1,), steps=steps, step_size=step_size).step_size_at(0.1) == pytest.approx(expected)
+
+
+def test_override_changes_what_it_names_and_refuses_the_rest():
+    recipe = Clustr(warm_start=CrossEntropy())
+    changed = override(recipe, {"epochs": "5", "gap": "1/2", "snapshots": [1], "train_examples": None})
+    assert changed == replace(recipe, epochs=5, gap=0.5, snapshots=(1,))
+    for changes, message in (
+        ({"epoch": 5}, r"clustr: unknown key \['epoch'\]"),
+        ({"epochs": None}, "clustr: epochs: expected a number"),
+        ({"warm_start": "ce"}, "clustr: warm_start: expected a recipe or None, got 'ce'"),
+        ({"epochs": -3}, "epochs: expected a positive number, got -3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            override(recipe, changes)
+    assert override(recipe, {"warm_start": None}) == Clustr()
+
+
+@pytest.mark.parametrize("kind", METHODS.values())
+def test_a_recipe_survives_json(kind):
+    recipe = kind(epochs=3, milestones=(1, 2), warm_start=CrossEntropy(seed=4, train_examples=9))
+    assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, r"method: expected one of .*, got None"),
+        ({"method": "magnet"}, r"method: expected one of .*, got 'magnet'"),
+        ({"method": "ce", "gap": 3}, r"ce: unknown key \['gap'\]"),
+        ({"method": "ce", "epochs": 0}, r"ce: epochs: expected a positive number"),
+        ({"method": "clustr", "warm_start": {"method": "magnet"}}, r"method: expected one of"),
+    ],
+)
+def test_what_is_no_recipe(content, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_from_dict(content)
+
+
+def others(item):
+    """Another value for a field of a recipe."""
+    default = item.default
+    special = {"dataset": "mnist5k", "encoder": "resnet18", "augmentation": "crop", "optimiser": "sgd"}
+    if item.name in special:
+        return special[item.name]
+    if item.name == "warm_start":
+        return CrossEntropy()
+    return (7,) if isinstance(default, tuple) else (default or 0) + 1
+
+
+@pytest.mark.parametrize("kind", METHODS.values())
+def test_every_field_changes_the_name_of_a_run(kind):
+    changed = [kind(**{item.name: others(item)}) for item in fields(kind)]
+    changed.append(kind(warm_start=CrossEntropy(epochs=21)))
+    keys = [run_key(recipe) for recipe in (kind(), *changed)]
+    assert len(set(keys)) == len(keys)
+    assert keys == [run_key(recipe) for recipe in (kind(), *changed)]
+
+
+def test_methods_with_the_same_fields_have_different_names():
+    assert len({run_key(kind()) for kind in METHODS.values()}) == len(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "begins"),
+    [("digits", "digits-ce-"), ("folder:data/cats", "cats-ce-"), ("folder:/data/cats/", "cats-ce-")],
+)
+def test_where_a_run_lies(dataset, begins, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
+    recipe = CrossEntropy(dataset=dataset)
+    assert run_key(recipe).startswith(begins)
+    assert run_folder(recipe) == tmp_path / "runs" / run_key(recipe)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of the package that run keys are made from."""
+    copy = tmp_path / "clustr_core"
+    shutil.copytree(Path(recipes.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(recipes, "__file__", str(copy / "recipes.py"))
+    recipes.code_digest.cache_clear()
+    yield copy
+    recipes.code_digest.cache_clear()
+
+
+def key_after(path, old, new):
+    """The run key once a piece of a file has been replaced."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    recipes.code_digest.cache_clear()
+    return run_key(CrossEntropy())
+
+
+def test_the_copied_code_gives_the_same_name(package):
+    copied = run_key(CrossEntropy())
+    recipes.code_digest.cache_clear()
+    recipes.__file__ = str(Path(sys.modules["clustr_core"].__file__).with_name("recipes.py"))
+    assert run_key(CrossEntropy()) == copied
+
+
+@pytest.mark.parametrize("module", recipes.TRAINING_CODE)
+def test_changed_training_code_is_another_run(package, module):
+    before = run_key(CrossEntropy())
+    path = package / f"{module}.py" if module != "kernels" else package / "kernels/__init__.py"
+    assert key_after(path, "return ", "return None or ") != before
+
+
+def test_comments_and_docstrings_do_not_count(package):
+    before = run_key(CrossEntropy())
+    path = package / "losses.py"
+    assert key_after(path, '"""The magnet loss in both of its forms', '"""Other words for it') == before
+    assert key_after(path, '"""The mean loss, the loss of each example', '"""Other words again') == before
+    assert key_after(path, '    """The stochastic magnet loss of one batch', '    """A loss') == before
+    assert key_after(path, "    _check_rows(", "    # a comment\n\n    _check_rows(") == before
+
+
+@pytest.mark.parametrize("module", ["plotting", "cli", "accuracy", "evaluation", "certify", "recipes"])
+def test_other_code_does_not_count(package, module):
+    before = run_key(CrossEntropy())
+    assert key_after(package / f"{module}.py", "return ", "return None or ") == before
+
+
+def test_names_are_found_without_reading_tensors():
+    code = "import sys; import clustr_core.recipes; print([m for m in ('torch', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_recipe_cannot_be_changed_in_place():
+    with pytest.raises(AttributeError):
+        Recipe().epochs = 3  # pyright: ignore[reportAttributeAccessIssue]
