@@ -29,8 +29,12 @@ def umap_map(
     """
     import umap
 
+    threads = torch.get_num_threads()
     mapper = umap.UMAP(n_neighbors=neighbours, min_dist=min_dist, random_state=seed, n_jobs=1)
-    return np.asarray(mapper.fit_transform(embeddings.cpu().numpy()), dtype=np.float64)
+    found = np.asarray(mapper.fit_transform(embeddings.cpu().numpy()), dtype=np.float64)
+    # its compiler sets the threads of the whole process, PyTorch's among them
+    torch.set_num_threads(threads)
+    return found
 
 
 def embedding_table(run: Run, *, examples: int | None = None, dataset: data.Dataset | None = None) -> pd.DataFrame:

@@ -84,11 +84,10 @@ def lipschitz_lower_bound(
     gain = images.new_zeros(len(images))
     for _ in tqdm(range(iterations), desc="power iteration", disable=not progress):
         v = v / per_item(flat_norm(v), v).clamp_min(torch.finfo(v.dtype).tiny)
-        pushed = torch.func.jvp(encoder, (images,), (v,))[1]
+        pushed = torch.autograd.functional.jvp(encoder, images, v)[1]
         gain = flat_norm(pushed).maximum(gain)
-        pull = torch.func.vjp(encoder, images)[1]
-        (v,) = pull(pushed)
-    return float(gain.detach().max())
+        v = torch.autograd.functional.vjp(encoder, images, pushed)[1]
+    return float(gain.max())
 
 
 def _input_shapes(encoder: nn.Module, image_shape: ImageShape) -> Shapes:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -37,8 +38,18 @@ def written_whole(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except Exception as error:
+        if reason := _os_error(error, path):
+            raise reason from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _os_error(error: Exception, path: Path) -> OSError | None:
+    """What the file system said, where a library (safetensors) has wrapped it in an error of its own."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

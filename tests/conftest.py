@@ -10,8 +10,8 @@ import torch
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)
 
-# before anything imports the package: its functions then check the shapes in their signatures
-jaxtyping.install_import_hook("clustr_core", "beartype.beartype")
+# before anything imports the package: its functions then check the shapes in their signatures (an int is a float)
+jaxtyping.install_import_hook("clustr_core", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 @pytest.fixture

@@ -151,13 +151,13 @@ def test_a_missing_profile_says_which_there_are(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(recipes._POSITIVE))
 @pytest.mark.parametrize("value", [0, -1, math.nan])
-def test_sizes_must_be_positive(name, value):
+def test_sizes_must_be_positive(as_installed, name, value):
     kind = next(kind for kind in METHODS.values() if name in {item.name for item in fields(kind)})
     with pytest.raises(ValueError, match=f"{name}: expected a positive number, got {value}"):
         kind(**{name: value})
 
 
-def test_every_choice_must_be_a_known_one():
+def test_every_choice_must_be_a_known_one(as_installed):
     for name in ("augmentation", "optimiser"):
         with pytest.raises(ValueError, match=f"{name}: expected one of"):
             CrossEntropy(**{name: "other"})
@@ -212,7 +212,9 @@ def others(item):
         return special[item.name]
     if item.name == "warm_start":
         return CrossEntropy()
-    return (7,) if isinstance(default, tuple) else (default or 0) + 1
+    if isinstance(default, tuple):
+        return (7,)
+    return default / 2 + 0.5 if isinstance(default, float) else (default or 0) + 1
 
 
 @pytest.mark.parametrize("kind", METHODS.values())

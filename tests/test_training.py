@@ -1,0 +1,597 @@
+"""Training: resume is exact, what is on disk is whole, and neither the test set nor an attack leaves a trace."""
+
+import copy
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from disk import contents, files_of_at_most
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from clustr_core import data, records, training
+from clustr_core.classifiers import ClusterClassifier, LinearClassifier, cluster_logits
+from clustr_core.clusters import fit_clusters
+from clustr_core.encoders import build_encoder
+from clustr_core.losses import cross_entropy, full_magnet_loss, magnet_loss
+from clustr_core.recipes import AdversarialTraining, Clustr, ClustrQTrades, CrossEntropy, run_folder
+from clustr_core.training import Step, embed_all, evaluating, fit, load_run, objective
+
+SMALL = {"width": 4, "train_examples": 150}
+START = CrossEntropy(epochs=1, **SMALL)
+RESNET = {"encoder": "resnet18", "width": 2, "train_examples": 120}
+RECIPES = {
+    "ce, sgd, crop, milestones": CrossEntropy(
+        epochs=4, optimiser="sgd", learning_rate=0.05, weight_decay=1e-3, milestones=(1, 3), augmentation="crop", **SMALL
+    ),
+    "pgd-at, adam": AdversarialTraining(epochs=3, eps=0.1, step_size=0.05, steps=2, snapshots=(1, 3), **SMALL),
+    "clustr, warm start": Clustr(
+        epochs=4, per_cluster=4, milestones=(2,), warm_start=START, snapshots=(0, 2, 4), kmeans_starts=2, **SMALL
+    ),
+    "qtrades, batch norm, crop and flip": ClustrQTrades(
+        epochs=3, per_cluster=4, eps=0.1, step_size=0.1, augmentation="crop-flip", weight_decay=1e-4, **RESNET
+    ),
+}  # fmt: skip
+STEADY = ("model.safetensors", "history.csv", "checkpoint.safetensors")
+CE = CrossEntropy(epochs=2, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Runs lie in a folder of this test's own."""
+    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def train(digits):
+    """`fit` on digits, without a bar."""
+
+    def run(recipe, **options):
+        return fit(recipe, **({"dataset": digits, "progress": False} | options))
+
+    return run
+
+
+@pytest.fixture
+def killed(monkeypatch, train):
+    """Train, and be killed during an epoch: what it did is lost."""
+
+    def run(recipe, during, **options):
+        real, done = training._train_epoch, []
+
+        def epoch(current, *args):
+            row = real(current, *args)
+            if current == recipe:
+                done.append(row)
+            if len(done) == during:
+                raise KeyboardInterrupt
+            return row
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "_train_epoch", epoch)
+            with pytest.raises(KeyboardInterrupt):
+                train(recipe, **options)
+
+    return run
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Any epoch from here on is an error."""
+
+    def forbidden(*args):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(training, "_train_epoch", forbidden)
+
+
+def results(run):
+    """The bytes of everything that a resume must not change."""
+    found = contents(run.path)
+    return {name: found[name] for name in found if name in STEADY or name.startswith("snapshots")}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_resume_equals_uninterrupted_bit_for_bit(recipe, train, killed, home, monkeypatch, caplog):
+    torch.manual_seed(1)
+    whole = train(recipe)
+    monkeypatch.setenv("CLUSTR_HOME", str(home / "again"))
+    torch.manual_seed(2)
+    caplog.set_level(logging.INFO)
+    killed(recipe, during=1)
+    killed(recipe, during=2)
+    killed(recipe, during=1)
+    resumed = train(recipe)
+    assert [r.getMessage().rsplit(":", 1)[1] for r in caplog.records] == [
+        f" going on after epoch {n}" for n in (0, 1, 1)
+    ]
+    assert resumed.path != whole.path
+    assert results(resumed) == results(whole)
+    assert len(results(whole)) == 3 + len(recipe.snapshots)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_a_fresh_run_is_the_same_whatever_the_global_random_state(recipe, train, home, monkeypatch):
+    found = []
+    for number in range(2):
+        monkeypatch.setenv("CLUSTR_HOME", str(home / str(number)))
+        torch.manual_seed(number)
+        np.random.seed(number)  # noqa: NPY002
+        found.append(results(train(recipe)))
+    assert found[0] == found[1]
+
+
+def test_another_seed_is_another_run(train):
+    runs = [train(replace(CE, seed=seed)) for seed in (1, 2)]
+    assert results(runs[0])["model.safetensors"] != results(runs[1])["model.safetensors"]
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from clustr_core.recipes import CrossEntropy
+from clustr_core.training import fit
+fit(CrossEntropy(epochs=60, width=4, train_examples=150), folder=Path(sys.argv[1]), device="cpu", progress=False)
+"""
+
+
+def epochs_done(checkpoint):
+    with safe_open(checkpoint, framework="pt") as file:
+        return json.loads(file.metadata()["facts"])["epoch"]
+
+
+def test_a_killed_process_goes_on_where_it_was(train, home):
+    recipe, folder = CrossEntropy(epochs=60, **SMALL), home / "killed"
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        while not (folder / "checkpoint.safetensors").exists() or epochs_done(folder / "checkpoint.safetensors") < 2:
+            assert process.poll() is None
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (folder / "run.json").exists()
+    assert results(train(recipe, folder=folder)) == results(train(recipe))
+
+
+def test_a_finished_run_is_loaded_and_not_trained_again(train, no_training_after):
+    recipe = RECIPES["clustr, warm start"]
+    first = train(recipe)
+    before = {path: path.stat().st_mtime_ns for path in first.path.parent.rglob("*")}
+    no_training_after()
+    assert train(recipe, dataset=None) == first
+    assert load_run(first.path) == first
+    assert {path: path.stat().st_mtime_ns for path in first.path.parent.rglob("*")} == before
+
+
+@pytest.fixture
+def no_training_after(request):
+    """Forbid training from the moment this is called."""
+    return lambda: request.getfixturevalue("no_training")
+
+
+def test_a_run_killed_while_it_was_written_is_finished_without_training(train, monkeypatch, no_training_after):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(records, "write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        train(CE)
+    assert not (run_folder(CE) / "run.json").exists()
+    no_training_after()
+    assert len(train(CE).history) == 2
+
+
+def test_what_a_run_knows(train, digits):
+    recipe = RECIPES["clustr, warm start"]
+    run = train(recipe)
+    assert run.recipe == recipe
+    assert run.path == run_folder(recipe)
+    assert (run.num_classes, run.image_shape) == (10, (1, 8, 8))
+    history = run.history
+    assert list(history) == ["epoch", "loss", "learning_rate", "magnet", "variance", "coverage"]
+    assert history["epoch"].tolist() == [1, 2, 3, 4]
+    assert history["learning_rate"].tolist() == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
+    assert (history["loss"] == history["magnet"]).all()
+    assert ((history["coverage"] > 0) & (history["coverage"] <= 1)).all()
+    content = records.read_json(run.path / "run.json")
+    assert content["train_images_sha256"] == records.digest(digits.train_images[:150].numpy().tobytes())
+    assert content["device"] == "cpu"
+    assert {"torch", "scikit-learn"} <= set(content["versions"])
+
+
+def test_milestones_divide_the_learning_rate_by_ten(train):
+    rates = train(RECIPES["ce, sgd, crop, milestones"]).history["learning_rate"].tolist()
+    assert rates == pytest.approx([0.05, 0.005, 0.005, 0.0005])
+
+
+def test_models_of_a_run(train, digits):
+    linear, clustered = train(CE), train(RECIPES["clustr, warm start"])
+    images = data.to_float(digits.test_images[:20])
+    for run, kind in ((linear, LinearClassifier), (clustered, ClusterClassifier)):
+        model = run.model()
+        assert isinstance(model, kind)
+        assert not any(part.training for part in model.modules())
+        assert model(images).shape == (20, 10)
+        nearest, soft = run.cluster_model(rule="nearest"), run.cluster_model()
+        assert (nearest.rule, nearest.neighbours, soft.rule, soft.neighbours) == ("nearest", None, "soft", 20)
+        torch.testing.assert_close(soft.embed(images), model.embed(images))
+    embeddings = embed_all(clustered.model().encoder, digits.train_images[:150])
+    expected, _ = fit_clusters(embeddings, digits.train_labels[:150], per_class=2, n_init=2, seed=111)
+    torch.testing.assert_close(clustered.cluster_model().centroids, expected.centroids)
+    assert clustered.cluster_model().clusters.shared_variance == pytest.approx(expected.shared_variance)
+
+
+def test_snapshots_are_the_weights_after_their_epochs(train):
+    recipe = replace(CE, snapshots=(0, 1, 2))
+    run = train(recipe)
+    start, middle, end = (run.encoder_at(epoch).state_dict() for epoch in (0, 1, 2))
+    torch.manual_seed(recipe.seed)
+    fresh = build_encoder("small-cnn", (1, 8, 8), width=4).state_dict()
+    one = train(replace(CE, epochs=1)).model().encoder.state_dict()
+    final = run.model().encoder.state_dict()
+    for name in fresh:
+        assert torch.equal(start[name], fresh[name])
+        assert torch.equal(middle[name], one[name])
+        assert torch.equal(end[name], final[name])
+        assert not torch.equal(start[name], end[name])
+    with pytest.raises(ValueError, match=r"epoch: expected one of the snapshots \(0, 1, 2\), got 3"):
+        run.encoder_at(3)
+
+
+def test_a_warm_start_begins_with_the_weights_of_that_run(train):
+    recipe = Clustr(epochs=1, per_cluster=4, warm_start=START, snapshots=(0,), **SMALL)
+    run = train(recipe)
+    start = load_run(run_folder(START)).model().encoder.state_dict()
+    scratch = train(replace(recipe, warm_start=None)).encoder_at(0).state_dict()
+    for name, tensor in run.encoder_at(0).state_dict().items():
+        assert torch.equal(tensor, start[name])
+        assert not torch.equal(tensor, scratch[name])
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_the_test_set_is_never_touched(recipe, train, digits, home, monkeypatch):
+    plain = train(recipe)
+    monkeypatch.setenv("CLUSTR_HOME", str(home / "poisoned"))
+    poison = replace(digits, test_images=255 - digits.test_images[:7], test_labels=torch.zeros(7, dtype=torch.int64))
+    assert results(train(recipe, dataset=poison)) == results(plain)
+    monkeypatch.setenv("CLUSTR_HOME", str(home / "none"))
+    nothing = replace(digits, test_images=digits.test_images[:0], test_labels=digits.test_labels[:0])
+    assert results(train(recipe, dataset=nothing)) == results(plain)
+
+
+def test_examples_beyond_the_slice_are_never_touched(train, digits, home, monkeypatch):
+    plain = train(CE)
+    monkeypatch.setenv("CLUSTR_HOME", str(home / "poisoned"))
+    images = digits.train_images.clone()
+    images[150:] = 0
+    assert results(train(CE, dataset=replace(digits, train_images=images))) == results(plain)
+    images[0] = 255 - images[0]
+    monkeypatch.setenv("CLUSTR_HOME", str(home / "changed"))
+    changed = train(CE, dataset=replace(digits, train_images=images))
+    assert results(changed)["model.safetensors"] != results(plain)["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "forwards"),
+    [
+        (CrossEntropy(epochs=2, batch_size=50, **RESNET), 3),
+        (AdversarialTraining(epochs=2, batch_size=50, eps=0.1, step_size=0.05, steps=3, **RESNET), 3),
+        (Clustr(epochs=2, per_cluster=4, **RESNET), 3),
+        (ClustrQTrades(epochs=2, per_cluster=4, **RESNET), 6),
+    ],
+    ids=lambda value: getattr(value, "method", None),
+)
+def test_batch_norm_sees_the_training_batches_and_nothing_else(recipe, forwards, train):
+    state = train(recipe).model().encoder.state_dict()
+    counts = [int(tensor) for name, tensor in state.items() if name.endswith("num_batches_tracked")]
+    assert counts == [2 * forwards] * len(counts)
+    assert len(counts) == 20
+
+
+# each method learns
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        CrossEntropy(epochs=8, width=8, train_examples=500),
+        AdversarialTraining(epochs=8, width=8, train_examples=500, eps=0.1, step_size=0.05, steps=2),
+        Clustr(epochs=10, width=8, train_examples=500, per_cluster=6),
+        ClustrQTrades(epochs=8, width=8, train_examples=500, per_cluster=6, eps=0.05, step_size=0.06),
+    ],
+    ids=lambda recipe: recipe.method,
+)
+def test_every_method_learns(recipe, train, digits):
+    run = train(recipe)
+    with torch.no_grad():
+        predicted = run.model()(data.to_float(digits.test_images)).argmax(dim=1)
+    assert (predicted == digits.test_labels).float().mean() > 0.75
+    history = run.history
+    assert history["loss"].iloc[-1] < 0.8 * history["loss"].iloc[0]
+
+
+# objectives, one batch at a time
+
+
+@pytest.fixture(params=["small-cnn", "resnet18"])
+def step(request, digits):
+    """A batch of four clusters in double precision, on a network in training mode."""
+    images, labels = digits.train_images[:200], digits.train_labels[:200]
+    torch.manual_seed(0)
+    encoder = build_encoder(request.param, (1, 8, 8), width=2)
+    network = LinearClassifier(encoder, encoder.embedding_dim, 10).double()
+    clusters, assignments = fit_clusters(embed_all_double(encoder, images), labels, per_class=2)
+    chosen = torch.cat([(assignments == c).nonzero()[:5, 0] for c in (0, 3, 7, 12)])
+    pixels = data.to_float(images[chosen]).double()
+    generator = torch.Generator().manual_seed(5)
+    return Step(network.train(), pixels, labels[chosen], generator, assignments[chosen], clusters)
+
+
+def embed_all_double(encoder, images):
+    with evaluating(encoder), torch.no_grad():
+        return encoder(data.to_float(images).double())
+
+
+def twin(step):
+    """The same step, to be computed in another way."""
+    generator = torch.Generator()
+    generator.set_state(step.generator.get_state())
+    return replace(step, network=copy.deepcopy(step.network), generator=generator)
+
+
+def assert_same_step(ours, theirs):
+    for (name, p), q in zip(ours.network.named_parameters(), theirs.network.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, b), c in zip(ours.network.named_buffers(), theirs.network.buffers(), strict=True):
+        torch.testing.assert_close(b, c, msg=lambda text, name=name: f"{name}: {text}")
+    assert all(part.training for part in ours.network.modules())
+
+
+def uniform_start(step, eps):
+    noise = torch.rand(step.images.shape, generator=step.generator, dtype=torch.float64) * 2 - 1
+    return (step.images + eps * noise).clamp(0, 1)
+
+
+def climb(step, x, eps, step_size, loss):
+    """One signed-gradient step, clipped to the ball and to [0, 1]."""
+    x = x.clone().requires_grad_()
+    gradient = torch.autograd.grad(loss(x), x)[0]
+    moved = torch.minimum(torch.maximum(x + step_size * gradient.sign(), step.images - eps), step.images + eps)
+    return moved.detach().clamp(0, 1)
+
+
+def test_qtrades_steps_with_the_gradient_of_its_formula_alone(step):
+    recipe = ClustrQTrades(eps=0.1, step_size=0.12, consistency_weight=8.0, training_neighbours=10, gap=9.0)
+    manual = twin(step)
+    encoder, clusters = manual.network.encoder, manual.clusters
+    z = encoder(manual.images)
+    magnet = magnet_loss(z, manual.assignments, manual.labels, gap=9.0).per_example
+    targets = cluster_logits(z, clusters, neighbours=10).detach().softmax(dim=1)
+
+    def inconsistency(x):
+        scores = cluster_logits(encoder(x), clusters, neighbours=10).exp()
+        return -(targets * scores.log_softmax(dim=1)).sum(dim=1)
+
+    encoder.eval()
+    x = climb(manual, uniform_start(manual, 0.1), 0.1, 0.12, lambda x: inconsistency(x).sum())
+    manual.network.train()
+    (magnet + 8 * inconsistency(x)).mean().backward()
+
+    terms = objective(recipe, step)
+    assert all(p.grad is None for p in step.network.parameters())
+    terms.loss.mean().backward()
+    assert_same_step(step, manual)
+    torch.testing.assert_close(terms.magnet, magnet)
+    assert step.network.linear.weight.grad is None
+
+
+def test_adversarial_training_steps_with_the_gradient_at_the_moved_images_alone(step):
+    recipe = AdversarialTraining(eps=0.1, step_size=0.04, steps=4)
+    manual = twin(step)
+    net, x = manual.network.eval(), uniform_start(manual, 0.1)
+    for _ in range(4):
+        x = climb(manual, x, 0.1, 0.04, lambda x: cross_entropy(net(x), manual.labels).sum())
+    cross_entropy(net.train()(x), manual.labels).mean().backward()
+
+    terms = objective(recipe, step)
+    assert all(p.grad is None for p in step.network.parameters())
+    terms.loss.mean().backward()
+    assert_same_step(step, manual)
+    assert terms.magnet is None
+
+
+def test_clustr_steps_with_the_magnet_loss_and_cross_entropy_with_its_own(step):
+    manual = twin(step)
+    magnet_loss(manual.network.encoder(manual.images), manual.assignments, manual.labels).loss.backward()
+    terms = objective(Clustr(), step)
+    terms.loss.mean().backward()
+    assert_same_step(step, manual)
+    other, plain = twin(step), twin(step)
+    cross_entropy(other.network(other.images), other.labels).mean().backward()
+    objective(CrossEntropy(), plain).loss.mean().backward()
+    assert_same_step(plain, other)
+
+
+def test_an_epochs_clusters_come_without_a_graph_and_draw_seeds_by_the_full_loss(digits):
+    recipe = Clustr(per_cluster=4, gap=9.0, **SMALL)
+    images, labels = digits.train_images[:150], digits.train_labels[:150]
+    state = training._new_state(recipe, digits, torch.device("cpu"), None)
+    clusters, sampler = training._clusters_and_sampler(recipe, state, images, labels)
+    assert not clusters.centroids.requires_grad
+    assert not clusters.variance.requires_grad
+    embeddings = embed_all(state.network.encoder, images)
+    own = torch.cdist(embeddings, clusters.centroids).masked_fill(clusters.labels != labels[:, None], torch.inf)
+    losses = full_magnet_loss(embeddings, labels, clusters, gap=9.0).per_example
+    means = [losses[own.argmin(dim=1) == c].double().mean().item() for c in range(20)]
+    assert sampler.seed_probabilities().tolist() == pytest.approx((np.array(means) / np.sum(means)).tolist(), rel=1e-5)
+
+
+def test_embedding_leaves_modes_and_statistics_alone(digits):
+    encoder = build_encoder("resnet18", (1, 8, 8), width=2).train()
+    encoder.bn1.eval()
+    modes, before = [part.training for part in encoder.modules()], copy.deepcopy(encoder.state_dict())
+    embeddings = embed_all(encoder, digits.train_images[:50], batch_size=16)
+    assert [part.training for part in encoder.modules()] == modes
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+    assert not embeddings.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(embeddings, encoder.eval()(data.to_float(digits.train_images[:50])))
+
+
+def test_evaluating_gives_every_part_its_mode_back_even_after_an_error():
+    module = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.BatchNorm1d(1), nn.Dropout())).train()
+    module[1][0].eval()
+    with pytest.raises(KeyError), evaluating(module):
+        assert not any(part.training for part in module.modules())
+        raise KeyError
+    assert [part.training for part in module.modules()] == [True, True, True, False, True]
+
+
+# what cannot be used
+
+
+def test_an_unfinished_run_of_another_recipe_is_refused(train, killed, home):
+    killed(CE, during=2, folder=home / "run")
+    other = replace(CE, learning_rate=0.5, seed=3)
+    before = contents(home / "run")
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint\.safetensors: expected a run of this recipe, got one with learning_rate = 0\.001, seed",
+    ):
+        train(other, folder=home / "run")
+    assert contents(home / "run") == before
+
+
+def test_a_finished_run_of_another_recipe_is_refused(train, home):
+    train(CE, folder=home / "run")
+    with pytest.raises(ValueError, match=r"run\.json: expected a run of this recipe, got one with epochs = 2, method"):
+        train(AdversarialTraining(epochs=3, **SMALL), folder=home / "run")
+
+
+def test_a_checkpoint_that_was_copied_into_another_run_is_refused(train, killed):
+    killed(CE, during=2)
+    other = replace(CE, seed=3)
+    run_folder(other).mkdir(parents=True)
+    shutil.copy(run_folder(CE) / "checkpoint.safetensors", run_folder(other))
+    with pytest.raises(ValueError, match=r"expected a run of this recipe, got one with seed = 111"):
+        train(other)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, 0.5, -1])
+def test_a_truncated_checkpoint_is_named_and_kept(train, killed, home, keep):
+    killed(CE, during=2, folder=home / "run")
+    path = home / "run/checkpoint.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+    before = contents(home / "run")
+    with pytest.raises(ValueError, match=f"{path}: expected a checkpoint, got a truncated or damaged file"):
+        train(CE, folder=home / "run")
+    assert contents(home / "run") == before
+
+
+def test_a_checkpoint_of_something_else_is_named(train, home):
+    path = home / "run/checkpoint.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=f"{path}: expected a checkpoint"):
+        train(CE, folder=home / "run")
+
+
+@pytest.mark.parametrize("content", ["", '{"recipe": {"met', "[]", "{}", '{"recipe": {"method": "ce"}}'])
+def test_a_damaged_run_file_is_named(train, home, content):
+    run = train(CE, folder=home / "run")
+    path = run.path / "run.json"
+    path.write_text(content)
+    for load in (lambda: load_run(run.path), lambda: train(CE, folder=home / "run")):
+        with pytest.raises(ValueError, match=f"{path}: expected "):
+            load()
+
+
+def test_damaged_weights_are_named(train, home):
+    run = train(CE, folder=home / "run")
+    path = run.path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    for load in (run.model, run.cluster_model):
+        with pytest.raises(ValueError, match=f"{path}: expected "):
+            load()
+
+
+def test_no_run_is_no_run(home):
+    with pytest.raises(FileNotFoundError, match=r"folder: expected a finished run with run\.json in"):
+        load_run(home / "none")
+
+
+def test_the_dataset_must_be_the_recipes(train, digits, home):
+    with pytest.raises(ValueError, match="dataset: expected 'mnist5k' as in the recipe, got 'digits'"):
+        train(replace(CE, dataset="mnist5k"))
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": "vgg"}, r"encoder: expected one of \['resnet18', 'small-cnn'\], got 'vgg'"),
+        ({"dataset": "imagenet"}, r"name: expected one of .* got 'imagenet'"),
+        ({"per_class": 50}, r"labels: class \d has \d+ examples, fewer than per_class=50"),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained_leaves_no_run(train, changes, message):
+    recipe = replace(Clustr(epochs=1, per_cluster=4, **SMALL), **changes)
+    with pytest.raises(ValueError, match=message):
+        train(recipe, dataset=None)
+    assert not (run_folder(recipe) / "run.json").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(train, killed, home, no_training_after):
+    recipe, folder = CrossEntropy(epochs=4, snapshots=(0, 2), **SMALL), home / "run"
+    killed(recipe, during=2, folder=folder)
+    before = contents(folder)
+    with files_of_at_most(1000), pytest.raises(OSError, match="File too large") as caught:
+        train(recipe, folder=folder)
+    assert caught.value.errno == errno.EFBIG
+    assert contents(folder) == before
+    assert results(train(recipe, folder=folder)) == results(train(recipe))
+
+
+def test_a_full_disk_at_the_start_leaves_nothing(train, home):
+    with files_of_at_most(1000), pytest.raises(OSError, match=r"File too large: '.*checkpoint\.safetensors'"):
+        train(CE, folder=home / "run")
+    assert contents(home / "run") == {}
+
+
+def test_a_checkpoint_cut_short_by_an_error_is_never_seen(train, killed, home, monkeypatch):
+    killed(CE, during=2, folder=home / "run")
+    before = contents(home / "run")
+
+    def half(tensors, path, **options):
+        save_file(tensors, path, **options)
+        path.write_bytes(path.read_bytes()[:500])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+        patch.setattr(training, "save_file", half)
+        train(CE, folder=home / "run")
+    assert contents(home / "run") == before
+
+
+def test_a_checkpoint_holds_no_more_than_a_resume_needs(train):
+    tensors = load_file(train(CE).path / "checkpoint.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"network", "optimiser", "generator"}
