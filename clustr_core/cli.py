@@ -35,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; bad input ends with one clear line and status 2."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     try:
+        if options.threads is not None:
+            _set_threads(options.threads)
         options.command(options)
     except (ValueError, TypeError, OSError) as error:
-        print(f"clustr: {error}", file=sys.stderr)
+        print("clustr:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 
@@ -83,12 +83,25 @@ def _changes(pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--set: expected NAME=VALUE, got {pair!r}")
-        changes[name] = yaml.safe_load(value)
+        try:
+            changes[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set: expected YAML after {name}=, got {value!r}") from error
     return changes
 
 
 def _device(options: argparse.Namespace) -> torch.device:
-    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: expected one that works here, such as cpu, got {name!r} ({error})") from error
+
+
+def _set_threads(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"--threads: expected at least 1, got {count}")
+    torch.set_num_threads(count)
 
 
 def _write(table: pd.DataFrame, profile: Profile, options: argparse.Namespace, kind: str) -> None:

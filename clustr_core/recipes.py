@@ -72,6 +72,10 @@ class Recipe:
                 raise ValueError(f"{item.name}: expected one of {get_args(item.type)}, got {value!r}")
             if item.name in _POSITIVE and value is not None and not value > 0:
                 raise ValueError(f"{item.name}: expected a positive number, got {value}")
+        for name in _SAME_NETWORK if self.warm_start else ():
+            mine, start = getattr(self, name), getattr(self.warm_start, name)
+            if mine != start:
+                raise ValueError(f"warm_start: expected {name}={mine!r} as in the recipe itself, got {start!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +147,10 @@ _POSITIVE = {
     "kmeans_iterations", "neighbours", "eps", "step_size", "steps", "clusters_per_batch", "per_cluster",
     "consistency_weight", "training_neighbours",
 }  # fmt: skip
+
+
+# what a warm start must share with the run that it starts
+_SAME_NETWORK = ("dataset", "encoder", "width")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,12 +283,16 @@ def load_profile(name: str | Path) -> Profile:
 
 
 def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """A recipe with some fields changed.
+    """A recipe with some fields changed; its warm start follows in what the two must share.
 
     Raises:
         ValueError: for an unknown field, or a value without meaning.
     """
-    return replace(recipe, **_checked(type(recipe), changes, where=recipe.method))
+    changes = _checked(type(recipe), changes, where=recipe.method)
+    if recipe.warm_start and "warm_start" not in changes:
+        followed = {name: value for name, value in changes.items() if name in _SAME_NETWORK}
+        changes["warm_start"] = replace(recipe.warm_start, **followed)
+    return replace(recipe, **changes)
 
 
 def _read_yaml(path: Path) -> Any:

@@ -47,9 +47,12 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def _os_error(error: Exception, path: Path) -> OSError | None:
-    """What the file system said, where a library (safetensors) has wrapped it in an error of its own."""
+    """What the file system said, and of which file; safetensors wraps it in an error of its own."""
     found = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    if number is None or getattr(error, "filename", None):
+        return None
+    return OSError(number, os.strerror(number), str(path))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -62,12 +65,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read JSON.
 
     Raises:
-        ValueError: if the file is no JSON, with its path.
+        ValueError: if the file is no JSON object, with its path.
     """
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text())
+    except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got something truncated or damaged ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
@@ -78,7 +84,7 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a table that `write_table` wrote."""
-    return pd.read_csv(path, float_precision="round_trip")
+    return pd.read_csv(path)
 
 
 def digest(*parts: bytes | str) -> str:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GOOD = """\
 shared: {dataset: digits, width: 8, learning_rate: 1e-3}
 methods:
-  ce: {epochs: 2, width: 4}
+  ce: {epochs: 2, learning_rate: 1/2}
   pgd-at: {eps: 25.5/255, steps: 2}
   clustr: {warm_start: ce, snapshots: [0, 2]}
   clustr-qtrades:
@@ -61,7 +61,7 @@ def test_a_profile_is_what_its_file_says(profile):
     assert found.name == "mine"
     assert list(found.recipes) == list(METHODS)
     ce, at, clustr, qtrades = found.recipes.values()
-    assert ce == CrossEntropy(epochs=2, width=4)
+    assert ce == CrossEntropy(epochs=2, width=8, learning_rate=0.5)
     assert at == AdversarialTraining(eps=0.1, steps=2, width=8)
     assert clustr == Clustr(warm_start=ce, snapshots=(0, 2), width=8)
     assert qtrades == ClustrQTrades(width=8)
@@ -115,6 +115,10 @@ def test_every_profile_of_the_book_loads_and_survives_json(path, monkeypatch):
         ("methods: {clustr: {warm_start: ce}, ce: {}}", r"methods\.clustr\.warm_start: expected a method above it"),
         ("methods: {clustr: {warm_start: clustr}}", r"methods\.clustr\.warm_start: expected a method above it"),
         ("methods: {clustr: {warm_start: [ce]}}", r"methods\.clustr\.warm_start: expected a method above it"),
+        (
+            "methods: {ce: {width: 4}, clustr: {warm_start: ce, width: 8}}",
+            r"methods\.clustr: warm_start: expected width=8 as in the recipe itself, got 4",
+        ),
         ("attacks: {linf: {eps: []}}", r"attacks\.linf: eps, losses: expected at least one of each"),
         ("attacks: {linf: {eps: [0.1], losses: []}}", r"attacks\.linf: eps, losses: expected at least one of each"),
         ("attacks: {linf: {eps: [0.1], losses: ce}}", r"attacks\.linf: losses: expected a list, got 'ce'"),
@@ -181,6 +185,18 @@ def test_override_changes_what_it_names_and_refuses_the_rest():
         with pytest.raises(ValueError, match=message):
             override(recipe, changes)
     assert override(recipe, {"warm_start": None}) == Clustr()
+
+
+def test_the_warm_start_follows_in_what_it_must_share():
+    changed = override(Clustr(warm_start=CrossEntropy()), {"width": 8, "dataset": "mnist5k", "epochs": 3})
+    start = CrossEntropy(width=8, dataset="mnist5k")
+    assert changed == Clustr(width=8, dataset="mnist5k", epochs=3, warm_start=start)
+
+
+@pytest.mark.parametrize("changes", [{"width": 8}, {"dataset": "mnist5k"}, {"encoder": "resnet18"}])
+def test_a_warm_start_of_another_network_is_refused(changes):
+    with pytest.raises(ValueError, match=f"warm_start: expected {next(iter(changes))}="):
+        Clustr(warm_start=CrossEntropy(**changes))
 
 
 @pytest.mark.parametrize("kind", METHODS.values())

@@ -1,0 +1,88 @@
+"""Accuracies from rows: hand-made tables whose answers can be read off."""
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import beta
+
+from clustr_core.accuracy import binomial_interval, certified_accuracy, robust_accuracy, robust_accuracy_by_loss
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
+@settings(max_examples=60, deadline=None)
+def test_intervals_are_clopper_and_pearsons(counts, confidence):
+    k, n = counts
+    tail = (1 - confidence) / 2
+    low = beta.ppf(tail, k, n - k + 1) if k else 0.0
+    high = beta.ppf(1 - tail, k + 1, n - k) if k < n else 1.0
+    found = binomial_interval(k, n, confidence=confidence)
+    assert found == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))
+    assert found[0] <= k / n <= found[1]
+
+
+def test_no_trial_has_no_interval():
+    with pytest.raises(ValueError, match="trials: expected at least one, got 0"):
+        binomial_interval(0, 0)
+
+
+def attacks(**losses):
+    """Four images, the last misclassified when clean; for each loss and eps, which images stay robust."""
+    rows = [
+        {"norm": "linf", "eps": eps, "loss": loss, "index": i, "correct": i != 3, "robust": i in robust}
+        for loss, by_eps in losses.items()
+        for eps, robust in by_eps.items()
+        for i in range(4)
+    ]
+    return pd.DataFrame(rows)
+
+
+TABLE = attacks(ce={0.1: {0, 1, 2}, 0.2: {0, 1}}, margin={0.1: {0, 2}, 0.2: {2}})
+
+
+def test_the_worst_loss_of_each_example_counts():
+    found = robust_accuracy(TABLE)
+    assert list(found) == ["norm", "eps", "robust_accuracy", "low", "high", "examples"]
+    assert found["eps"].tolist() == [0.0, 0.1, 0.2]
+    # at 0.2 no image survives both losses, though each loss leaves some
+    assert found["robust_accuracy"].tolist() == [0.75, 0.5, 0.0]
+    assert found["examples"].tolist() == [4, 4, 4]
+    for row, successes in zip(found.itertuples(), (3, 2, 0), strict=True):
+        assert (row.low, row.high) == binomial_interval(successes, 4)
+
+
+def test_losses_on_their_own():
+    found = robust_accuracy_by_loss(TABLE).set_index(["loss", "eps"])["robust_accuracy"]
+    assert found.to_dict() == {("ce", 0.1): 0.75, ("ce", 0.2): 0.5, ("margin", 0.1): 0.5, ("margin", 0.2): 0.25}
+
+
+def test_methods_and_norms_are_kept_apart_and_rows_may_come_in_any_order():
+    l2 = attacks(ce={0.5: {1}}).assign(norm="l2", method="ce")
+    other = attacks(ce={0.1: set(), 0.2: set()}).assign(method="clustr", correct=False)
+    table = pd.concat([TABLE.assign(method="ce"), l2, other]).sample(frac=1, random_state=0)
+    before = table.copy()
+    found = robust_accuracy(table).set_index(["method", "norm", "eps"])["robust_accuracy"]
+    assert found.to_dict() == {
+        ("ce", "l2", 0.0): 0.75, ("ce", "l2", 0.5): 0.25,
+        ("ce", "linf", 0.0): 0.75, ("ce", "linf", 0.1): 0.5, ("ce", "linf", 0.2): 0.0,
+        ("clustr", "linf", 0.0): 0.0, ("clustr", "linf", 0.1): 0.0, ("clustr", "linf", 0.2): 0.0,
+    }  # fmt: skip
+    pd.testing.assert_frame_equal(table, before)
+
+
+def test_certified_means_correct_and_certified():
+    table = pd.DataFrame(
+        {
+            "bound": ["nearest"] * 4 + ["pairwise"] * 4,
+            "correct": [True, True, False, True] * 2,
+            "radius": [0.0, 0.5, 9.0, 1.0, 0.25, 0.75, 9.0, 1.0],
+            "feature_radius": [0.0, 5.0, 90.0, 10.0] * 2,
+        }
+    )
+    found = certified_accuracy(table, [0.0, 0.5, 0.6]).set_index(["bound", "at"])["certified_accuracy"]
+    assert found.to_dict() == {
+        ("nearest", 0.0): 0.75, ("nearest", 0.5): 0.5, ("nearest", 0.6): 0.25,
+        ("pairwise", 0.0): 0.75, ("pairwise", 0.5): 0.5, ("pairwise", 0.6): 0.5,
+    }  # fmt: skip
+    feature = certified_accuracy(table, [5.0], column="feature_radius")
+    assert feature["certified_accuracy"].tolist() == [0.5, 0.5]
