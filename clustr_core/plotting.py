@@ -296,7 +296,9 @@ def draw_map(axes: Axes, table: pd.DataFrame, class_names: Sequence[str]) -> Non
     colours = sns.color_palette("colorblind", len(class_names))
     for label, rows in _groups(table, "label"):
         marker = "o^sDvPX<>*"[label % 10]
-        axes.scatter(rows["x"], rows["y"], s=12, color=[colours[label]], marker=marker, linewidth=0, alpha=0.8)
+        axes.scatter(
+            rows["x"], rows["y"], s=12, color=[colours[label]], marker=marker, linewidth=0, alpha=0.8, rasterized=True
+        )
     for label, rows in _groups(table, "label"):
         above = (np.median(rows["x"]), np.quantile(rows["y"], 0.9))
         text = axes.annotate(

@@ -175,6 +175,13 @@ def test_the_path_of_an_attack(runs, digits, method):
     pd.testing.assert_frame_equal(path_table(run, image, label, eps=0.3, steps=6), table)
 
 
+def test_a_path_stays_in_the_ball_of_its_norm(runs, digits):
+    run, image, label = runs["ce"], digits.test_images[3], int(digits.test_labels[3])
+    linf, l2 = (path_table(run, image, label, eps=0.3, steps=6, norm=norm) for norm in ("linf", "l2"))
+    # 64 pixels: a ball of the same radius that is much smaller
+    assert l2["loss"].iloc[-1] - l2["loss"][0] < 0.5 * (linf["loss"].iloc[-1] - linf["loss"][0])
+
+
 def test_the_position_on_the_line_is_where_the_two_distances_meet(runs, digits):
     run, image, label = runs["clustr"], digits.test_images[3], int(digits.test_labels[3])
     row = path_table(run, image, label, eps=0.3, steps=6).iloc[0]
