@@ -73,7 +73,7 @@ def pgd(
     """
     _check(images, labels, eps=eps, step_size=step_size, steps=steps, restarts=restarts, norm=norm)
     climb = _attack_loss(loss)
-    labels = labels.to(images.device)
+    images, labels = images.detach(), labels.to(images.device)
     adversarial = images.clone()
     success = _judge(model, images, labels)
     result = AttackResult(adversarial, success, ~success, torch.zeros_like(labels))
@@ -199,6 +199,7 @@ def _one_run(
         logits = model(x)
         broken = logits.detach().argmax(dim=1) != goal
         if broken.any():
+            _check_logits(logits[broken])
             _keep(result, active[broken], x[broken])
             if broken.all():
                 return
@@ -231,12 +232,17 @@ def _judge(model: Callable[[Images], Tensor], images: Images, labels: Tensor) ->
         logits = model(images)
     if logits.dim() != 2 or len(logits) != len(images):
         raise ValueError(f"model: expected logits [{len(images)}, class], got shape {list(logits.shape)}")
-    if logits.isnan().any():
-        raise ValueError("model: expected logits, got NaN")
+    _check_logits(logits)
     if len(labels) and (labels.min() < 0 or labels.max() >= logits.shape[1]):
         low, high = int(labels.min()), int(labels.max())
         raise ValueError(f"labels: expected classes in 0..{logits.shape[1] - 1}, got {low} to {high}")
     return logits.argmax(dim=1) != labels
+
+
+def _check_logits(logits: Tensor) -> None:
+    # argmax would call NaN the largest
+    if logits.isnan().any():
+        raise ValueError("model: expected logits, got NaN")
 
 
 def _attack_loss(loss: str | AttackLoss) -> AttackLoss:

@@ -84,7 +84,7 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
             "folder:" that does not exist here is looked for in the book's root.
     Raises:
         ValueError: for an unknown name, or images that cannot be used (the file is named).
-        FileNotFoundError: for a missing folder.
+        OSError: for a missing folder, or an archive that cannot be downloaded or is damaged.
     """
     if name.startswith("folder:"):
         return _load_folder(name, Path(name.removeprefix("folder:")).expanduser())
@@ -155,9 +155,14 @@ def _load_torchvision(name: str, class_name: str, splits: tuple[dict, dict]) -> 
         from torchvision import datasets
 
         with warnings.catch_warnings():
-            # torchvision's unpickling of CIFAR batches trips over NumPy 2.4's stricter dtype arguments
-            warnings.simplefilter("ignore", Warning)
-            train, test = (getattr(datasets, class_name)(str(root), download=True, **split) for split in splits)
+            # the dtypes in CIFAR's pickles were written by Python 2: the first NumPy 2.4 releases complain
+            warnings.filterwarnings("ignore", "dtype.*: align should be", np.exceptions.VisibleDeprecationWarning)
+            try:
+                train, test = (getattr(datasets, class_name)(str(root), download=True, **split) for split in splits)
+            except RuntimeError as error:
+                raise OSError(
+                    f"{name}: expected torchvision's archive in {root} or from the internet; {error}"
+                ) from error
         names = tuple(getattr(train, "classes", [str(c) for c in range(10)]))
         parts = [*_pixels_and_labels(train), *_pixels_and_labels(test)]
         return Dataset(name, parts[0], parts[1], parts[2], parts[3], names)
@@ -263,8 +268,8 @@ def _decode(files: dict[str, list[tuple[Path, int]]]) -> dict[str, Tensor]:
 
 def _open_image(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path) as image:
+            image.load()
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"folder: expected an image, got an unreadable file {path} ({error})") from error
     return image
@@ -277,5 +282,8 @@ def _read_pixels(path: Path, size: tuple[int, int], grey: bool) -> np.ndarray:
     modes = GREY_MODES if grey else GREY_MODES + COLOUR_MODES
     if image.mode not in modes:
         raise ValueError(f"folder: expected 8-bit images of one of the modes {modes}, got {image.mode!r} in {path}")
+    if "transparency" in image.info:
+        # Pillow warns unless alpha is dropped in two steps
+        image = image.convert("RGBA")
     pixels = np.asarray(image.convert("L" if grey else "RGB"))
     return pixels[None] if grey else pixels.transpose(2, 0, 1)

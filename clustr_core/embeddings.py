@@ -183,7 +183,14 @@ def _formation_rows(run: Run, epoch: int, dataset: data.Dataset, examples: int |
     encoder, recipe = run.encoder_at(epoch), run.recipe
     kept = slice(recipe.train_examples)
     train = embed_all(encoder, dataset.train_images[kept])
-    clusters, _ = fit_clusters(train, dataset.train_labels[kept], per_class=recipe.per_class, seed=recipe.seed)
+    clusters, _ = fit_clusters(
+        train,
+        dataset.train_labels[kept],
+        per_class=recipe.per_class,
+        n_init=recipe.kmeans_starts,
+        max_iter=recipe.kmeans_iterations,
+        seed=recipe.seed,
+    )
     indices, images, labels = some_test_images(run, dataset, examples)
     embeddings = embed_all(encoder, images)
     distances = squared_distances(embeddings, clusters.centroids)

@@ -84,9 +84,9 @@ def lipschitz_lower_bound(
     gain = images.new_zeros(len(images))
     for _ in tqdm(range(iterations), desc="power iteration", disable=not progress):
         v = v / per_item(flat_norm(v), v).clamp_min(torch.finfo(v.dtype).tiny)
-        pushed = torch.autograd.functional.jvp(encoder, images, v)[1]
+        pushed = torch.as_tensor(torch.autograd.functional.jvp(encoder, images, v)[1])
         gain = flat_norm(pushed).maximum(gain)
-        v = torch.autograd.functional.vjp(encoder, images, pushed)[1]
+        v = torch.as_tensor(torch.autograd.functional.vjp(encoder, images, pushed)[1])
     return float(gain.max())
 
 

@@ -356,7 +356,7 @@ def draw_image(axes: Axes, image: np.ndarray, title: str = "") -> None:
 def _groups(table: pd.DataFrame, column: str) -> Iterator[tuple[Any, pd.DataFrame]]:
     """The rows of each value of a column, in order of appearance; methods always in the same order."""
     groups = [(name, pd.DataFrame(rows)) for name, rows in table.groupby(column, sort=False)]
-    return iter(sorted(groups, key=lambda group: list(LOOKS).index(group[0])) if column == "method" else groups)
+    return iter(sorted(groups, key=lambda group: list(LOOKS).index(str(group[0]))) if column == "method" else groups)
 
 
 def draw_progress(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:

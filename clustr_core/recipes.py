@@ -227,8 +227,7 @@ def run_folder(recipe: Recipe) -> Path:
 def code_digest(modules: Iterable[str]) -> str:
     """SHA-256 of what some modules of this package do: comments, docstrings and signatures' types do not count."""
     package = Path(__file__).parent
-    paths = [package / f"{name}.py" for name in modules]
-    files = [path if path.exists() else path.with_suffix("") / "__init__.py" for path in paths]
+    files = [file for name in modules for file in sorted([*package.glob(f"{name}.py"), *package.glob(f"{name}/*.py")])]
     return records.digest(*(ast.dump(_behaviour(ast.parse(file.read_text()))) for file in files))
 
 

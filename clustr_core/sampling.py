@@ -79,9 +79,9 @@ class ClusterBatches:
         if clusters.num_classes < 2:
             raise ValueError("clusters: expected at least two classes, so that a cluster has rivals, got one")
         self.clusters_per_batch, self.per_cluster = clusters_per_batch, per_cluster
-        self._rivals = _nearest_rivals(clusters, clusters_per_batch - 1)
         self._members = np.argsort(self._assignments, kind="stable")
         self._sizes = np.bincount(self._assignments, minlength=count)
+        self._rivals = _nearest_rivals(clusters, self._sizes > 0, clusters_per_batch - 1)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._losses = np.full(len(self._assignments), np.nan)
         self._loss_sums, self._seen = np.zeros(count), np.zeros(count, dtype=np.int64)
@@ -97,7 +97,7 @@ class ClusterBatches:
         """One batch."""
         cumulative = np.cumsum(self._seed_weights())
         seed = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
-        chosen = [self._some_members(c) for c in (seed, *self._rivals[seed])]
+        chosen = [self._some_members(c) for c in (seed, *self._rivals[seed].tolist())]
         indices = np.concatenate(chosen)
         return Batch(torch.from_numpy(indices), torch.from_numpy(self._assignments[indices]))
 
@@ -150,10 +150,10 @@ class ClusterBatches:
         return self._members[start + picked]
 
 
-def _nearest_rivals(clusters: Clusters, most: int) -> np.ndarray:
-    """For each cluster the clusters of other classes with the nearest centroids, nearest first."""
-    distances = squared_distances(clusters.centroids, clusters.centroids).cpu()
-    labels = clusters.labels.cpu()
-    distances[labels[:, None] == labels] = torch.inf
-    rivals = (distances < torch.inf).sum(dim=1).min()
-    return distances.argsort(dim=1, stable=True)[:, : min(most, int(rivals))].numpy()
+def _nearest_rivals(clusters: Clusters, filled: np.ndarray, most: int) -> list[np.ndarray]:
+    """For each cluster the clusters of other classes that have examples, nearest centroid first."""
+    distances = squared_distances(clusters.centroids, clusters.centroids).cpu().numpy()
+    labels = clusters.labels.cpu().numpy()
+    usable = (labels[:, None] != labels) & filled
+    order = np.where(usable, distances, np.inf).argsort(axis=1, kind="stable")
+    return [row[: min(most, count)] for row, count in zip(order, usable.sum(axis=1), strict=True)]

@@ -85,7 +85,10 @@ class Run:
         return net.encoder.to(device).eval()
 
     def _weights(self) -> dict[str, Tensor]:
-        return load_file(self.path / WEIGHTS)
+        try:
+            return load_file(self.path / WEIGHTS)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path / WEIGHTS}: expected weights, got a damaged file ({error})") from error
 
 
 @dataclass
@@ -96,6 +99,7 @@ class _State:
     optimiser: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator
+    images_sha256: str
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -206,7 +210,7 @@ def fit(
     dataset = dataset or data.load(recipe.dataset)
     images = dataset.train_images[: recipe.train_examples].to(device)
     labels = dataset.train_labels[: recipe.train_examples].to(device)
-    state = _new_state(recipe, dataset, device, start)
+    state = _new_state(recipe, dataset, images, start)
     if (folder / CHECKPOINT).exists():
         _load_checkpoint(folder / CHECKPOINT, recipe, state)
         log.info("%s: going on after epoch %d", folder, state.epoch)
@@ -234,11 +238,15 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
     if not (folder / DONE).exists():
         raise FileNotFoundError(f"folder: expected a finished run with {DONE} in {folder}")
     content = records.read_json(folder / DONE)
-    recipe = recipe_from_dict(content["recipe"])
+    try:
+        recipe = recipe_from_dict(content["recipe"])
+        channels, height, width = content["image_shape"]
+        run = Run(folder, recipe, content["num_classes"], (channels, height, width))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / DONE}: expected a finished run, got a damaged file ({error!r})") from error
     if expected is not None and recipe != expected:
         raise ValueError(_other_recipe(folder / DONE, recipe, expected))
-    channels, height, width = content["image_shape"]
-    return Run(folder, recipe, content["num_classes"], (channels, height, width))
+    return run
 
 
 def embed_all(
@@ -327,15 +335,16 @@ def _new_network(recipe: Recipe, image_shape: tuple[int, int, int], num_classes:
         return LinearClassifier(encoder, encoder.embedding_dim, num_classes)
 
 
-def _new_state(recipe: Recipe, dataset: data.Dataset, device: torch.device, start: Run | None) -> _State:
+def _new_state(recipe: Recipe, dataset: data.Dataset, images: Tensor, start: Run | None) -> _State:
     network = _new_network(recipe, dataset.image_shape, dataset.num_classes)
     if start is not None:
         network.load_state_dict(_prefixed(load_file(start.path / WEIGHTS), "network."))
-    network.to(device)
+    network.to(images.device)
     trained = network.encoder if isinstance(recipe, Clustr) else network
     optimiser = _optimiser(recipe, trained)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(recipe.milestones), gamma=0.1)
-    return _State(network, optimiser, schedule, torch.Generator(device).manual_seed(recipe.seed))
+    generator = torch.Generator(images.device).manual_seed(recipe.seed)
+    return _State(network, optimiser, schedule, generator, records.digest(images.cpu().numpy().tobytes()))
 
 
 def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
@@ -357,6 +366,7 @@ def _save_progress(folder: Path, recipe: Recipe, state: _State) -> None:
     tensors["generator"] = state.generator.get_state()
     facts = {
         "recipe": recipe_to_dict(recipe),
+        "train_images_sha256": state.images_sha256,
         "epoch": state.epoch,
         "history": state.history,
         "param_groups": packed["param_groups"],
@@ -376,6 +386,8 @@ def _load_checkpoint(path: Path, recipe: Recipe, state: _State) -> None:
     found = recipe_from_dict(facts["recipe"])
     if found != recipe:
         raise ValueError(_other_recipe(path, found, recipe))
+    if facts["train_images_sha256"] != state.images_sha256:
+        raise ValueError(f"{path}: expected a checkpoint trained on these images; {recipe.dataset} has changed since")
     state.network.load_state_dict(_prefixed(tensors, "network."))
     slots: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _prefixed(tensors, "optimiser.").items():
@@ -402,7 +414,7 @@ def _finish(folder: Path, recipe: Recipe, state: _State, dataset: data.Dataset, 
         "recipe": recipe_to_dict(recipe),
         "num_classes": dataset.num_classes,
         "image_shape": list(dataset.image_shape),
-        "train_images_sha256": records.digest(images.cpu().numpy().tobytes()),
+        "train_images_sha256": state.images_sha256,
         "threads": torch.get_num_threads(),
         **records.environment(str(images.device)),
     }

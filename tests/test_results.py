@@ -7,8 +7,8 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from clustr_core.accuracy import robust_accuracy, robust_accuracy_by_loss
-from clustr_core.records import read_table
 from clustr_core.recipes import load_profile
+from clustr_core.records import read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = sorted(path.name for path in (ROOT / "results").iterdir() if path.is_dir())

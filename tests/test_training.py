@@ -440,7 +440,7 @@ def test_clustr_steps_with_the_magnet_loss_and_cross_entropy_with_its_own(step):
 def test_an_epochs_clusters_come_without_a_graph_and_draw_seeds_by_the_full_loss(digits):
     recipe = Clustr(per_cluster=4, gap=9.0, **SMALL)
     images, labels = digits.train_images[:150], digits.train_labels[:150]
-    state = training._new_state(recipe, digits, torch.device("cpu"), None)
+    state = training._new_state(recipe, digits, images, None)
     clusters, sampler = training._clusters_and_sampler(recipe, state, images, labels)
     assert not clusters.centroids.requires_grad
     assert not clusters.variance.requires_grad
@@ -490,6 +490,13 @@ def test_an_unfinished_run_of_another_recipe_is_refused(train, killed, home):
     ):
         train(other, folder=home / "run")
     assert contents(home / "run") == before
+
+
+def test_a_checkpoint_of_other_images_is_refused(killed, home, digits):
+    killed(CE, during=2, folder=home / "run")
+    changed = replace(digits, train_images=255 - digits.train_images)
+    with pytest.raises(ValueError, match=r"expected a checkpoint trained on these images; digits has changed since"):
+        training.fit(CE, folder=home / "run", dataset=changed, progress=False)
 
 
 def test_a_finished_run_of_another_recipe_is_refused(train, home):
