@@ -7,6 +7,7 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from clustr_core.accuracy import robust_accuracy, robust_accuracy_by_loss
+from clustr_core.plotting import METHOD_NAMES
 from clustr_core.recipes import load_profile
 from clustr_core.records import read_table
 
@@ -77,3 +78,15 @@ def test_rows_are_possible(profile: str) -> None:
 def test_figures_are_drawn_from_the_rows(profile: str, label: str, derive) -> None:
     drawn = read_table(ROOT / "figures" / profile / f"{label}.csv")
     assert_frame_equal(sorted_rows(derive(rows(profile, "attacks"))), sorted_rows(drawn), check_dtype=False, rtol=1e-6)
+
+
+def test_numbers_on_the_first_page_are_those_of_the_rows() -> None:
+    page = (ROOT / "index.md").read_text()
+    curves = robust_accuracy(rows("cpu-cifar10", "attacks"))
+    linf = curves[curves["norm"] == "linf"]
+    for method in load_profile(ROOT / "profiles" / "cpu-cifar10.yaml").recipes:
+        mine = linf[linf["method"] == method]
+        clean, robust = mine[mine["eps"] == 0].iloc[0], mine[(mine["eps"] - 8 / 255).abs() < 1e-6].iloc[0]
+        cells = [f"{100 * r.robust_accuracy:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in (clean, robust)]
+        assert f"| {METHOD_NAMES[method]} | {cells[0]} | {cells[1]} |" in page
+    assert linf["examples"].unique().tolist() == [256]
