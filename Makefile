@@ -12,7 +12,7 @@ READY := $(VENV)/.installed
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  PROFILE=smoke|quick|cpu|paper (now $(PROFILE))   CORES=n (now $(CORES))   PYTHON=python3.11"
+	@echo "  PROFILE=smoke|quick|cpu|cpu-cifar10|paper (now $(PROFILE))   CORES=n (now $(CORES))   PYTHON=python3.11"
 
 figures: $(READY)  ## train, attack, certify and run every chapter: writes figures/PROFILE/; goes on where it was killed
 	$(BIN)/python -m snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-incomplete --rerun-incomplete \

@@ -11,7 +11,7 @@ from clustr_core.attacks import Norm
 from clustr_core.classifiers import ClusterClassifier, Rule, cluster_logits
 from clustr_core.clusters import Clusters
 from clustr_core.distances import squared_distances
-from clustr_core.lipschitz import lipschitz_upper_bound
+from clustr_core.lipschitz import check_evaluation_mode, lipschitz_upper_bound
 
 Bound = Literal["triangle", "nearest", "pairwise"]
 
@@ -91,6 +91,7 @@ def certify(
     """
     if not isinstance(model, ClusterClassifier):
         raise TypeError(f"model: expected a ClusterClassifier, got {type(model).__name__}, which has no certificate")
+    check_evaluation_mode(model.encoder)
     if not ((images >= 0) & (images <= 1)).all():
         raise ValueError(f"images: expected pixels in [0, 1], got {images.min():.4g} to {images.max():.4g}")
     if lipschitz is None:

@@ -123,6 +123,8 @@ def fit_clusters(
         raise ValueError(f"per_class: expected at least 1, got {per_class}")
     if len(embeddings) != len(labels):
         raise ValueError(f"labels: expected one for each of {len(embeddings)} embeddings, got {len(labels)}")
+    if labels.is_floating_point() or not len(labels) or labels.min() < 0:
+        raise ValueError("labels: expected class indices 0, 1, 2, ..., got none, negative or non-integer ones")
     if not embeddings.isfinite().all():
         bad = int((~embeddings.isfinite().all(dim=1)).sum())
         raise ValueError(f"embeddings: expected finite values, got NaN or infinity in {bad} of {len(embeddings)} rows")

@@ -11,7 +11,7 @@ from clustr_core import data, records
 from clustr_core.attacks import Norm, iterates, random_point
 from clustr_core.clusters import Clusters, fit_clusters
 from clustr_core.distances import squared_distances
-from clustr_core.evaluation import cache_path, predictions, some_test_images
+from clustr_core.evaluation import cache_path, dataset_of, predictions, some_test_images
 from clustr_core.losses import cross_entropy, margin_loss
 from clustr_core.recipes import EMBEDDING_CODE
 from clustr_core.training import Run, embed_all
@@ -39,7 +39,8 @@ def umap_map(
 
 def embedding_table(run: Run, *, examples: int | None = None, dataset: data.Dataset | None = None) -> pd.DataFrame:
     """Test images in the plane: ``index label prediction correct cluster x y``, UMAP coordinates last."""
-    path = cache_path(run, "embedding", {"examples": examples}, EMBEDDING_CODE)
+    dataset = dataset_of(run, dataset)
+    path = cache_path(run, dataset, "embedding", {"examples": examples}, EMBEDDING_CODE)
     if not path.exists():
         model = run.model()
         indices, images, labels = some_test_images(run, dataset, examples)
@@ -60,9 +61,9 @@ def formation_table(run: Run, *, examples: int | None = None, dataset: data.Data
         centroid of the own class and of any other, of clusters fitted on that epoch's training embeddings;
         margin = (rival_distance^2 - own_distance^2) / (2 sigma^2), which the magnet loss asks to exceed the gap.
     """
-    path = cache_path(run, "formation", {"examples": examples}, EMBEDDING_CODE)
+    dataset = dataset_of(run, dataset)
+    path = cache_path(run, dataset, "formation", {"examples": examples}, EMBEDDING_CODE)
     if not path.exists():
-        dataset = dataset or data.load(run.recipe.dataset)
         parts = [_formation_rows(run, epoch, dataset, examples) for epoch in run.recipe.snapshots]
         records.write_table(path, pd.concat(parts, ignore_index=True))
     return records.read_table(path)
@@ -104,9 +105,10 @@ def geometry_table(runs: dict[str, Run], *, dataset: data.Dataset | None = None)
     """
     rows = []
     for method, run in runs.items():
-        path = cache_path(run, "geometry", {}, EMBEDDING_CODE)
+        mine = dataset_of(run, dataset)
+        path = cache_path(run, mine, "geometry", {}, EMBEDDING_CODE)
         if not path.exists():
-            records.write_table(path, pd.DataFrame([_geometry(run, dataset)]))
+            records.write_table(path, pd.DataFrame([_geometry(run, mine)]))
         rows.append(records.read_table(path).assign(method=method))
     table = pd.concat(rows, ignore_index=True)
     return pd.DataFrame(table[["method", "purity", "silhouette", "separation", "accuracy"]])

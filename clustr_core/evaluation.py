@@ -38,7 +38,8 @@ def attack_table(
         ``robust`` says that the attack did not succeed; it is false for an image misclassified when clean.
     """
     pieces = [(eps, loss) for eps in protocol.eps for loss in protocol.losses]
-    paths = [cache_path(run, "attack", _piece(protocol, eps, loss), ATTACK_CODE) for eps, loss in pieces]
+    dataset = dataset_of(run, dataset)
+    paths = [cache_path(run, dataset, "attack", _piece(protocol, eps, loss), ATTACK_CODE) for eps, loss in pieces]
     todo = [item for item in zip(pieces, paths, strict=True) if not item[1].exists()]
     if todo:
         model = run.model(device)
@@ -74,15 +75,34 @@ def certificate_table(
         columns ``bound index label prediction correct feature_radius radius lipschitz lipschitz_lower_bound``:
         ``feature_radius`` in the embedding space, ``radius`` = feature_radius / lipschitz in pixels of [0, 1].
     """
-    path = cache_path(run, "certificate", {"examples": examples, "bounds": BOUNDS}, CERTIFICATE_CODE)
+    dataset = dataset_of(run, dataset)
+    path = cache_path(run, dataset, "certificate", {"examples": examples, "bounds": BOUNDS}, CERTIFICATE_CODE)
     if not path.exists():
         records.write_table(path, _certificate_rows(run, examples, dataset, device))
     return records.read_table(path)
 
 
-def cache_path(run: Run, kind: str, what: dict, code: tuple[str, ...]) -> Path:
-    """Where a measurement of a run is kept: beside it, under a digest of the question and of the code that answers."""
-    key = records.digest(json.dumps(what, sort_keys=True), code_digest(code))
+def dataset_of(run: Run, dataset: data.Dataset | None) -> data.Dataset:
+    """The run's dataset, loaded unless given.
+
+    Raises:
+        ValueError: if it is another one, or its training images are no longer those that the run saw.
+    """
+    dataset = dataset or data.load(run.recipe.dataset)
+    if dataset.name != run.recipe.dataset:
+        raise ValueError(f"dataset: expected {run.recipe.dataset!r} as in the run, got {dataset.name!r}")
+    seen = dataset.train_images[: run.recipe.train_examples]
+    if records.digest(seen.numpy().tobytes()) != run.train_images_sha256:
+        raise ValueError(
+            f"dataset: expected the images that {run.path.name} was trained on; {dataset.name} has changed"
+        )
+    return dataset
+
+
+def cache_path(run: Run, dataset: data.Dataset, kind: str, what: dict, code: tuple[str, ...]) -> Path:
+    """Where a measurement is kept: beside its run, under a digest of the question, the test set and the code."""
+    test = records.digest(dataset.test_images.numpy().tobytes(), dataset.test_labels.numpy().tobytes())
+    key = records.digest(json.dumps(what, sort_keys=True), test, code_digest(code))
     return run.path / "tables" / f"{kind}-{key[:12]}.csv"
 
 

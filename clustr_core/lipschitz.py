@@ -33,11 +33,20 @@ def lipschitz_upper_bound(encoder: nn.Module, image_shape: ImageShape) -> float:
     Source: Tsuzuku et al. 2018 (product bound); Sedghi et al. 2019 (convolution by FFT), with the zero padding
         turned into a bound as `convolution_norm` says.
     """
-    if any(m.training for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
-        raise ValueError("encoder: expected evaluation mode, got batch norm in training mode")
+    check_evaluation_mode(encoder)
     shapes = _input_shapes(encoder, image_shape)
     # the float64 norms carry a relative error near 1e-13 a layer
     return _bound(encoder, shapes) * (1 + 1e-9)
+
+
+def check_evaluation_mode(encoder: nn.Module) -> None:
+    """Refuse batch norm in training mode, where an embedding depends on the whole batch.
+
+    Raises:
+        ValueError: if there is any.
+    """
+    if any(m.training for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+        raise ValueError("encoder: expected evaluation mode, got batch norm in training mode")
 
 
 def convolution_norm(

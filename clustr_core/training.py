@@ -46,6 +46,7 @@ class Run:
     recipe: Recipe
     num_classes: int
     image_shape: tuple[int, int, int]
+    train_images_sha256: str
 
     @property
     def history(self) -> pd.DataFrame:
@@ -201,10 +202,10 @@ def fit(
         ValueError: if ``folder`` holds another recipe's run, a checkpoint is damaged, or ``dataset`` is another one.
     """
     folder = folder or run_folder(recipe)
-    if (folder / DONE).exists():
-        return load_run(folder, expected=recipe)
     if dataset is not None and dataset.name != recipe.dataset:
         raise ValueError(f"dataset: expected {recipe.dataset!r} as in the recipe, got {dataset.name!r}")
+    if (folder / DONE).exists():
+        return load_run(folder, expected=recipe)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     start = fit(recipe.warm_start, dataset=dataset, device=device, progress=progress) if recipe.warm_start else None
     dataset = dataset or data.load(recipe.dataset)
@@ -241,7 +242,7 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
     try:
         recipe = recipe_from_dict(content["recipe"])
         channels, height, width = content["image_shape"]
-        run = Run(folder, recipe, content["num_classes"], (channels, height, width))
+        run = Run(folder, recipe, content["num_classes"], (channels, height, width), content["train_images_sha256"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / DONE}: expected a finished run, got a damaged file ({error!r})") from error
     if expected is not None and recipe != expected:

@@ -1,8 +1,10 @@
 """The commands, as a reader types them."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -204,3 +206,19 @@ def test_the_installed_command(home):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert done.stderr == "clustr: method: expected one of ['ce', 'clustr'] in tiny, got 'none'\n"
+
+
+def test_two_fresh_smoke_runs_give_identical_tables(tmp_path, monkeypatch):
+    """Every method of profile smoke, trained, attacked and certified from nothing, twice."""
+    found = []
+    for name in ("one", "two"):
+        root = tmp_path / name
+        (root / "profiles").mkdir(parents=True)
+        shutil.copy(Path(__file__).parents[1] / "profiles/smoke.yaml", root / "profiles")
+        monkeypatch.setenv("CLUSTR_HOME", str(root))
+        for method in load_profile("smoke").recipes:
+            assert clustr("attack", method=method, profile="smoke") == 0
+            assert clustr("certify", method=method, profile="smoke") == 0
+        found.append({path.name: path.read_bytes() for path in (root / "results/smoke").iterdir()})
+    assert len(found[0]) == 8
+    assert found[0] == found[1]

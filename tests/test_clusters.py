@@ -155,3 +155,9 @@ def test_to_casts_what_floats():
     moved = make().to(torch.float64)
     assert moved.centroids.dtype == moved.variance.dtype == torch.float64
     assert moved.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([-1, 0, 0, 1]), torch.tensor([0.0, 0, 1, 1])])
+def test_fit_refuses_labels_that_are_no_classes(as_installed, labels):
+    with pytest.raises(ValueError, match=r"labels: expected class indices 0, 1, 2, \.\.\., got"):
+        fit_clusters(torch.randn(4, 2), labels, per_class=1)

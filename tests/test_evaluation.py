@@ -210,3 +210,15 @@ def test_tables_of_a_profile_begin_with_the_method(run, digits):
 def test_a_profile_without_attacks_is_refused(runs):
     with pytest.raises(ValueError, match="profile bare: expected at least one entry under attacks, got none"):
         attacks_of(runs["ce"], Profile("bare", {}, {}))
+
+
+def test_a_changed_dataset_is_noticed(runs, digits):
+    run, protocol = runs["ce"], Protocol(eps=(0.1,), steps=2, examples=10)
+    fewer = replace(digits, test_images=digits.test_images[:20], test_labels=digits.test_labels[:20])
+    every = replace(protocol, examples=None)
+    assert len(attack_table(run, every, dataset=fewer, progress=False)) == 40
+    assert len(attack_table(run, every, dataset=digits, progress=False)) == 2 * len(digits.test_labels)
+    with pytest.raises(ValueError, match=r"expected the images that .* was trained on; digits has changed"):
+        attack_table(run, protocol, dataset=replace(digits, train_images=255 - digits.train_images))
+    with pytest.raises(ValueError, match=r"dataset: expected 'digits' as in the run, got 'other'"):
+        attack_table(run, protocol, dataset=replace(digits, name="other"))

@@ -21,6 +21,7 @@ from clustr_core.recipes import load_profile
 from tools import notebooks
 
 INLINE = "module://matplotlib_inline.backend_inline"
+STARTS = 4
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -69,14 +70,21 @@ def _run(
     with tempfile.TemporaryDirectory() as scratch:
         converted = Path(scratch, running.name)
         nbformat.write(notebook, converted)
-        papermill.execute_notebook(
-            str(converted),
-            str(running),
-            parameters=parameters,
-            kernel_name="python3",
-            cwd=str(folder),
-            progress_bar=sys.stderr.isatty(),
-        )
+        for attempt in reversed(range(STARTS)):
+            try:
+                papermill.execute_notebook(
+                    str(converted),
+                    str(running),
+                    parameters=parameters,
+                    kernel_name="python3",
+                    cwd=str(folder),
+                    progress_bar=sys.stderr.isatty(),
+                )
+                return
+            except RuntimeError as error:
+                # kernels that start side by side may pick the same port: the one that loses dies before its first cell
+                if not attempt or "Kernel died before replying" not in str(error):
+                    raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.source}: cell {error.cell_index} failed, see {failed}\n", file=sys.stderr)
         print(ANSI.sub("", "\n".join(error.traceback)), file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"{options.source}: {error}", file=sys.stderr)
         return 1
     return 0
