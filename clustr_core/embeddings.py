@@ -8,7 +8,7 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor, nn
 
 from clustr_core import data, records
-from clustr_core.attacks import Norm, iterates, random_point
+from clustr_core.ascent import Norm, iterates, random_point
 from clustr_core.clusters import Clusters, fit_clusters
 from clustr_core.distances import squared_distances
 from clustr_core.evaluation import cache_path, dataset_of, predictions, some_test_images

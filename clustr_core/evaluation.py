@@ -1,8 +1,11 @@
 """Measurements of finished runs: tables with one row for each example, cached beside the run."""
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -10,51 +13,124 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from clustr_core import data, records
-from clustr_core.attacks import pgd
+from clustr_core import attacks, data, records
+from clustr_core.attacks import AttackResult
 from clustr_core.certify import Bound, certified_radius
 from clustr_core.lipschitz import lipschitz_lower_bound, lipschitz_upper_bound
-from clustr_core.recipes import ATTACK_CODE, CERTIFICATE_CODE, Profile, Protocol, code_digest
-from clustr_core.training import Run, embed_all
+from clustr_core.paper import paper_pgd, paper_surface
+from clustr_core.recipes import ATTACK_CODE, CERTIFICATE_CODE, CrossEntropy, Profile, Protocol, code_digest, run_folder
+from clustr_core.training import Run, embed_all, load_run
 
 BOUNDS: tuple[Bound, ...] = ("triangle", "nearest", "pairwise")
 BATCH = 256
+# an interrupted measurement loses at most so many examples; a temperature is taken from so many
+CHUNK = 128
+
+Head = Literal["own", "clusters"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under attack.
+
+    Args:
+        name: what its rows are called.
+        load: builds the model, on its device, in evaluation mode; called only where something is left to measure.
+        identity: changes whenever the model does.
+        tables: the folder in which its rows are kept.
+        source: another subject, for the attack that transfers from it.
+    """
+
+    name: str
+    load: Callable[[], nn.Module]
+    identity: str
+    tables: Path
+    source: "Subject | None" = None
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model, loaded once."""
+        return self.load()
+
+
+def subject_of(
+    run: Run, *, head: Head = "own", source: Run | None = None, device: str | torch.device = "cpu"
+) -> Subject:
+    """A run's classifier as a subject; with head "clusters" the clusters fitted after training, whatever the method."""
+    name = run.recipe.method if head == "own" else f"{run.recipe.method}-clusters"
+    load = (lambda: run.model(device)) if head == "own" else (lambda: run.cluster_model(device))
+    from_ = subject_of(source, device=device) if source is not None else None
+    return Subject(name, load, f"{run.path.name} {head}", run.path / "tables", from_)
+
+
+def measure(subject: Subject, protocol: Protocol, dataset: data.Dataset, *, progress: bool = True) -> pd.DataFrame:
+    """One attack on one model: one row for each eps, loss and test image.
+
+    Images are attacked in chunks of an order drawn once, each chunk's rows are kept as soon as it is done, so an
+    interrupted measurement goes on, and one on more images or another grid computes only what is new.
+
+    Returns:
+        columns ``attack norm eps loss steps restarts index label prediction correct adversarial_prediction robust
+        gradients``. ``robust`` says that the attack did not succeed; it is false for an image misclassified when clean,
+        but for the paper's rule, which does not ask. Predictions are those of the log-domain logits. ``gradients`` are
+        the input gradients spent on the image. AutoAttack has no one number of steps: ``steps`` and ``restarts`` are 0.
+    """
+    order = _drawn_order(dataset)[: protocol.examples]
+    test = _test_digest(dataset)
+    pieces = [(eps, loss, chunk) for eps in protocol.eps for loss in protocol.climbed for chunk in order.split(CHUNK)]
+    tables = []
+    for eps, loss, chunk in tqdm(pieces, f"{subject.name} {protocol.attack} {protocol.norm}", disable=not progress):
+        path = _rows_path(subject, protocol, eps, loss, chunk, test)
+        if not path.exists():
+            records.write_table(path, _attack_rows(subject, dataset, chunk, protocol, eps, loss))
+        # as read back, so that a first and a later call return the same
+        tables.append(records.read_table(path))
+    return pd.concat(tables).sort_values(["eps", "loss", "index"], ignore_index=True)
 
 
 def attack_table(
     run: Run,
     protocol: Protocol,
     *,
+    head: Head = "own",
+    source: Run | None = None,
     dataset: data.Dataset | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> pd.DataFrame:
-    """PGD on a run's classifier: one row for each eps, loss and test image.
+    """`measure` of a run's classifier.
 
-    Each (eps, loss) is cached beside the run as soon as it is done, so an interrupted measurement goes on.
-
-    Returns:
-        columns ``norm eps loss steps restarts index label prediction correct adversarial_prediction robust``.
-        ``robust`` says that the attack did not succeed; it is false for an image misclassified when clean.
+    Args:
+        head: "own" for the classifier as its method defines it, "clusters" for clusters fitted afterwards.
+        source: for the attack "transfer", the run whose model is climbed.
     """
-    pieces = [(eps, loss) for eps in protocol.eps for loss in protocol.losses]
-    dataset = dataset_of(run, dataset)
-    paths = [cache_path(run, dataset, "attack", _piece(protocol, eps, loss), ATTACK_CODE) for eps, loss in pieces]
-    todo = [item for item in zip(pieces, paths, strict=True) if not item[1].exists()]
-    if todo:
-        model = run.model(device)
-        indices, images, labels = some_test_images(run, dataset, protocol.examples)
-        for (eps, loss), path in tqdm(todo, f"attack {run.recipe.method} {protocol.norm}", disable=not progress):
-            records.write_table(path, _attack_rows(model, indices, images, labels, protocol, eps, loss))
-    return pd.concat([records.read_table(path) for path in paths], ignore_index=True)
+    subject = subject_of(run, head=head, source=source, device=device)
+    return measure(subject, protocol, dataset_of(run, dataset), progress=progress)
 
 
 def attacks_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
-    """`attack_table` of a run under every attack of a profile; the method comes first."""
-    tables = [attack_table(run, protocol, **options) for protocol in profile.attacks.values()]
-    if not tables:
+    """`attack_table` of a run under every attack of a profile; the method comes first.
+
+    A cross-entropy run is measured twice: as it is, and as "ce-clusters", with clusters fitted after training. No
+    attack is transferred from a model to itself.
+    """
+    if not profile.attacks:
         raise ValueError(f"profile {profile.name}: expected at least one entry under attacks, got none")
-    return _named(run, pd.concat(tables, ignore_index=True))
+    heads: tuple[Head, ...] = ("own", "clusters") if isinstance(run.recipe, CrossEntropy) else ("own",)
+    options["dataset"] = dataset_of(run, options.get("dataset"))
+    tables = []
+    for head in heads:
+        for protocol in profile.attacks.values():
+            source = None
+            if protocol.attack == "transfer":
+                recipe = profile.recipes[protocol.source]
+                if recipe == run.recipe:
+                    continue
+                source = load_run(run_folder(recipe), expected=recipe)
+            table = attack_table(run, protocol, head=head, source=source, **options)
+            table.insert(0, "method", subject_of(run, head=head).name)
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
 def certificates_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
@@ -101,8 +177,7 @@ def dataset_of(run: Run, dataset: data.Dataset | None) -> data.Dataset:
 
 def cache_path(run: Run, dataset: data.Dataset, kind: str, what: dict, code: tuple[str, ...]) -> Path:
     """Where a measurement is kept: beside its run, under a digest of the question, the test set and the code."""
-    test = records.digest(dataset.test_images.numpy().tobytes(), dataset.test_labels.numpy().tobytes())
-    key = records.digest(json.dumps(what, sort_keys=True), test, code_digest(code))
+    key = records.digest(json.dumps(what, sort_keys=True), _test_digest(dataset), code_digest(code))
     return run.path / "tables" / f"{kind}-{key[:12]}.csv"
 
 
@@ -111,8 +186,7 @@ def some_test_images(
 ) -> tuple[Int[Tensor, " batch"], Tensor, Int[Tensor, " batch"]]:
     """The first ``examples`` test images in an order drawn once for all methods: indices, bytes, labels."""
     dataset = dataset or data.load(run.recipe.dataset)
-    order = torch.randperm(len(dataset.test_labels), generator=torch.Generator().manual_seed(0))
-    indices = order[:examples].sort().values
+    indices = _drawn_order(dataset)[:examples].sort().values
     return indices, dataset.test_images[indices], dataset.test_labels[indices]
 
 
@@ -127,50 +201,95 @@ def _named(run: Run, table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def _drawn_order(dataset: data.Dataset) -> Int[Tensor, " test"]:
+    return torch.randperm(len(dataset.test_labels), generator=torch.Generator().manual_seed(0))
+
+
+def _test_digest(dataset: data.Dataset) -> str:
+    return records.digest(dataset.test_images.numpy().tobytes(), dataset.test_labels.numpy().tobytes())
+
+
+def _rows_path(subject: Subject, protocol: Protocol, eps: float, loss: str, chunk: Tensor, test: str) -> Path:
+    """The file of one chunk's rows, under a digest of all that they depend on."""
+    asked = replace(protocol, eps=(eps,), losses=(), examples=None, step_size=protocol.step_size_at(eps))
+    source = subject.source.identity if subject.source and protocol.attack == "transfer" else None
+    what = {**asdict(asked), "loss": loss, "model": subject.identity, "source": source, "chunk": chunk.tolist()}
+    key = records.digest(json.dumps(what, sort_keys=True), test, code_digest(ATTACK_CODE))
+    return subject.tables / f"attack-{key[:12]}.csv"
+
+
 def _attack_rows(
-    model: nn.Module,
-    indices: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    protocol: Protocol,
-    eps: float,
-    loss: str,
+    subject: Subject, dataset: data.Dataset, indices: Tensor, protocol: Protocol, eps: float, loss: str
 ) -> pd.DataFrame:
+    """The rows of one chunk."""
+    model = subject.model
     device = next(iter([*model.parameters(), *model.buffers()])).device
-    found = []
-    for part, goal in zip(images.split(BATCH), labels.split(BATCH), strict=True):
-        result = pgd(
-            model,
-            data.to_float(part.to(device)),
-            goal.to(device),
-            eps=eps,
-            step_size=protocol.step_size_at(eps),
-            steps=protocol.steps,
-            restarts=protocol.restarts,
-            norm=protocol.norm,
-            loss=loss,
-            seed=protocol.seed,
-        )
-        with torch.no_grad():
-            after = model(result.adversarial).argmax(dim=1)
-        found.append(torch.stack([after, (~result.success).long()]).cpu())
-    after, robust = torch.cat(found, dim=1)
-    before = predictions(model, images, device)
+    images = data.to_float(dataset.test_images[indices].to(device))
+    labels = dataset.test_labels[indices].to(device)
+    sample = data.to_float(dataset.test_images[_drawn_order(dataset)[:CHUNK]].to(device))
+    result = run_attack(model, images, labels, protocol, eps=eps, loss=loss, sample=sample, source=subject.source)
+    with torch.no_grad():
+        before, after = model(images).argmax(dim=1), model(result.adversarial).argmax(dim=1)
+    settled = protocol.attack == "autoattack"
+    columns = {
+        "index": indices,
+        "label": labels,
+        "prediction": before,
+        "correct": before == labels,
+        "adversarial_prediction": after,
+        "robust": ~result.success,
+        "gradients": result.gradients,
+    }
     return pd.DataFrame(
         {
+            "attack": protocol.attack,
             "norm": protocol.norm,
             "eps": eps,
             "loss": loss,
-            "steps": protocol.steps,
-            "restarts": protocol.restarts,
-            "index": indices,
-            "label": labels,
-            "prediction": before,
-            "correct": before == labels,
-            "adversarial_prediction": after,
-            "robust": robust.bool(),
+            "steps": 0 if settled else protocol.steps,
+            "restarts": 0 if settled else protocol.restarts,
+            **{name: column.cpu() for name, column in columns.items()},
         }
     )
+
+
+def run_attack(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    protocol: Protocol,
+    *,
+    eps: float,
+    loss: str,
+    sample: Tensor,
+    source: Subject | None = None,
+) -> AttackResult:
+    """One attack of a protocol on one batch.
+
+    Args:
+        sample: clean images from which the temperature of the logits is taken, the same for every batch.
+        source: for "transfer", the model that is climbed.
+    Raises:
+        ValueError: if "transfer" has no source.
+    """
+    size = {"eps": eps, "step_size": protocol.step_size_at(eps), "steps": protocol.steps, "seed": protocol.seed}
+    if protocol.attack == "paper":
+        return paper_pgd(paper_surface(model), images, labels, restarts=protocol.restarts, loss=loss, **size)
+    if protocol.attack == "cell-walk":
+        return attacks.cell_walk(model, images, labels, rivals=protocol.restarts, norm=protocol.norm, **size)
+    if protocol.attack == "transfer":
+        if source is None:
+            raise ValueError("source: expected a model to transfer from, got none")
+        return attacks.transfer(
+            source.model, model, images, labels, restarts=protocol.restarts, norm=protocol.norm, loss=loss, **size
+        )
+    cooled = attacks.rescaled(model, sample)
+    if protocol.attack == "pgd":
+        return attacks.pgd(cooled, images, labels, restarts=protocol.restarts, norm=protocol.norm, loss=loss, **size)
+    reach = {"norm": protocol.norm, "eps": eps, "seed": protocol.seed}
+    if protocol.attack == "square":
+        return attacks.square(cooled, images, labels, queries=protocol.steps, **reach)
+    return attacks.autoattack(cooled, images, labels, **reach)
 
 
 def _certificate_rows(
@@ -194,8 +313,3 @@ def _certificate_rows(
         tables.append(pd.DataFrame({"bound": bound, **rows, "feature_radius": radius.double().cpu()}))
     table = pd.concat(tables, ignore_index=True)
     return table.assign(radius=table["feature_radius"] / upper, lipschitz=upper, lipschitz_lower_bound=lower)
-
-
-def _piece(protocol: Protocol, eps: float, loss: str) -> dict:
-    """What one cached measurement depends on."""
-    return {**asdict(protocol), "eps": eps, "losses": loss, "step_size": protocol.step_size_at(eps)}

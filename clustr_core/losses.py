@@ -1,4 +1,4 @@
-"""The magnet loss in both of its forms, consistency, and the losses that attacks climb."""
+"""The magnet loss in both of its forms, consistency and divergence, and the losses that attacks climb."""
 
 from typing import NamedTuple
 
@@ -115,6 +115,28 @@ def margin_loss(logits: Float[Tensor, "batch class"], labels: Int[Tensor, " batc
     """
     own = F.one_hot(labels, logits.shape[1]).bool()
     return logits.masked_fill(own, -torch.inf).amax(dim=1) - logits.gather(1, labels[:, None]).squeeze(1)
+
+
+def dlr_loss(logits: Float[Tensor, "batch class"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """The difference of logits ratio -(g_y - max_{c != y} g_c) / (g_(1) - g_(3)), sorted downwards; scale-free.
+
+    Raises:
+        ValueError: with fewer than three classes.
+    Source: Croce and Hein 2020, equation 6.
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(f"logits: expected at least three classes for the DLR loss, got {logits.shape[1]}")
+    top = logits.topk(3, dim=1).values
+    spread = (top[:, 0] - top[:, 2]).clamp_min(torch.finfo(logits.dtype).tiny)
+    return margin_loss(logits, labels) / spread
+
+
+def kl_divergence(
+    clean_logits: Float[Tensor, "batch class"], moved_logits: Float[Tensor, "batch class"]
+) -> Float[Tensor, " batch"]:
+    """KL(softmax(clean) || softmax(moved)) of each example, in nats; both sides carry gradients."""
+    clean, moved = clean_logits.log_softmax(dim=1), moved_logits.log_softmax(dim=1)
+    return F.kl_div(moved, clean, reduction="none", log_target=True).sum(dim=1)
 
 
 def _hinged(

@@ -21,11 +21,11 @@ Optimiser = Literal["adam", "sgd"]
 Norm = Literal["linf", "l2"]
 
 # the modules that decide the weights of a run, and the numbers measured on it
-_MODEL = ("losses", "encoders", "classifiers", "attacks", "data")
-TRAINING_CODE = ("distances", "kernels", "clusters", "sampling", *_MODEL, "training")
-ATTACK_CODE = ("distances", "kernels", "clusters", *_MODEL, "evaluation")
-CERTIFICATE_CODE = (*ATTACK_CODE, "lipschitz", "certify")
-EMBEDDING_CODE = (*ATTACK_CODE, "embeddings")
+_MODEL = ("distances", "kernels", "clusters", "ascent", "losses", "encoders", "classifiers", "data")
+TRAINING_CODE = (*_MODEL, "sampling", "training")
+ATTACK_CODE = (*_MODEL, "verdicts", "autoattack", "attacks", "paper", "evaluation")
+CERTIFICATE_CODE = (*_MODEL, "evaluation", "lipschitz", "certify")
+EMBEDDING_CODE = (*_MODEL, "evaluation", "embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,11 @@ class Recipe:
                 raise ValueError(f"{item.name}: expected one of {get_args(item.type)}, got {value!r}")
             if item.name in _POSITIVE and value is not None and not value > 0:
                 raise ValueError(f"{item.name}: expected a positive number, got {value}")
+            if item.type in (int, int | None) and value is not None and type(value) is not int:
+                raise ValueError(f"{item.name}: expected a whole number, got {value!r}")
+        for name in ("milestones", "snapshots"):
+            if late := [epoch for epoch in getattr(self, name) if not 0 <= epoch <= self.epochs]:
+                raise ValueError(f"{name}: expected epochs in 0..{self.epochs}, got {late}")
         for name in _SAME_NETWORK if self.warm_start else ():
             mine, start = getattr(self, name), getattr(self.warm_start, name)
             if mine != start:
@@ -97,6 +102,56 @@ class AdversarialTraining(Recipe):
     eps: float = 8 / 255
     step_size: float = 2 / 255
     steps: int = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastAdversarialTraining(AdversarialTraining):
+    """Adversarial training with a single step, longer than the radius, from a random start.
+
+    Source: Wong et al. 2020 (CIFAR-10: eps 8/255, one step of 10/255). Deviation: the step is taken in evaluation
+        mode, as in every recipe here.
+    """
+
+    method: ClassVar[str] = "fast-at"
+
+    step_size: float = 10 / 255
+    steps: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trades(AdversarialTraining):
+    """Cross-entropy on clean images plus the divergence between clean and moved predictions.
+
+    Args:
+        trades_weight: beta, the weight of the divergence.
+        start_scale: standard deviation of the normal start around the image, in pixels of [0, 1].
+    Source: Zhang et al. 2019, equation 5 (CIFAR-10: beta 6, eps 0.031, 10 steps of 0.007).
+    """
+
+    method: ClassVar[str] = "trades"
+
+    trades_weight: float = 6.0
+    start_scale: float = 1e-3
+    eps: float = 0.031
+    step_size: float = 0.007
+    steps: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeAdversarialTraining(Recipe):
+    """Each batch replayed; one backward pass moves both the weights and a perturbation that persists between batches.
+
+    Args:
+        replays: updates on each batch (the paper's m). An epoch is a pass over the data, so it costs that many.
+        eps, step_size: the ball of the perturbation, and its step.
+    Source: Shafahi et al. 2019, algorithm 1 (CIFAR-10: eps 8/255, steps of eps, m = 8, epochs divided by m).
+    """
+
+    method: ClassVar[str] = "free-at"
+
+    eps: float = 8 / 255
+    step_size: float = 8 / 255
+    replays: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +193,34 @@ class ClustrQTrades(Clustr):
     training_neighbours: int = 10
 
 
+@dataclass(frozen=True, kw_only=True)
+class FreeClustr(Clustr):
+    """The magnet loss with free adversarial training's perturbation: the released code's free variant of ClusTR.
+
+    Args:
+        replays, eps, step_size: as in `FreeAdversarialTraining`.
+    Source: the released code of Alfarra et al. 2021; the perturbation is Shafahi et al. 2019's.
+    """
+
+    method: ClassVar[str] = "free-clustr"
+
+    eps: float = 8 / 255
+    step_size: float = 8 / 255
+    replays: int = 8
+
+
 METHODS: dict[str, type[Recipe]] = {
-    kind.method: kind for kind in (CrossEntropy, AdversarialTraining, Clustr, ClustrQTrades)
-}
+    kind.method: kind
+    for kind in (
+        CrossEntropy, AdversarialTraining, Trades, FreeAdversarialTraining, FastAdversarialTraining,
+        Clustr, ClustrQTrades, FreeClustr,
+    )
+}  # fmt: skip
 
 _POSITIVE = {
     "width", "train_examples", "epochs", "batch_size", "learning_rate", "per_class", "kmeans_starts",
     "kmeans_iterations", "neighbours", "eps", "step_size", "steps", "clusters_per_batch", "per_cluster",
-    "consistency_weight", "training_neighbours",
+    "consistency_weight", "training_neighbours", "gap", "trades_weight", "start_scale", "replays",
 }  # fmt: skip
 
 
@@ -153,48 +228,79 @@ _POSITIVE = {
 _SAME_NETWORK = ("dataset", "encoder", "width")
 
 
+PAPER_STEP_SIZE = 2 / 255
+# the attacks that a profile can name, and what each climbs unless told otherwise
+ATTACKS: dict[str, tuple[str, ...]] = {
+    "pgd": ("ce", "margin"),
+    "paper": ("ce",),
+    "cell-walk": ("cells",),
+    "transfer": ("margin",),
+    "square": ("margin",),
+    "autoattack": ("standard",),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How robustness is measured: PGD over a grid of eps, with each loss; the worst of them counts.
+    """How robustness is measured: one kind of attack over a grid of eps, once for each loss; the worst of them counts.
 
     Args:
+        attack: "pgd"; "paper" (the released rule, `paper.paper_pgd`); "cell-walk" (``restarts`` is the number of rival
+            cells); "transfer" (PGD on ``source``); "square" (``steps`` is the number of queries); "autoattack".
         eps: the grid, in units of pixels in [0, 1].
-        steps, restarts: of each attack.
-        step_size: of every attack; None takes 2.5 eps / steps, which can cross the ball.
-        losses: what the attack climbs, as `attacks.pgd` takes it.
+        steps, restarts: of each attack; AutoAttack has its own.
+        step_size: of every attack; None takes 2.5 eps / steps, which can cross the ball, and for "paper" the paper's
+            2/255.
+        losses: what "pgd", "paper" and "transfer" climb, as `attacks.pgd` takes it; empty for the usual ones.
         examples: how many test images, in an order drawn once; None for all.
+        source: the method whose model "transfer" climbs.
     Raises:
-        ValueError: if a number is not positive.
+        ValueError: if a number is not positive, or a choice unknown.
     """
 
+    attack: str = "pgd"
     norm: Norm = "linf"
     eps: tuple[float, ...] = ()
     steps: int = 20
     restarts: int = 1
     step_size: float | None = None
-    losses: tuple[str, ...] = ("ce", "margin")
+    losses: tuple[str, ...] = ()
     examples: int | None = None
     seed: int = 0
+    source: str = "ce"
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the numbers and the choices."""
         numbers = {
             "steps": self.steps,
             "restarts": self.restarts,
             "step_size": self.step_size,
             "examples": self.examples,
         }
+        if self.attack not in ATTACKS:
+            raise ValueError(f"attack: expected one of {sorted(ATTACKS)}, got {self.attack!r}")
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm: expected one of {get_args(Norm)}, got {self.norm!r}")
+        if self.attack == "paper" and self.norm != "linf":
+            raise ValueError(f"norm: expected 'linf' for attack 'paper', got {self.norm!r}")
         for name, value in [*numbers.items(), *(("eps", e) for e in self.eps)]:
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected positive numbers, got {value}")
-        if not self.eps or not self.losses:
-            raise ValueError(f"eps, losses: expected at least one of each, got {self.eps} and {self.losses}")
+        if not self.eps:
+            raise ValueError(f"eps: expected at least one, got {self.eps}")
+        if self.losses and self.attack not in ("pgd", "paper", "transfer"):
+            raise ValueError(f"losses: expected none for attack {self.attack!r}, got {self.losses}")
+
+    @property
+    def climbed(self) -> tuple[str, ...]:
+        """What the attack climbs: one measurement for each."""
+        return self.losses or ATTACKS[self.attack]
 
     def step_size_at(self, eps: float) -> float:
         """The length of a step in a ball of radius ``eps``."""
-        return self.step_size if self.step_size is not None else 2.5 * eps / self.steps
+        if self.step_size is not None:
+            return self.step_size
+        return PAPER_STEP_SIZE if self.attack == "paper" else 2.5 * eps / self.steps
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from clustr_core import data, records
-from clustr_core.attacks import maximise, random_point
+from clustr_core.ascent import maximise, random_point
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier, Rule, cluster_logits
 from clustr_core.clusters import Clusters, fit_clusters
 from clustr_core.encoders import build_encoder
-from clustr_core.losses import consistency_loss, cross_entropy, full_magnet_loss, magnet_loss
+from clustr_core.losses import consistency_loss, cross_entropy, full_magnet_loss, kl_divergence, magnet_loss
 from clustr_core.recipes import (
     AdversarialTraining,
     Clustr,
     ClustrQTrades,
+    FreeAdversarialTraining,
+    FreeClustr,
     Recipe,
+    Trades,
     recipe_from_dict,
     recipe_to_dict,
     run_folder,
@@ -101,6 +104,7 @@ class _State:
     schedule: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator
     images_sha256: str
+    perturbation: Tensor | None
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -142,6 +146,25 @@ def _(recipe: AdversarialTraining, step: Step) -> Terms:
             steps=recipe.steps,
         )
     return Terms(cross_entropy(step.network(moved), step.labels))
+
+
+@objective.register
+def _(recipe: Trades, step: Step) -> Terms:
+    with evaluating(step.network):
+        with torch.no_grad():
+            clean = step.network(step.images)
+        noise = torch.empty_like(step.images).normal_(generator=step.generator)
+        moved = maximise(
+            lambda x: kl_divergence(clean, step.network(x)),
+            step.images,
+            step.images + recipe.start_scale * noise,
+            eps=recipe.eps,
+            step_size=recipe.step_size,
+            steps=recipe.steps,
+        )
+    logits = step.network(step.images)
+    divergence = kl_divergence(logits, step.network(moved))
+    return Terms(cross_entropy(logits, step.labels) + recipe.trades_weight * divergence)
 
 
 @objective.register
@@ -271,15 +294,16 @@ def _train_epoch(recipe: Recipe, state: _State, images: Tensor, labels: Tensor) 
         indices = batch.indices.to(images.device)
         pixels = data.to_float(_augmented(recipe, images[indices], state.generator))
         assignments = None if batch.assignments is None else batch.assignments.to(images.device)
-        step = Step(state.network, pixels, labels[indices], state.generator, assignments, clusters)
-        terms = objective(recipe, step)
-        state.optimiser.zero_grad(set_to_none=True)
-        terms.loss.mean().backward()
-        state.optimiser.step()
-        magnet = terms.loss if terms.magnet is None else terms.magnet
-        sampler.update(batch.indices, magnet)
-        totals += torch.stack([terms.loss.sum(), magnet.sum()]).detach()
-        count += len(terms.loss)
+        for moved in _replays(recipe, state, pixels):
+            step = Step(state.network, moved, labels[indices], state.generator, assignments, clusters)
+            terms = objective(recipe, step)
+            state.optimiser.zero_grad(set_to_none=True)
+            terms.loss.mean().backward()
+            state.optimiser.step()
+            magnet = terms.loss if terms.magnet is None else terms.magnet
+            sampler.update(batch.indices, magnet)
+            totals += torch.stack([terms.loss.sum(), magnet.sum()]).detach()
+            count += len(terms.loss)
         touched[batch.indices] = True
     loss, magnet_mean = (totals / count).tolist()
     row = {"epoch": state.epoch + 1, "loss": loss, "learning_rate": state.schedule.get_last_lr()[0]}
@@ -288,6 +312,21 @@ def _train_epoch(recipe: Recipe, state: _State, images: Tensor, labels: Tensor) 
         row |= {"magnet": magnet_mean, "variance": clusters.shared_variance, "coverage": coverage}
     state.schedule.step()
     return row
+
+
+def _replays(recipe: Recipe, state: _State, pixels: Tensor) -> Iterator[Tensor]:
+    """The images of each update on one batch: once as they are; under free training, again and again, moved by the
+    perturbation, which grows by the very gradient that has just updated the weights."""
+    if not isinstance(recipe, FreeAdversarialTraining | FreeClustr):
+        yield pixels
+        return
+    assert state.perturbation is not None
+    perturbation = state.perturbation[: len(pixels)]
+    for _ in range(recipe.replays):
+        leaf = perturbation.clone().requires_grad_()
+        yield (pixels + leaf).clamp(0, 1)
+        assert leaf.grad is not None
+        perturbation.add_(leaf.grad.sign(), alpha=recipe.step_size).clamp_(-recipe.eps, recipe.eps)
 
 
 def _clusters_and_sampler(
@@ -345,7 +384,17 @@ def _new_state(recipe: Recipe, dataset: data.Dataset, images: Tensor, start: Run
     optimiser = _optimiser(recipe, trained)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(recipe.milestones), gamma=0.1)
     generator = torch.Generator(images.device).manual_seed(recipe.seed)
-    return _State(network, optimiser, schedule, generator, records.digest(images.cpu().numpy().tobytes()))
+    digest = records.digest(images.cpu().numpy().tobytes())
+    return _State(network, optimiser, schedule, generator, digest, _no_perturbation(recipe, images))
+
+
+def _no_perturbation(recipe: Recipe, images: Tensor) -> Tensor | None:
+    """Free training's perturbation at the start: zeros for the largest batch."""
+    if isinstance(recipe, FreeClustr):
+        return images.new_zeros(recipe.clusters_per_batch * recipe.per_cluster, *images.shape[1:], dtype=torch.float32)
+    if isinstance(recipe, FreeAdversarialTraining):
+        return images.new_zeros(recipe.batch_size, *images.shape[1:], dtype=torch.float32)
+    return None
 
 
 def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
@@ -365,6 +414,8 @@ def _save_progress(folder: Path, recipe: Recipe, state: _State) -> None:
     for index, slots in packed["state"].items():
         tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in slots.items() if tensor is not None}
     tensors["generator"] = state.generator.get_state()
+    if state.perturbation is not None:
+        tensors["perturbation"] = state.perturbation
     facts = {
         "recipe": recipe_to_dict(recipe),
         "train_images_sha256": state.images_sha256,
@@ -399,6 +450,8 @@ def _load_checkpoint(path: Path, recipe: Recipe, state: _State) -> None:
     schedule["milestones"] = state.schedule.state_dict()["milestones"]
     state.schedule.load_state_dict(schedule)
     state.generator.set_state(tensors["generator"])
+    if state.perturbation is not None:
+        state.perturbation.copy_(tensors["perturbation"])
     state.epoch, state.history = facts["epoch"], facts["history"]
 
 

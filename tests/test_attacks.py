@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clustr_core.attacks import LOSSES, direction, fgsm, iterates, maximise, pgd, project, random_point
+from clustr_core.ascent import direction, iterates, maximise, project, random_point
+from clustr_core.attacks import LOSSES, fgsm, pgd
 from clustr_core.certify import certified_radius, linear_radius
 from clustr_core.classifiers import ClusterClassifier
 from clustr_core.clusters import Clusters

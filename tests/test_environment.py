@@ -33,9 +33,19 @@ EIGHT = {
 
 def conda_specs() -> dict[str, MatchSpec]:
     """Name -> spec, each parsed strictly."""
-    lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    specs = [MatchSpec(line, strict=True) for line in lines]
+    specs = [MatchSpec(line, strict=True) for line in conda_lines() if isinstance(line, str)]
     return {spec.name.normalized: spec for spec in specs}
+
+
+def conda_lines() -> list:
+    """The entries of environment.yml: conda's specs, and one list for pip."""
+    return yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+
+
+def conda_pip_requirements() -> dict[str, Requirement]:
+    """What environment.yml leaves to pip: packages that conda's channels do not have."""
+    (lines,) = [line["pip"] for line in conda_lines() if isinstance(line, dict)]
+    return {item.name: item for item in map(Requirement, lines)}
 
 
 def pip_requirements() -> dict[str, Requirement]:
@@ -53,13 +63,15 @@ def canonical(version: str) -> frozenset[str]:
 
 def test_conda_names_the_same_packages_as_pip() -> None:
     conda = {RENAMED.get(name, name) for name in set(conda_specs()) - CONDA_ONLY}
-    assert conda == set(pip_requirements())
+    assert not conda & set(conda_pip_requirements())
+    assert conda | set(conda_pip_requirements()) == set(pip_requirements())
 
 
 def test_conda_asks_for_the_same_versions_as_pip() -> None:
     wanted = {name: canonical(str(item.specifier)) for name, item in pip_requirements().items()}
-    conda = {n: s for n, s in conda_specs().items() if n not in CONDA_ONLY}
-    assert {RENAMED.get(name, name): canonical(str(spec.version)) for name, spec in conda.items()} == wanted
+    conda = {RENAMED.get(n, n): canonical(str(s.version)) for n, s in conda_specs().items() if n not in CONDA_ONLY}
+    from_pip = {name: canonical(str(item.specifier)) for name, item in conda_pip_requirements().items()}
+    assert conda | from_pip == wanted
 
 
 def test_interpreter_and_node() -> None:

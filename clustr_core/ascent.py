@@ -1,0 +1,126 @@
+"""Projected gradient ascent in a ball around an image: what adversarial training and attacks share."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clustr_core.distances import flat_norm, per_item
+
+Norm = Literal["linf", "l2"]
+Images = Float[Tensor, "batch channel height width"]
+Objective = Callable[[Images], Float[Tensor, " batch"]]
+
+
+def iterates(
+    objective: Objective,
+    images: Images,
+    start: Images,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    norm: Norm = "linf",
+) -> Iterator[Images]:
+    """The path of projected gradient ascent on an objective: ``start``, then the point after each step.
+
+    Nothing is judged or dropped: this is the inner maximisation of adversarial training, and what a picture of an
+    attack's path shows.
+
+    Args:
+        objective: images -> one value each, to be increased.
+    """
+    check_inputs(images, norm=norm, eps=eps, step_size=step_size, steps=steps)
+    x = start.detach()
+    yield x
+    for _ in range(steps):
+        leaf = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(objective(leaf).sum(), leaf)
+        x = project(x.add(direction(gradient, norm), alpha=step_size), images, eps, norm)
+        yield x
+
+
+def maximise(
+    objective: Objective,
+    images: Images,
+    start: Images,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    norm: Norm = "linf",
+) -> Images:
+    """The last of `iterates`."""
+    *_, last = iterates(objective, images, start, eps=eps, step_size=step_size, steps=steps, norm=norm)
+    return last
+
+
+def random_point(images: Images, eps: float, norm: Norm, generator: torch.Generator) -> Images:
+    """A uniform point of the eps-ball around each image, then clipped to [0, 1]."""
+    shape, device, dtype = images.shape, images.device, images.dtype
+    if norm == "linf":
+        noise = torch.rand(shape, generator=generator, device=device, dtype=dtype) * 2 - 1
+    else:
+        noise = direction(torch.randn(shape, generator=generator, device=device, dtype=dtype), norm)
+        lengths = torch.rand(len(images), generator=generator, device=device, dtype=dtype)
+        noise = noise * per_item(lengths ** (1 / math.prod(shape[1:])), noise)
+    return project(images + eps * noise, images, eps, norm)
+
+
+def direction(gradient: Images, norm: Norm) -> Images:
+    """The unit step that increases a linear function most: the sign, or the gradient over its norm (0 stays 0)."""
+    if norm == "linf":
+        return gradient.sign()
+    largest = per_item(gradient.flatten(1).abs().amax(dim=1), gradient)
+    # scaled first, so that squares of tiny gradients do not underflow
+    scaled = gradient / largest.where(largest > 0, 1)
+    return scaled / per_item(flat_norm(scaled), scaled).clamp_min(torch.finfo(gradient.dtype).tiny)
+
+
+def project(points: Images, images: Images, eps: float, norm: Norm) -> Images:
+    """Into the eps-ball around the images, then into [0, 1], which leads no point out of the ball."""
+    offsets = points - images
+    if norm == "linf":
+        offsets.clamp_(-eps, eps)
+    else:
+        offsets *= per_item(eps / flat_norm(offsets).clamp_min(eps), offsets)
+    return offsets.add_(images).clamp_(0, 1)
+
+
+def check_inputs(
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    norm: str,
+    eps: float,
+    step_size: float = 1.0,
+    steps: int = 1,
+    restarts: int = 1,
+) -> None:
+    """What every attack asks of its arguments.
+
+    Raises:
+        ValueError: if a length is not positive, a count not a whole number above 0, ``eps`` larger than the cube of
+            images, ``norm`` unknown, or a pixel outside [0, 1].
+    """
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm: expected one of {get_args(Norm)}, got {norm!r}")
+    for name, length in (("eps", eps), ("step_size", step_size)):
+        if not (length > 0 and math.isfinite(length)):
+            raise ValueError(f"{name}: expected a positive number, got {length}")
+    for name, count in (("steps", steps), ("restarts", restarts)):
+        if isinstance(count, bool) or not (count > 0 and float(count).is_integer()):
+            raise ValueError(f"{name}: expected a positive whole number, got {count}")
+    largest = 1.0 if norm == "linf" else math.sqrt(math.prod(images.shape[1:]))
+    if eps > largest:
+        raise ValueError(
+            f"eps: expected at most {largest:.4g} in {norm} for pixels in [0, 1] (8/255, not 8), got {eps}"
+        )
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"labels: expected one for each of {len(images)} images, got {len(labels)}")
+    if not ((images >= 0) & (images <= 1)).all():
+        low, high = images.min().item(), images.max().item()
+        raise ValueError(f"images: expected pixels in [0, 1], got values from {low:.4g} to {high:.4g}")

@@ -1,0 +1,87 @@
+"""A toy on which the truth about robustness is known in closed form: brightness in a plane, one cluster a class."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from clustr_core.ascent import check_inputs
+from clustr_core.classifiers import ClusterClassifier
+from clustr_core.clusters import Clusters
+
+# the border between two neighbours lies about 0.025 from either, a little inside a ball of TOY_EPS
+SPACING = 0.05
+JITTER = 0.003
+SPREAD = 0.003
+TOY_EPS = 8 / 255
+# sigma of the clusters, in units of brightness, and what the scores exp(-d^2 / 2 sigma^2) are at each: nearly linear and
+# so honest; a hill that leads away from everything; and with 0.003 the logits lie so far apart that cross-entropy
+# rounds to 0, and its gradient with it
+LINEAR_STD, HILL_STD, VANISHED_STD = 0.2, 0.01, 0.003
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Images of two channels, each of one brightness, and the cluster classifier of their mean brightness.
+
+    Args:
+        model: log-domain logits; with one cluster a class and one variance their differences are linear in the image.
+    """
+
+    model: ClusterClassifier
+    images: Float[Tensor, "batch 2 side side"]
+    labels: Int[Tensor, " batch"]
+
+    def largest_margin(self, eps: float) -> Float[Tensor, " batch"]:
+        """The largest log-margin, max_c g_c - g_label over the other classes c, that any image of the L-inf ball has.
+
+        g_c - g_y = sum_k w_k z_k + b with w = (mu_c - mu_y) / sigma^2, z_k the mean of channel k: each pixel moves by
+        itself, up to eps or to the wall at 0 or 1. Positive: not robust.
+
+        Raises:
+            ValueError: if ``eps`` is not positive.
+        """
+        check_inputs(self.images, norm="linf", eps=eps)
+        variance = self.model.clusters.shared_variance
+        centroids, own = self.model.centroids, self.model.centroids[self.labels]
+        weights = (centroids[None] - own[:, None]) / variance
+        offsets = (own.square().sum(dim=1)[:, None] - centroids.square().sum(dim=1)) / (2 * variance)
+        up = (1 - self.images).clamp_max(eps).mean(dim=(2, 3))[:, None]
+        down = self.images.clamp_max(eps).mean(dim=(2, 3))[:, None]
+        brightness = self.images.mean(dim=(2, 3))[:, None]
+        best = torch.where(weights > 0, weights * (brightness + up), weights * (brightness - down))
+        margins = best.sum(dim=2) + offsets
+        return margins.scatter(1, self.labels[:, None], -torch.inf).amax(dim=1)
+
+    def robust(self, eps: float) -> Bool[Tensor, " batch"]:
+        """Which images no image of their ball, of radius ``eps`` in L-inf and within [0, 1], leads to another class."""
+        return self.largest_margin(eps) < 0
+
+
+def cluster_toy(*, seed: int = 0, examples: int = 128, std: float = HILL_STD, side: int = 16) -> Toy:
+    """Four classes around grey, at the corners of a square in the plane of the two channels' mean brightness.
+
+    A picture of the plane shows everything, and yet an image has 2 side^2 pixels: in two dimensions some random start
+    would land in a rival's cell, and luck would hide what a loss does. With side = 1 the encoder is the identity.
+
+    Args:
+        seed: draws the centroids, which leave the corners by up to `JITTER`, and the examples around them.
+        std: sigma of the clusters, in units of brightness; see `LINEAR_STD`, `HILL_STD`, `VANISHED_STD`. Log-domain
+            logits lie about SPACING^2 / 2 std^2 nats apart.
+    Raises:
+        ValueError: if a size is not positive.
+    Source: this book, chapter 6.
+    """
+    for name, size in (("examples", examples), ("std", std), ("side", side)):
+        if not size > 0:
+            raise ValueError(f"{name}: expected a positive number, got {size}")
+    g = torch.Generator().manual_seed(seed)
+    corners = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]) * SPACING / 2
+    centroids = 0.5 + corners + JITTER * (2 * torch.rand(4, 2, generator=g) - 1)
+    labels = torch.arange(examples) % 4
+    points = centroids[labels] + SPREAD * torch.randn(examples, 2, generator=g)
+    images = points[:, :, None, None].expand(-1, -1, side, side).contiguous()
+    clusters = Clusters(centroids, torch.arange(4), torch.full((4,), std**2))
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Toy(ClusterClassifier(encoder, clusters).eval(), images, labels)
