@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(workflow.basedir))
-from clustr_core.recipes import CERTIFICATE_CODE, code_digest, load_profile, run_key
+from clustr_core.recipes import ATTACK_CODE, CERTIFICATE_CODE, EXAMINATION_CODE, code_digest, load_profile, run_key
 from tools import notebooks
 
 PROFILE = load_profile(config.get("profile", "quick"))
@@ -21,7 +21,10 @@ TOOLS = ["tools/execute.py", "tools/notebooks.py"]
 
 METHOD_OF = {run_key(recipe): method for method, recipe in PROFILE.recipes.items()}
 RUN_OF = {method: f"runs/{key}/run.json" for key, method in METHOD_OF.items()}
-TABLES = [f"results/{NAME}/{kind}-{method}.csv" for method in RUN_OF for kind in ("attacks", "certificates")]
+KINDS = ("attacks", "certificates", "diagnostics", "ablations")
+TABLES = [f"results/{NAME}/{kind}-{method}.csv" for method in RUN_OF for kind in KINDS]
+# the runs from which attacks are transferred
+SOURCES = sorted({RUN_OF[each.source] for each in PROFILE.attacks.values() if each.attack == "transfer"})
 CHAPTERS = {source.stem: notebooks.read_source(source) for source in notebooks.sources(Path("."))}
 
 
@@ -64,14 +67,30 @@ rule train:
 rule attack:
     input:
         lambda wildcards: RUN_OF[wildcards.method],
+        SOURCES,
     output:
         f"results/{NAME}/attacks-{{method}}.csv",
     params:
-        code=code_digest(CERTIFICATE_CODE),
+        code=code_digest(ATTACK_CODE),
         protocols={name: asdict(protocol) for name, protocol in PROFILE.attacks.items()},
     threads: 1
     shell:
         "{PYTHON} -m clustr_core.cli attack --profile {NAME} --method {wildcards.method}"
+
+
+rule diagnose:
+    input:
+        lambda wildcards: RUN_OF[wildcards.method],
+        [RUN_OF["ce"]] if "ce" in RUN_OF else [],
+    output:
+        f"results/{NAME}/diagnostics-{{method}}.csv",
+        f"results/{NAME}/ablations-{{method}}.csv",
+    params:
+        code=code_digest(EXAMINATION_CODE),
+        examination=asdict(PROFILE.examination),
+    threads: 1
+    shell:
+        "{PYTHON} -m clustr_core.cli diagnose --profile {NAME} --method {wildcards.method}"
 
 
 rule certify:

@@ -5,23 +5,55 @@ from scipy.stats import binomtest
 
 
 def robust_accuracy(table: pd.DataFrame) -> pd.DataFrame:
-    """Robust accuracy against eps, worst case over the losses of each example, with its 95 % interval.
+    """Robust accuracy against eps: the worst case over all of the table's attacks on each image, with its interval.
+
+    At each eps only the images count that every attack of that eps has seen.
 
     Args:
-        table: of `attack_table`, for one or several methods (column ``method``) and norms.
+        table: of `measure`, for one or several methods (column ``method``) and norms.
     Returns:
         columns ``[method] norm eps robust_accuracy low high examples``; eps = 0 is the clean accuracy.
     """
     keys = [name for name in ("method", "norm") if name in table]
     clean = table.drop_duplicates([*keys, "index"]).assign(eps=0.0, robust=lambda t: t["correct"])
-    worst = pd.concat([clean, table]).groupby([*keys, "eps", "index"], sort=True)["robust"].all()
+    worst = pd.concat([clean, on_common_images(table)]).groupby([*keys, "eps", "index"], sort=True)["robust"].all()
     return _proportions(worst.reset_index(), [*keys, "eps"], "robust", "robust_accuracy")
 
 
 def robust_accuracy_by_loss(table: pd.DataFrame) -> pd.DataFrame:
     """`robust_accuracy` of each attack loss on its own: losses that should agree, and where they do not."""
-    keys = [name for name in ("method", "norm") if name in table]
+    keys = [name for name in ("method", "attack", "norm") if name in table]
     return _proportions(table, [*keys, "loss", "eps"], "robust", "robust_accuracy")
+
+
+def on_common_images(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the images that every attack (attack and loss) at that norm and eps has seen, for each method."""
+    keys = [name for name in ("method", "norm", "eps") if name in table]
+    attack = [name for name in ("attack", "loss") if name in table]
+    if not attack:
+        return table
+    kinds = pd.DataFrame(table[[*keys, *attack]].drop_duplicates().groupby(keys)[attack].count().iloc[:, 0])
+    kinds.columns = ["kinds"]
+    seen = table.assign(seen=1).groupby([*keys, "index"], as_index=False).agg({"seen": "sum"})
+    common = seen.merge(kinds.reset_index(), on=keys).query("seen == kinds")
+    return table.merge(common[[*keys, "index"]], on=[*keys, "index"])
+
+
+def both_protocols(table: pd.DataFrame) -> pd.DataFrame:
+    """Robust accuracy under the paper's protocol and under all other attacks together, on the same images.
+
+    Args:
+        table: of `measure`, L-infinity, with rows of the attack "paper" and of others.
+    Returns:
+        the columns of `robust_accuracy` with ``protocol`` ("paper" or "correct"), for each eps at which both were run;
+        at eps = 0 both are the clean accuracy.
+    """
+    linf = table.query("norm == 'linf'")
+    paper, correct = linf.query("attack == 'paper'"), linf.query("attack != 'paper'")
+    shared = linf["eps"].isin(list(paper["eps"])) & linf["eps"].isin(list(correct["eps"]))
+    common = on_common_images(linf.loc[shared])
+    parts = {"paper": common.query("attack == 'paper'"), "correct": common.query("attack != 'paper'")}
+    return pd.concat([robust_accuracy(rows).assign(protocol=name) for name, rows in parts.items()], ignore_index=True)
 
 
 def certified_accuracy(table: pd.DataFrame, radii: list[float], *, column: str = "radius") -> pd.DataFrame:

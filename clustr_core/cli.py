@@ -1,10 +1,11 @@
-"""`clustr train | attack | certify`: the package's calls, from a shell."""
+"""`clustr train | attack | diagnose | certify`: the package's calls, from a shell."""
 
 import argparse
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pandas as pd
 import torch
 import yaml
 
-from clustr_core import evaluation, records
-from clustr_core.accuracy import robust_accuracy
+from clustr_core import checkpoints, data, diagnostics, evaluation, examination, records
+from clustr_core.accuracy import both_protocols, robust_accuracy_by_loss
 from clustr_core.recipes import METHODS, Profile, Recipe, load_profile, override, run_folder
 from clustr_core.training import Run, fit
 
@@ -23,7 +24,10 @@ examples:
   clustr train   --profile quick --method clustr --set epochs=5 --set gap=5
   clustr train   --profile cpu --method ce --set dataset=folder:data/cifar10-jpeg
   clustr attack  --profile quick --method clustr       writes results/quick/attacks-clustr.csv
+  clustr diagnose --profile quick --method clustr      writes results/quick/diagnostics-clustr.csv, ablations-clustr.csv
   clustr certify --profile quick --method clustr       writes results/quick/certificates-clustr.csv
+  clustr attack  --official model_best.pth --dataset cifar10 --examples 256
+                                                       the authors' released model, in both protocols
 
 A profile (profiles/NAME.yaml) names the dataset, the methods' recipes and the attacks. A run lies in runs/, under a
 name made of its recipe and of the code that trains it: a finished one is loaded, a killed one goes on where it was.
@@ -35,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; bad input ends with one clear line and status 2."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("auto-attack").setLevel(logging.WARNING)
     try:
         if options.threads is not None:
             _set_threads(options.threads)
@@ -52,14 +57,62 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _attack(options: argparse.Namespace) -> None:
-    profile, run = load_profile(options.profile), _run(options)
+    if (options.method is None) == (options.official is None):
+        raise ValueError("--method, --official: expected one of the two")
+    if options.official is not None:
+        _attack_official(options)
+        return
+    profile, run = load_profile(options.profile or "quick"), _run(options)
     table = evaluation.attacks_of(run, profile, device=_device(options))
     _write(table, profile, options, "attacks")
-    print(robust_accuracy(table).to_string(index=False, float_format="%.3f"))
+    _print_protocols(table)
+
+
+def _attack_official(options: argparse.Namespace) -> None:
+    """The authors' file under the attacks of a profile, but for those that need one of our runs."""
+    if options.dataset is None:
+        raise ValueError(f"--dataset: expected one of {', '.join(checkpoints.NUM_CLASSES)} with --official, got none")
+    if options.set:
+        raise ValueError(f"--set: expected none with --official, which has no recipe, got {options.set}")
+    subject = _official_subject(Path(options.official), options.dataset, _device(options))
+    profile, dataset = load_profile(options.profile or "paper"), data.load(options.dataset)
+    protocols = [replace(each, examples=options.examples or each.examples) for each in profile.attacks.values()]
+    tables = [evaluation.measure(subject, each, dataset) for each in protocols if each.attack != "transfer"]
+    table = pd.concat(tables, ignore_index=True).assign(method=subject.name)
+    path = Path(options.output or subject.tables.parent / "attacks.csv")
+    records.write_table(path, table)
+    print(f"wrote {os.path.relpath(path)} ({len(table)} rows)")
+    _print_protocols(table)
+
+
+def _official_subject(path: Path, dataset: str, device: torch.device) -> evaluation.Subject:
+    """The file's model; its rows are kept under a digest of the file."""
+    model = checkpoints.load_official(path, dataset=dataset).to(device)
+    identity = records.digest(path.read_bytes(), dataset)
+    tables = records.home() / "runs" / f"official-{dataset}-{identity[:10]}" / "tables"
+    return evaluation.Subject(path.stem, lambda: model, identity, tables)
+
+
+def _diagnose(options: argparse.Namespace) -> None:
+    profile, run = load_profile(options.profile or "quick"), _run(options)
+    table = examination.diagnostics_of(run, profile, device=_device(options))
+    _write(table, profile, options, "diagnostics")
+    _write(examination.ablations_of(run, profile, device=_device(options)), profile, options, "ablations")
+    shown = table[["method", "check", "value", "threshold", "flagged"]]
+    print(shown.to_string(index=False, float_format="%.3g"))
+    for method, rows in table.groupby("method", sort=False):
+        verdict = "not to be believed" if diagnostics.verdict(pd.DataFrame(rows)) else "nothing speaks of masking"
+        print(f"the paper's evaluation of {method}: {verdict}")
+
+
+def _print_protocols(table: pd.DataFrame) -> None:
+    """What the paper's protocol and correct attacks leave, on the same images; then every attack on its own."""
+    for name, shown in (("each attack", robust_accuracy_by_loss(table)), ("both protocols", both_protocols(table))):
+        print(f"\n{name}\n{shown.to_string(index=False, float_format='%.3f')}")
 
 
 def _certify(options: argparse.Namespace) -> None:
-    profile, run = load_profile(options.profile), _run(options)
+    profile, run = load_profile(options.profile or "quick"), _run(options)
     table = evaluation.certificates_of(run, profile, device=_device(options))
     _write(table, profile, options, "certificates")
     numbers = ["correct", "feature_radius", "radius", "lipschitz", "lipschitz_lower_bound"]
@@ -71,7 +124,7 @@ def _run(options: argparse.Namespace) -> Run:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    profile = load_profile(options.profile)
+    profile = load_profile(options.profile or "quick")
     if options.method not in profile.recipes:
         raise ValueError(f"method: expected one of {sorted(profile.recipes)} in {profile.name}, got {options.method!r}")
     return override(profile.recipes[options.method], _changes(options.set))
@@ -108,7 +161,7 @@ def _write(table: pd.DataFrame, profile: Profile, options: argparse.Namespace, k
     """The profile's own table; with --set it is another run's, and goes beside that run instead."""
     changed = bool(options.set)
     folder = run_folder(_recipe(options)) if changed else records.home() / "results" / profile.name
-    path = Path(options.output or folder / f"{kind}-{options.method}.csv")
+    path = Path(getattr(options, "output", None) or folder / f"{kind}-{options.method}.csv")
     records.write_table(path, table)
     print(f"wrote {os.path.relpath(path)} ({len(table)} rows)")
 
@@ -123,17 +176,22 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, command, summary in (
         ("train", _train, "train a method by its recipe, or load the finished run"),
-        ("attack", _attack, "PGD on every eps of the profile; writes one row per image, eps and loss"),
+        ("attack", _attack, "every attack of the profile; writes one row per image, attack and eps"),
+        ("diagnose", _diagnose, "is the paper's evaluation of this model masked? writes one row per check"),
         ("certify", _certify, "certified radii and Lipschitz bounds; writes one row per image and bound"),
     ):
         sub = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
         sub.set_defaults(command=command)
-        sub.add_argument("--profile", default="quick", help="profiles/NAME.yaml, or a YAML file (default: quick)")
-        sub.add_argument("--method", required=True, help=f"one of {', '.join(METHODS)}")
+        sub.add_argument("--profile", help="profiles/NAME.yaml, or a YAML file (default: quick)")
+        sub.add_argument("--method", required=name != "attack", help=f"one of {', '.join(METHODS)}")
         sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a recipe's field")
         sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
         sub.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-        if name != "train":
+        if name == "attack":
+            sub.add_argument("--official", metavar="FILE", help="a released model instead of a method (profile: paper)")
+            sub.add_argument("--dataset", help="of the released model: cifar10, cifar100 or svhn")
+            sub.add_argument("--examples", type=int, help="with --official: that many test images")
+        if name in ("attack", "certify"):
             sub.add_argument("--output", help="where to write the table")
     return parser
 

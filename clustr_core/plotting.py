@@ -30,11 +30,17 @@ class Look:
 
 _COLOURS = sns.color_palette("colorblind").as_hex()
 CLASS_COLOURS = [_COLOURS[c] for c in (0, 1, 2, 4, 8, 9)]
+# by family: no defence in grey, an adversary without clusters in blue to pink, clusters in orange, green and red
 LOOKS = {
     "ce": Look(_COLOURS[7], ":", "s"),
+    "ce-clusters": Look("0.25", ":", "v"),
     "pgd-at": Look(_COLOURS[0], "-", "o"),
+    "trades": Look(_COLOURS[9], "-", "P"),
+    "free-at": Look(_COLOURS[4], "--", "X"),
+    "fast-at": Look(_COLOURS[6], "-.", "<"),
     "clustr": Look(_COLOURS[1], "--", "^"),
     "clustr-qtrades": Look(_COLOURS[2], "-.", "D"),
+    "free-clustr": Look(_COLOURS[3], "-", "*"),
 }
 BOUND_LOOKS = {
     "triangle": Look(_COLOURS[7], ":", "s"),
@@ -44,10 +50,21 @@ BOUND_LOOKS = {
 }
 METHOD_NAMES = {
     "ce": "cross-entropy",
+    "ce-clusters": "cross-entropy, clusters fitted after",
     "pgd-at": "PGD adversarial training",
+    "trades": "TRADES",
+    "free-at": "free adversarial training",
+    "fast-at": "fast adversarial training",
     "clustr": "ClusTR",
     "clustr-qtrades": "ClusTR+QTRADES",
+    "free-clustr": "free ClusTR",
 }
+# two evaluations of the same models
+PROTOCOL_LOOKS = {
+    "paper": Look(_COLOURS[1], "--", "^"),
+    "correct": Look(_COLOURS[0], "-", "o"),
+}
+PROTOCOL_NAMES = {"paper": "the paper's protocol", "correct": "correct attacks"}
 
 
 def house_style() -> None:
@@ -281,6 +298,55 @@ def draw_accuracy(axes: Axes, table: pd.DataFrame, x: str, y: str, *, loss: str 
         axes.plot(rows[x], rows[y], label=METHOD_NAMES[method], **style)
         axes.fill_between(rows[x], rows["low"], rows["high"], color=look.color, alpha=0.15, linewidth=0)
     axes.set_ylim(-0.02, 1.02)
+
+
+def draw_protocols(axes: Axes, table: pd.DataFrame) -> None:
+    """Robust accuracy of one method against eps, one line a protocol (column protocol), with its interval as a band."""
+    for protocol, rows in _groups(table, "protocol"):
+        look = PROTOCOL_LOOKS[protocol]
+        style = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker, "markersize": 4}
+        axes.plot(rows["eps"], rows["robust_accuracy"], label=PROTOCOL_NAMES[protocol], **style)
+        axes.fill_between(rows["eps"], rows["low"], rows["high"], color=look.color, alpha=0.15, linewidth=0)
+    axes.set_ylim(-0.02, 1.02)
+
+
+def draw_surface(axes: Axes, table: pd.DataFrame, x: str, y: str, value: str, *, lost: bool = True) -> Any:
+    """A column on a grid as filled contours, with the border where the label is lost (margin 0) as a black line."""
+    grid = table.pivot(index=y, columns=x, values=value)
+    filled = axes.contourf(grid.columns, grid.index, grid.to_numpy(), levels=14, cmap="cividis")
+    border = table.pivot(index=y, columns=x, values="margin").to_numpy()
+    if lost and border.min() < 0 < border.max():
+        axes.contour(grid.columns, grid.index, border, levels=[0.0], colors="white", linewidths=4)
+        axes.contour(grid.columns, grid.index, border, levels=[0.0], colors="black", linewidths=1.8)
+    axes.grid(visible=False)
+    return filled
+
+
+def draw_arrows(axes: Axes, table: pd.DataFrame, *, every: int = 2) -> None:
+    """Directions of a field (columns x y dx dy), all of one length, on every n-th row and column of its grid."""
+    kept = [set(sorted(table[name].unique())[::every]) for name in ("x", "y")]
+    rows = table[table["x"].isin(list(kept[0])) & table["y"].isin(list(kept[1]))]
+    length = np.hypot(rows["dx"].to_numpy(), rows["dy"].to_numpy())
+    unit = np.where(length > 0, length, 1)
+    look = {"color": "white", "pivot": "mid", "scale": 26, "width": 0.005, "headwidth": 4}
+    axes.quiver(rows["x"], rows["y"], rows["dx"] / unit, rows["dy"] / unit, **look)
+
+
+def draw_protocol_gaps(axes: Axes, table: pd.DataFrame) -> None:
+    """Robust accuracy of each method in both protocols: two marks on one row, with intervals, joined by a line."""
+    methods = [method for method, _ in _groups(table, "method")]
+    for row, method in enumerate(methods):
+        mine = table[table["method"] == method].set_index("protocol")
+        axes.plot(mine["robust_accuracy"], [row] * len(mine), color="0.7", linewidth=4, zorder=1)
+        for shift, protocol in ((-0.12, "paper"), (0.12, "correct")):
+            at, look = mine.loc[protocol], PROTOCOL_LOOKS[protocol]
+            axes.plot([at["low"], at["high"]], [row + shift] * 2, color=look.color, linewidth=1.6, zorder=2)
+            label = PROTOCOL_NAMES[protocol] if row == 0 else None
+            axes.plot(at["robust_accuracy"], row + shift, look.marker, color=look.color, zorder=3, label=label)
+    axes.set_yticks(range(len(methods)), [METHOD_NAMES[method] for method in methods])
+    axes.invert_yaxis()
+    axes.set_xlim(-0.03, 1.03)
+    axes.grid(visible=False, axis="y")
 
 
 def draw_history(axes: Axes, table: pd.DataFrame, y: str) -> None:

@@ -24,6 +24,7 @@ Norm = Literal["linf", "l2"]
 _MODEL = ("distances", "kernels", "clusters", "ascent", "losses", "encoders", "classifiers", "data")
 TRAINING_CODE = (*_MODEL, "sampling", "training")
 ATTACK_CODE = (*_MODEL, "verdicts", "autoattack", "attacks", "paper", "evaluation")
+EXAMINATION_CODE = (*ATTACK_CODE, "toys", "diagnostics", "examination")
 CERTIFICATE_CODE = (*_MODEL, "evaluation", "lipschitz", "certify")
 EMBEDDING_CODE = (*_MODEL, "evaluation", "embeddings")
 
@@ -303,6 +304,32 @@ class Protocol:
         return PAPER_STEP_SIZE if self.attack == "paper" else 2.5 * eps / self.steps
 
 
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """On what the diagnostics judge the paper's evaluation of each method.
+
+    Args:
+        eps: radius of the ball, in units of pixels in [0, 1].
+        examples: how many test images, in an order drawn once.
+        steps, restarts: of the evaluation that is judged; with less than 10 restarts the paper's is reduced.
+        queries: for Square.
+    Raises:
+        ValueError: if a number is not positive.
+    """
+
+    eps: float
+    examples: int = 64
+    steps: int = 20
+    restarts: int = 2
+    queries: int = 300
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for item in fields(self):
+            if not getattr(self, item.name) > 0:
+                raise ValueError(f"{item.name}: expected a positive number, got {getattr(self, item.name)}")
+
+
 @dataclass(frozen=True)
 class Profile:
     """A scale at which the whole book is computed: its runs, its measurements, its chapters' parameters."""
@@ -311,6 +338,7 @@ class Profile:
     recipes: dict[str, Recipe]
     attacks: dict[str, Protocol]
     certified_examples: int | None = None
+    examination: Examination | None = None
     chapters: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -363,8 +391,8 @@ def load_profile(name: str | Path) -> Profile:
     """The profile ``profiles/<name>.yaml`` of the book's root, or a YAML file by its path.
 
     Keys: ``shared`` (fields of every recipe), ``methods`` (the fields of each; ``warm_start`` names another method),
-    ``attacks`` (a `Protocol` each), ``certified_examples``, ``chapters`` (parameters of each notebook). Fractions
-    such as 8/255 are numbers.
+    ``attacks`` (a `Protocol` each), ``certified_examples``, ``examination`` (an `Examination`), ``chapters`` (parameters
+    of each notebook). Fractions such as 8/255 are numbers.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -376,15 +404,19 @@ def load_profile(name: str | Path) -> Profile:
         raise FileNotFoundError(f"profile: expected one of {known} or a YAML file, got {name}")
     content = _mapping(_read_yaml(path), path.name)
     parts = ("shared", "methods", "attacks", "chapters")
-    if unknown := sorted(set(content) - {*parts, "certified_examples"}, key=str):
-        raise ValueError(f"{path.name}: unknown key {unknown}, expected some of {[*parts, 'certified_examples']}")
+    known = [*parts, "certified_examples", "examination"]
+    if unknown := sorted(set(content) - set(known), key=str):
+        raise ValueError(f"{path.name}: unknown key {unknown}, expected some of {known}")
     shared, methods, attacks, chapters = (_mapping(content.get(key), f"{path.name}: {key}") for key in parts)
     protocols = {key: _protocol(values, f"{path.name}: attacks.{key}") for key, values in attacks.items()}
     where = f"{path.name}: certified_examples"
     examples = _value(content.get("certified_examples"), int | None, where)
     if examples is not None and examples < 1:
         raise ValueError(f"{where}: expected a positive number, got {examples}")
-    return Profile(path.stem, _recipes(methods, shared, path.name), protocols, examples, chapters)
+    where = f"{path.name}: examination"
+    asked = content.get("examination")
+    examination = None if asked is None else _build(Examination, _mapping(asked, where), where)
+    return Profile(path.stem, _recipes(methods, shared, path.name), protocols, examples, examination, chapters)
 
 
 def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:

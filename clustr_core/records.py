@@ -87,6 +87,12 @@ def read_table(path: Path) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
+def published(profile: str, kind: str) -> pd.DataFrame | None:
+    """The committed rows ``results/<profile>/<kind>-*.csv`` of all methods, or None if there are none."""
+    files = sorted((home() / "results" / profile).glob(f"{kind}-*.csv"))
+    return pd.concat([read_table(file) for file in files], ignore_index=True) if files else None
+
+
 def digest(*parts: bytes | str) -> str:
     """SHA-256 over the parts, in hexadecimal."""
     total = hashlib.sha256()

@@ -15,9 +15,9 @@ SPACING = 0.05
 JITTER = 0.003
 SPREAD = 0.003
 TOY_EPS = 8 / 255
-# sigma of the clusters, in units of brightness, and what the scores exp(-d^2 / 2 sigma^2) are at each: nearly linear and
-# so honest; a hill that leads away from everything; and with 0.003 the logits lie so far apart that cross-entropy
-# rounds to 0, and its gradient with it
+# sigma of the clusters, in units of brightness. The scores exp(-d^2 / 2 sigma^2) at the first are nearly linear, and
+# honest; at the second a hill that leads away from everything. At the third the logits lie so far apart that
+# cross-entropy rounds to 0, and its gradient with it.
 LINEAR_STD, HILL_STD, VANISHED_STD = 0.2, 0.01, 0.003
 
 

@@ -22,6 +22,26 @@ def as_installed() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(scope="module")
+def digits():
+    """The dataset that lies in the package."""
+    from clustr_core import data
+
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, digits):
+    """A linear and a cluster classifier, trained for one module and measured by nobody yet."""
+    from clustr_core.recipes import Clustr, CrossEntropy
+    from clustr_core.training import fit
+
+    small = {"width": 4, "train_examples": 200, "learning_rate": 5e-3}
+    recipes = (CrossEntropy(epochs=15, **small), Clustr(epochs=4, per_cluster=4, snapshots=(0, 4), **small))
+    home = tmp_path_factory.mktemp("runs")
+    return {r.method: fit(r, dataset=digits, folder=home / r.method, progress=False) for r in recipes}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The one skip that is allowed: a test marked ``gpu`` where there is no CUDA device."""
     if torch.cuda.is_available():

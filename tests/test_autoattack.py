@@ -12,8 +12,8 @@ import torch
 from pyautoattack import AutoAttack
 from torch import nn
 
-from adapter import PARTS, _squares_fit, autoattack, square
 from clustr_core.attacks import pgd
+from clustr_core.autoattack import PARTS, _squares_fit, autoattack, square
 
 SHAPE = (1, 8, 8)
 NORMS = ("linf", "l2")

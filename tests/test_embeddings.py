@@ -20,24 +20,7 @@ from clustr_core.embeddings import (
     umap_map,
 )
 from clustr_core.evaluation import some_test_images
-from clustr_core.recipes import Clustr, CrossEntropy
-from clustr_core.training import embed_all, fit
-
-SMALL = {"width": 4, "train_examples": 200, "learning_rate": 5e-3}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, digits):
-    """A linear and a cluster classifier."""
-    home = tmp_path_factory.mktemp("runs")
-    recipes = (CrossEntropy(epochs=6, **SMALL), Clustr(epochs=4, per_cluster=4, snapshots=(0, 4), **SMALL))
-    return {r.method: fit(r, dataset=digits, folder=home / r.method, progress=False) for r in recipes}
-
+from clustr_core.training import embed_all
 
 def line(*positions):
     return torch.tensor(positions, dtype=torch.float64)[:, None]

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from clustr_core.certify import certified_radius, radius_from_magnet_loss
 from clustr_core.clusters import Clusters, fit_clusters
-from clustr_core.losses import consistency_loss, cross_entropy, full_magnet_loss, magnet_loss, margin_loss
+from clustr_core.losses import (
+    consistency_loss,
+    cross_entropy,
+    dlr_loss,
+    full_magnet_loss,
+    kl_divergence,
+    magnet_loss,
+    margin_loss,
+)
 
 seeds = st.integers(0, 10**6)
 
@@ -239,6 +247,81 @@ def test_cross_entropy_equals_the_loops():
     labels = torch.tensor([0, 2, 1, 1, 0])
     expected = [reference.logsumexp(row) - row[y] for row, y in zip(logits.tolist(), labels.tolist(), strict=True)]
     assert cross_entropy(logits, labels).tolist() == pytest.approx(expected)
+
+
+@given(seeds, st.integers(3, 6), st.floats(1e-3, 1e3), st.floats(-50, 50))
+@settings(max_examples=30, deadline=None)
+def test_dlr_loss_equals_the_loops_and_knows_neither_scale_nor_shift(seed, classes, scale, shift):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(8, classes, generator=g, dtype=torch.float64)
+    labels = torch.randint(classes, (8,), generator=g)
+    found = dlr_loss(logits, labels)
+    assert torch.equal(found > 0, logits.argmax(dim=1) != labels)
+    for ours, row, label in zip(found.tolist(), logits.tolist(), labels.tolist(), strict=True):
+        first, _, third = sorted(row, reverse=True)[:3]
+        rival = max(v for c, v in enumerate(row) if c != label)
+        assert ours == pytest.approx(-(row[label] - rival) / (first - third), rel=1e-9)
+    torch.testing.assert_close(dlr_loss(scale * logits + shift, labels), found, rtol=1e-6, atol=1e-6)
+
+
+def test_dlr_loss_of_a_right_answer_lies_in_minus_one_to_nought():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [3.0, 3.0, 0.0], [3.0, 0.0, 0.0], [3.0, 2.0, -7.0]])
+    assert dlr_loss(logits, torch.zeros(4).long()).tolist() == pytest.approx([-2 / 3, 0, -1, -0.1])
+    # of a wrong one without bound: the label may lie far below the third
+    assert dlr_loss(torch.tensor([[3.0, 2.0, 1.0, -96.0]]), torch.tensor([3])).item() == pytest.approx(99 / 2)
+
+
+def test_dlr_loss_gradient_goes_through_both_gaps():
+    logits = torch.tensor([[3.0, 1.0, 0.0, -1.0], [0.0, 2.0, 5.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda g: dlr_loss(g, torch.tensor([0, 1])), logits)
+
+
+def test_dlr_loss_of_equal_logits_is_finite_with_a_finite_gradient_in_sign():
+    logits = torch.zeros(2, 3, requires_grad=True)
+    loss = dlr_loss(logits, torch.tensor([0, 1]))
+    assert loss.tolist() == [0, 0]
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert not gradient.isnan().any()
+
+
+def test_dlr_loss_needs_three_classes():
+    with pytest.raises(ValueError, match="logits: expected at least three classes for the DLR loss, got 2"):
+        dlr_loss(torch.zeros(1, 2), torch.tensor([0]))
+
+
+@given(seeds, st.integers(2, 6))
+@settings(max_examples=30, deadline=None)
+def test_kl_divergence_equals_the_loops_and_torchs_own(seed, classes):
+    g = torch.Generator().manual_seed(seed)
+    clean, moved = 3 * torch.randn(2, 4, classes, generator=g, dtype=torch.float64)
+    found = kl_divergence(clean, moved)
+    assert (found >= -1e-12).all()
+    categorical = torch.distributions.Categorical
+    theirs = torch.distributions.kl_divergence(categorical(logits=clean), categorical(logits=moved))
+    torch.testing.assert_close(found, theirs, rtol=1e-9, atol=1e-12)
+    for ours, p, q in zip(found.tolist(), clean.tolist(), moved.tolist(), strict=True):
+        p, q = ([v - reference.logsumexp(row) for v in row] for row in (p, q))
+        assert ours == pytest.approx(math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)), abs=1e-12)
+
+
+def test_kl_divergence_is_zero_at_equality_and_not_symmetric():
+    g = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 4, 3, generator=g, dtype=torch.float64)
+    assert kl_divergence(one, one + 7).abs().max() < 1e-14
+    assert (kl_divergence(one, other) - kl_divergence(other, one)).abs().min() > 1e-3
+
+
+def test_kl_divergence_carries_gradients_on_both_sides():
+    g = torch.Generator().manual_seed(0)
+    clean, moved = (torch.randn(3, 4, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(kl_divergence, (clean, moved))
+    gradients = torch.autograd.grad(kl_divergence(clean, moved).sum(), (clean, moved))
+    assert all(gradient.abs().max() > 1e-3 for gradient in gradients)
+
+
+def test_kl_divergence_is_finite_where_a_probability_underflows():
+    clean, moved = torch.tensor([[0.0, -1e4]]), torch.tensor([[-1e4, 0.0]])
+    assert kl_divergence(clean, moved).item() == pytest.approx(1e4)
 
 
 @given(seeds, st.integers(2, 4), st.integers(1, 3), st.floats(0.1, 12.5), st.floats(0.5, 4))

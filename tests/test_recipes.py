@@ -12,13 +12,18 @@ import pytest
 
 from clustr_core import recipes
 from clustr_core.recipes import (
+    ATTACKS,
     METHODS,
     AdversarialTraining,
     Clustr,
     ClustrQTrades,
     CrossEntropy,
+    FastAdversarialTraining,
+    FreeAdversarialTraining,
+    FreeClustr,
     Protocol,
     Recipe,
+    Trades,
     load_profile,
     override,
     recipe_from_dict,
@@ -59,7 +64,7 @@ def profile(tmp_path):
 def test_a_profile_is_what_its_file_says(profile):
     found = profile(GOOD)
     assert found.name == "mine"
-    assert list(found.recipes) == list(METHODS)
+    assert list(found.recipes) == ["ce", "pgd-at", "clustr", "clustr-qtrades"]
     ce, at, clustr, qtrades = found.recipes.values()
     assert ce == CrossEntropy(epochs=2, width=8, learning_rate=0.5)
     assert at == AdversarialTraining(eps=0.1, steps=2, width=8)
@@ -119,8 +124,20 @@ def test_every_profile_of_the_book_loads_and_survives_json(path, monkeypatch):
             "methods: {ce: {width: 4}, clustr: {warm_start: ce, width: 8}}",
             r"methods\.clustr: warm_start: expected width=8 as in the recipe itself, got 4",
         ),
-        ("attacks: {linf: {eps: []}}", r"attacks\.linf: eps, losses: expected at least one of each"),
-        ("attacks: {linf: {eps: [0.1], losses: []}}", r"attacks\.linf: eps, losses: expected at least one of each"),
+        ("attacks: {linf: {eps: []}}", r"attacks\.linf: eps: expected at least one, got \(\)"),
+        (
+            "attacks: {a: {attack: apgd, eps: [0.1]}}",
+            r"attacks\.a: attack: expected one of \['autoattack', 'cell-walk', 'paper', 'pgd', 'square', 'transfer'\], "
+            r"got 'apgd'",
+        ),
+        (
+            "attacks: {a: {attack: paper, norm: l2, eps: [0.1]}}",
+            r"attacks\.a: norm: expected 'linf' for attack 'paper', got 'l2'",
+        ),
+        (
+            "attacks: {a: {attack: square, eps: [0.1], losses: [ce]}}",
+            r"attacks\.a: losses: expected none for attack 'square', got \('ce',\)",
+        ),
         ("attacks: {linf: {eps: [0.1], losses: ce}}", r"attacks\.linf: losses: expected a list, got 'ce'"),
         ("attacks: {linf: {eps: [0.1, -0.1]}}", r"attacks\.linf: eps: expected positive numbers, got -0\.1"),
         ("attacks: {linf: {eps: [0.1], steps: 0}}", r"attacks\.linf: steps: expected positive numbers, got 0"),
@@ -128,7 +145,7 @@ def test_every_profile_of_the_book_loads_and_survives_json(path, monkeypatch):
         ("attacks: {linf: {eps: [0.1], step_size: 0}}", r"attacks\.linf: step_size: expected positive numbers"),
         ("attacks: {linf: {eps: [0.1], examples: 0}}", r"attacks\.linf: examples: expected positive numbers"),
         ("attacks: {linf: {eps: [0.1], norm: l1}}", r"attacks\.linf: norm: expected one of .* got 'l1'"),
-        ("attacks: {linf: }", r"attacks\.linf: eps, losses: expected at least one of each"),
+        ("attacks: {linf: }", r"attacks\.linf: eps: expected at least one, got \(\)"),
         ("methods: [ce]", r"mine\.yaml: methods: expected keys with values, got \['ce'\]"),
         ("methods: {ce: 5}", r"mine\.yaml: methods\.ce: expected keys with values, got 5"),
         ("shared: 5", r"mine\.yaml: shared: expected keys with values, got 5"),
@@ -167,9 +184,82 @@ def test_every_choice_must_be_a_known_one(as_installed):
             CrossEntropy(**{name: "other"})
 
 
-@pytest.mark.parametrize(("steps", "step_size", "expected"), [(20, None, 0.0125), (5, None, 0.05), (20, 0.03, 0.03)])
-def test_the_step_of_a_protocol(steps, step_size, expected):
-    assert Protocol(eps=(0.1,), steps=steps, step_size=step_size).step_size_at(0.1) == pytest.approx(expected)
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "train_examples", "seed", "steps", "replays", "per_class"])
+@pytest.mark.parametrize("value", [2.0, 1.5, True, "3"])
+def test_counts_are_whole_numbers(as_installed, name, value):
+    kind = next(kind for kind in METHODS.values() if name in {item.name for item in fields(kind)})
+    with pytest.raises((ValueError, TypeError)):
+        kind(**{name: value})
+    if not isinstance(value, str):
+        with pytest.raises(ValueError, match=f"{name}: expected a whole number, got {value}"):
+            kind(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["milestones", "snapshots"])
+def test_epochs_that_never_come_are_refused(as_installed, name):
+    assert getattr(CrossEntropy(epochs=3, **{name: (0, 3)}), name) == (0, 3)
+    with pytest.raises(ValueError, match=rf"{name}: expected epochs in 0\.\.3, got \[4, -1\]"):
+        CrossEntropy(epochs=3, **{name: (0, 4, -1)})
+    with pytest.raises(ValueError, match=rf"ce: {name}: expected epochs in 0\.\.2, got \[3\]"):
+        recipe_from_dict({"method": "ce", "epochs": 2, name: [3]})
+    with pytest.raises(ValueError, match=f"{name}: expected epochs in"):
+        override(CrossEntropy(epochs=3, **{name: (3,)}), {"epochs": 2})
+
+
+def test_the_constants_of_the_papers():
+    fast, trades, free = FastAdversarialTraining(), Trades(), FreeAdversarialTraining()
+    assert (fast.eps, fast.step_size, fast.steps) == (8 / 255, 10 / 255, 1)
+    assert (trades.trades_weight, trades.eps, trades.step_size, trades.steps) == (6, 0.031, 0.007, 10)
+    assert trades.start_scale == 1e-3
+    for kind in (free, FreeClustr()):
+        assert (kind.eps, kind.step_size, kind.replays) == (8 / 255, 8 / 255, 8)
+    assert FreeClustr().gap == Clustr().gap == 12.5
+
+
+# protocols
+
+
+@pytest.mark.parametrize(
+    ("attack", "climbed"),
+    [
+        ("pgd", ("ce", "margin")),
+        ("paper", ("ce",)),
+        ("cell-walk", ("cells",)),
+        ("transfer", ("margin",)),
+        ("square", ("margin",)),
+        ("autoattack", ("standard",)),
+    ],
+)
+def test_what_each_attack_climbs_unless_told_otherwise(attack, climbed):
+    assert set(ATTACKS) == {"pgd", "paper", "cell-walk", "transfer", "square", "autoattack"}
+    assert Protocol(attack=attack, eps=(0.1,)).climbed == climbed
+    if attack in ("pgd", "paper", "transfer"):
+        assert Protocol(attack=attack, eps=(0.1,), losses=("dlr", "ce")).climbed == ("dlr", "ce")
+    else:
+        with pytest.raises(ValueError, match=f"losses: expected none for attack '{attack}', got"):
+            Protocol(attack=attack, eps=(0.1,), losses=("ce",))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"steps": 20}, 0.0125),
+        ({"steps": 5}, 0.05),
+        ({"steps": 20, "step_size": 0.03}, 0.03),
+        ({"attack": "cell-walk", "steps": 5}, 0.05),
+        ({"attack": "transfer", "steps": 5}, 0.05),
+        ({"attack": "paper", "steps": 5}, 2 / 255),
+        ({"attack": "paper", "steps": 100}, 2 / 255),
+        ({"attack": "paper", "steps": 20, "step_size": 0.03}, 0.03),
+    ],
+)
+def test_the_step_of_a_protocol(options, expected):
+    assert Protocol(eps=(0.1,), **options).step_size_at(0.1) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("eps", [2 / 255, 25.5 / 255])
+def test_the_papers_step_is_the_same_at_every_eps(eps):
+    assert Protocol(attack="paper", eps=(eps,)).step_size_at(eps) == 2 / 255
 
 
 def test_override_changes_what_it_names_and_refuses_the_rest():
@@ -291,6 +381,20 @@ def test_changed_training_code_is_another_run(package, module):
     assert key_after(path, "return ", "return None or ") != before
 
 
+@pytest.mark.parametrize("module", ["verdicts", "autoattack", "attacks", "paper", "evaluation", "ascent", "losses"])
+def test_changed_attack_code_is_another_measurement(package, module):
+    before = recipes.code_digest(recipes.ATTACK_CODE)
+    key_after(package / f"{module}.py", "return ", "return None or ")
+    assert recipes.code_digest(recipes.ATTACK_CODE) != before
+
+
+@pytest.mark.parametrize("module", ["verdicts", "autoattack", "attacks", "paper"])
+def test_a_certificate_does_not_depend_on_attacks(package, module):
+    before = recipes.code_digest(recipes.CERTIFICATE_CODE)
+    key_after(package / f"{module}.py", "return ", "return None or ")
+    assert recipes.code_digest(recipes.CERTIFICATE_CODE) == before
+
+
 def test_comments_and_docstrings_do_not_count(package):
     before = run_key(CrossEntropy())
     path = package / "losses.py"
@@ -300,7 +404,10 @@ def test_comments_and_docstrings_do_not_count(package):
     assert key_after(path, "    _check_rows(", "    # a comment\n\n    _check_rows(") == before
 
 
-@pytest.mark.parametrize("module", ["plotting", "cli", "accuracy", "evaluation", "certify", "recipes"])
+@pytest.mark.parametrize(
+    "module",
+    ["plotting", "cli", "accuracy", "evaluation", "certify", "recipes", "verdicts", "autoattack", "attacks", "paper"],
+)
 def test_other_code_does_not_count(package, module):
     before = run_key(CrossEntropy())
     assert key_after(package / f"{module}.py", "return ", "return None or ") == before

@@ -48,11 +48,6 @@ STEADY = ("model.safetensors", "history.csv", "checkpoint.safetensors")
 CE = CrossEntropy(epochs=2, **SMALL)
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """Runs lie in a folder of this test's own."""
