@@ -1,17 +1,18 @@
 """Checks that tell masking from robustness: is the robust accuracy that an evaluation reports that of the model?"""
 
 import math
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from clustr_core.ascent import Images, check_inputs, project
 from clustr_core.attacks import pgd, rescaled, square, transfer
@@ -20,7 +21,7 @@ from clustr_core.losses import cross_entropy, margin_loss
 from clustr_core.paper import paper_pgd, paper_surface
 from clustr_core.recipes import PAPER_STEP_SIZE
 from clustr_core.toys import HILL_STD, LINEAR_STD, TOY_EPS, VANISHED_STD, cluster_toy
-from clustr_core.verdicts import AttackResult, Model, judge, not_logits
+from clustr_core.verdicts import AttackResult, Model, judge
 
 # from every image in [0, 1] a ball of this L-inf radius reaches plain grey
 GREY_EPS = 0.5
@@ -29,20 +30,26 @@ UNDERFLOW = 1e-10
 CLASSES_WANTED = 4
 
 
+# what a check that speaks is about
+Kind = Literal["witness", "gradients", "objective", "outputs", "forward"]
+
+
 @dataclass(frozen=True)
 class Check:
-    """What a check asks, and from which value on it speaks; fixed before any model was judged.
+    """What a check asks, and from which value on it speaks.
 
     Args:
         threshold: a value above it flags.
-        witness: whether the check holds images in the ball that are misclassified though the evaluation calls them
-            robust. A witness proves that the number is too high; a symptom only makes it doubtful.
+        kind: a "witness" holds images in the ball that are misclassified though the evaluation calls them robust, which
+            proves that the number is too high. The others are symptoms, by their cause: no "gradients"; an "objective"
+            that is not that of the model; "outputs" that the losses were not made for; a "forward" pass that draws or
+            optimises.
         source: where the check and its threshold come from.
-        meaning: what a large value says.
+        meaning: what the value is.
     """
 
     threshold: float
-    witness: bool
+    kind: Kind
     source: str
     meaning: str
 
@@ -64,71 +71,72 @@ class Finding:
     meaning: str
 
 
-# Accuracies are compared with one threshold: above what the honest evaluations of the toy show (0), at most half of what
-# the masked ones do, and several images of 64, so that chance does not speak. It was fixed before other models were
-# judged.
+# Accuracies are compared with one threshold: above what the honest evaluations of the toy show (0), at most half of
+# what one of the masked ones does, and several images of 64, so that chance does not speak. It was fixed before other
+# models were judged.
 MATERIAL = 0.05
 _TOY = "threshold: separates honest from masked evaluations of the toy"
 
 CHECKS: dict[str, Check] = {
     "zero gradients": Check(
-        0.0, False, "Athalye et al. 2018; threshold: AutoAttack's authors, any",
+        0.0, "gradients", "Athalye et al. 2018; threshold: the code of Croce and Hein 2020, any",
         "share of images whose input gradient of cross-entropy on the surface is exactly zero",
     ),
     "underflowing gradients": Check(
-        MATERIAL, False, f"this book; {_TOY}",
+        MATERIAL, "gradients", f"this book; {_TOY}",
         "share of images whose largest input gradient of cross-entropy on the surface is below 1e-10",
     ),
     "loss disagreement": Check(
-        MATERIAL, True, f"Carlini et al. 2019; {_TOY}",
+        MATERIAL, "witness", f"Carlini et al. 2019; {_TOY}",
         "robust accuracy under cross-entropy on the surface, minus the lowest under margin, and under both on logits",
     ),
     "grey ball": Check(
-        MATERIAL, True, f"Athalye et al. 2018; {_TOY}",
+        MATERIAL, "objective", f"Athalye et al. 2018; {_TOY}",
         "share of images called robust at eps = 0.5, where plain grey, within reach of every image, is misclassified",
     ),
     "loss curves": Check(
-        MATERIAL, True, f"Carlini et al. 2019; {_TOY}",
+        MATERIAL, "objective", f"Carlini et al. 2019; {_TOY}",
         "the loss disagreement at its largest as eps grows",
     ),
     "black box: Square": Check(
-        0.002, True, "Athalye et al. 2018; threshold: AutoAttack's authors",
+        0.002, "witness", "Athalye et al. 2018; threshold: the code of Croce and Hein 2020",
         "robust accuracy as reported, minus that under the Square attack, which sees no gradient",
     ),
     "black box: transfer": Check(
-        0.002, True, "Athalye et al. 2018; threshold: as for Square",
+        0.002, "witness", "Athalye et al. 2018; threshold: as for Square",
         "robust accuracy as reported, minus that under images made for another model",
     ),
     "budget": Check(
-        MATERIAL, True, "Carlini et al. 2019; threshold: 5 points of accuracy, the toy does not tell",
+        MATERIAL, "witness", "Carlini et al. 2019; threshold: 5 points of accuracy, the toy does not tell",
         "robust accuracy as reported, minus that with 5 times the steps and twice the restarts",
     ),
     "wrong hill": Check(
-        MATERIAL, False, f"this book; {_TOY}",
+        MATERIAL, "objective", f"this book; {_TOY}",
         "share of images that the attack leaves with a higher loss on the surface and yet classified more surely",
     ),
     "slices": Check(
-        MATERIAL, True, f"this book; {_TOY}",
+        MATERIAL, "witness", f"this book; {_TOY}",
         "share of images called robust though the plane of the attack's and a random direction holds a misclassified "
         "image within the ball",
     ),
     "randomised": Check(
-        1e-4, False, "AutoAttack's authors, and their threshold",
+        1e-4, "forward", "Croce and Hein 2020, their code's check and threshold",
         "largest L2 difference of normalised outputs between five passes",
     ),
     "gradients in forward": Check(
-        0.0, False, "AutoAttack's authors, and their threshold",
+        0.0, "forward", "Croce and Hein 2020, their code's check and threshold",
         "how often the forward pass itself asks for gradients: a dynamic defence",
     ),
     "no logits": Check(
-        0.0, False, "AutoAttack's authors (probabilities); this book (scores, saturation)",
-        "1 if the outputs look like probabilities or scores (none is negative), or saturate cross-entropy",
+        0.0, "outputs", "the code of Croce and Hein 2020, for probabilities; this book, for scores",
+        "1 if no output is negative: they look like probabilities or scores",
     ),
     "too few classes": Check(
-        0.0, False, "AutoAttack's authors", "classes that AutoAttack's targeted DLR loss lacks: it needs four",
+        0.0, "outputs", "the code of Croce and Hein 2020",
+        "classes that AutoAttack's targeted DLR loss lacks: it needs four",
     ),
     "ablation": Check(
-        MATERIAL, True, f"this book; {_TOY}",
+        MATERIAL, "witness", f"this book; {_TOY}",
         "largest drop of robust accuracy when one ingredient of the released rule is put right",
     ),
 }  # fmt: skip
@@ -161,8 +169,9 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         """Check sizes, pixels, labels and outputs."""
+        given = 1.0 if self.step_size is None else self.step_size
         check_inputs(
-            self.images, self.labels, norm="linf", eps=self.eps, step_size=self.step, steps=self.steps,
+            self.images, self.labels, norm="linf", eps=self.eps, step_size=given, steps=self.steps,
             restarts=self.restarts,
         )  # fmt: skip
         if not len(self.images):
@@ -377,7 +386,7 @@ def on_slice(evaluation: Evaluation, axes: tuple[Images, Images], a: float, b: f
 def randomised(evaluation: Evaluation, *, passes: int = 5) -> Finding:
     """Whether the surface gives other outputs each time; judged on outputs scaled to L2 norm 1.
 
-    Source: the check of AutoAttack's authors. Deviation: the global random state is put back.
+    Source: the check in the code of Croce and Hein 2020. Deviation: the global random state is put back.
     """
     with _random_state_kept():
         outputs = [_outputs(evaluation.surface, evaluation.images) for _ in range(passes)]
@@ -389,32 +398,22 @@ def randomised(evaluation: Evaluation, *, passes: int = 5) -> Finding:
 def gradients_in_forward(evaluation: Evaluation) -> Finding:
     """How often the surface's forward pass asks for gradients, as defences do that optimise at test time.
 
-    Source: the check of AutoAttack's authors. Deviation: torch's own functions are counted, not any of that name.
+    Source: the check in the code of Croce and Hein 2020. Deviation: torch's functions are counted, not any of that
+        name.
     """
-    watched = {torch.autograd.grad.__code__, torch.autograd.backward.__code__}
-    calls = 0
-
-    def count(frame, event, argument) -> None:
-        nonlocal calls
-        calls += event == "call" and frame.f_code in watched
-
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
+    with _GradientCalls() as calls:
         evaluation.surface(evaluation.images)
-    finally:
-        sys.setprofile(before)
-    return _finding("gradients in forward", float(calls))
+    return _finding("gradients in forward", float(calls.count))
 
 
 def no_logits(evaluation: Evaluation) -> Finding:
-    """Whether something gives away that the surface returns no logits.
+    """Whether the surface's outputs look like probabilities or scores: none is negative.
 
-    What `verdicts.not_logits` sees, or that no output is negative: a class's scores sum to more than 1 where several of
-    its clusters vote.
+    A class's scores sum to more than 1 where several of its clusters vote, so neither 1 nor a sum of 1 is asked for.
+    Saturated logits, of which `verdicts.not_logits` warns too, show in the gradients.
     """
     outputs = _outputs(evaluation.surface, evaluation.images)
-    return _finding("no logits", float(not_logits(outputs) is not None or bool((outputs >= 0).all())))
+    return _finding("no logits", float((outputs >= 0).all()))
 
 
 def too_few_classes(evaluation: Evaluation) -> Finding:
@@ -478,9 +477,9 @@ def examine(
     Returns:
         columns ``check value threshold flagged source meaning``, one row for each of `CHECKS`, in that order.
     """
-    evaluation = Evaluation(surface, model, images, labels, eps, steps, restarts, step_size, seed)
     with _random_state_kept():
         torch.manual_seed(seed)
+        evaluation = Evaluation(surface, model, images, labels, eps, steps, restarts, step_size, seed)
         findings = [
             zero_gradients(evaluation),
             underflowing_gradients(evaluation),
@@ -502,7 +501,9 @@ def examine(
 
 
 def verdict(table: pd.DataFrame) -> bool:
-    """Whether the battery as a whole flags the evaluation: one witness decides, of symptoms it takes two.
+    """Whether the battery as a whole flags the evaluation: one witness decides, else it takes symptoms of two kinds.
+
+    Symptoms of one kind have one cause: a sure network's gradients may underflow in float32 without any attack failing.
 
     Args:
         table: of `examine`.
@@ -511,8 +512,8 @@ def verdict(table: pd.DataFrame) -> bool:
     """
     if unknown := sorted(set(table["check"]) - set(CHECKS)):
         raise ValueError(f"table: expected checks of {sorted(CHECKS)}, got {unknown}")
-    spoke = table.loc[table["flagged"], "check"]
-    return bool(any(CHECKS[check].witness for check in spoke) or len(spoke) >= 2)
+    kinds = {CHECKS[check].kind for check in table.loc[table["flagged"], "check"]}
+    return "witness" in kinds or len(kinds) >= 2
 
 
 def toy_thresholds(seeds: Iterable[int] = range(3)) -> pd.DataFrame:
@@ -555,9 +556,23 @@ def _finding(check: str, value: float) -> Finding:
 
 
 def _largest_gap(table: pd.DataFrame) -> float:
-    """What cross-entropy on the evaluation's surface leaves standing beyond the lowest of all losses; at the worst eps."""
+    """What cross-entropy on the evaluation's surface leaves standing beyond the lowest loss; at the worst eps."""
     own = table.query("surface == 'evaluation' and loss == 'ce'").set_index("eps")["robust_accuracy"]
     return max(own - table.groupby("eps")["robust_accuracy"].min())
+
+
+class _GradientCalls(TorchFunctionMode):
+    """Counts the calls of torch's functions that compute gradients."""
+
+    watched = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in self.watched
+        return func(*args, **(kwargs or {}))
 
 
 def _grid(points: int) -> list[tuple[float, float]]:

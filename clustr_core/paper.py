@@ -119,7 +119,7 @@ def paper_pgd(
 
 def _walk(
     model: Model,
-    x: Images,
+    x: Float[Tensor, "active channel height width"],
     images: Images,
     labels: Tensor,
     active: Tensor,

@@ -325,7 +325,7 @@ def draw_surface(axes: Axes, table: pd.DataFrame, x: str, y: str, value: str, *,
 def draw_arrows(axes: Axes, table: pd.DataFrame, *, every: int = 2) -> None:
     """Directions of a field (columns x y dx dy), all of one length, on every n-th row and column of its grid."""
     kept = [set(sorted(table[name].unique())[::every]) for name in ("x", "y")]
-    rows = table[table["x"].isin(list(kept[0])) & table["y"].isin(list(kept[1]))]
+    rows = pd.DataFrame(table[table["x"].isin(list(kept[0])) & table["y"].isin(list(kept[1]))])
     length = np.hypot(rows["dx"].to_numpy(), rows["dy"].to_numpy())
     unit = np.where(length > 0, length, 1)
     look = {"color": "white", "pivot": "mid", "scale": 26, "width": 0.005, "headwidth": 4}
@@ -333,18 +333,18 @@ def draw_arrows(axes: Axes, table: pd.DataFrame, *, every: int = 2) -> None:
 
 
 def draw_protocol_gaps(axes: Axes, table: pd.DataFrame) -> None:
-    """Robust accuracy of each method in both protocols: two marks on one row, with intervals, joined by a line."""
-    methods = [method for method, _ in _groups(table, "method")]
-    for row, method in enumerate(methods):
-        mine = table[table["method"] == method].set_index("protocol")
+    """Robust accuracy of each method in both protocols: two marks on one row, with intervals, joined by a bar."""
+    groups = list(_groups(table, "method"))
+    for row, (_, rows) in enumerate(groups):
+        mine = rows.set_index("protocol")
         axes.plot(mine["robust_accuracy"], [row] * len(mine), color="0.7", linewidth=4, zorder=1)
         for shift, protocol in ((-0.12, "paper"), (0.12, "correct")):
             at, look = mine.loc[protocol], PROTOCOL_LOOKS[protocol]
             axes.plot([at["low"], at["high"]], [row + shift] * 2, color=look.color, linewidth=1.6, zorder=2)
             label = PROTOCOL_NAMES[protocol] if row == 0 else None
             axes.plot(at["robust_accuracy"], row + shift, look.marker, color=look.color, zorder=3, label=label)
-    axes.set_yticks(range(len(methods)), [METHOD_NAMES[method] for method in methods])
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(groups)), [METHOD_NAMES[method] for method, _ in groups])
+    axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlim(-0.03, 1.03)
     axes.grid(visible=False, axis="y")
 

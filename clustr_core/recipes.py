@@ -391,8 +391,8 @@ def load_profile(name: str | Path) -> Profile:
     """The profile ``profiles/<name>.yaml`` of the book's root, or a YAML file by its path.
 
     Keys: ``shared`` (fields of every recipe), ``methods`` (the fields of each; ``warm_start`` names another method),
-    ``attacks`` (a `Protocol` each), ``certified_examples``, ``examination`` (an `Examination`), ``chapters`` (parameters
-    of each notebook). Fractions such as 8/255 are numbers.
+    ``attacks`` (a `Protocol` each), ``certified_examples``, ``examination`` (an `Examination`), ``chapters``
+    (parameters of each notebook). Fractions such as 8/255 are numbers.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from clustr_core.ascent import check_inputs
 from clustr_core.classifiers import ClusterClassifier
 from clustr_core.clusters import Clusters
+from clustr_core.losses import cross_entropy, margin_loss
 
 # the border between two neighbours lies about 0.025 from either, a little inside a ball of TOY_EPS
 SPACING = 0.05
@@ -85,3 +87,27 @@ def cluster_toy(*, seed: int = 0, examples: int = 128, std: float = HILL_STD, si
     clusters = Clusters(centroids, torch.arange(4), torch.full((4,), std**2))
     encoder = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return Toy(ClusterClassifier(encoder, clusters).eval(), images, labels)
+
+
+def gradient_field(
+    surface: nn.Module, toy: Toy, *, label: int = 0, span: float = 2.6 * SPACING, points: int = 27
+) -> pd.DataFrame:
+    """What an attack sees of a surface around grey: cross-entropy and its gradient on a grid of the plane.
+
+    Args:
+        surface: images -> outputs, such as the toy's model or its scores.
+        label: the class that the attack wants to leave.
+        span, points: the grid's side, in units of brightness, and its points along each axis.
+    Returns:
+        columns ``x y loss dx dy margin``: (x, y) the two channels, ``loss`` in nats, its gradient in nats per unit, and
+        the toy's log-margin of the label, positive where it is not predicted.
+    """
+    steps = torch.linspace(0.5 - span / 2, 0.5 + span / 2, points)
+    plane = torch.cartesian_prod(steps, steps)[:, :, None, None].requires_grad_()
+    labels = torch.full((len(plane),), label)
+    loss = cross_entropy(surface(plane), labels)
+    (gradient,) = torch.autograd.grad(loss.sum(), plane)
+    with torch.no_grad():
+        margin = margin_loss(toy.model(plane), labels)
+    columns = {"x": plane[:, 0], "y": plane[:, 1], "loss": loss, "dx": gradient[:, 0], "dy": gradient[:, 1]}
+    return pd.DataFrame({name: value.detach().flatten() for name, value in {**columns, "margin": margin}.items()})

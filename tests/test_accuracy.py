@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from clustr_core.accuracy import binomial_interval, certified_accuracy, robust_accuracy, robust_accuracy_by_loss
+from clustr_core.accuracy import (
+    binomial_interval,
+    both_protocols,
+    certified_accuracy,
+    on_common_images,
+    robust_accuracy,
+    robust_accuracy_by_loss,
+)
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
@@ -86,3 +93,58 @@ def test_certified_means_correct_and_certified():
     }  # fmt: skip
     feature = certified_accuracy(table, [5.0], column="feature_radius")
     assert feature["certified_accuracy"].tolist() == [0.5, 0.5]
+
+
+def study(**attacks_by_eps):
+    """Rows of named attacks on images 0..5, image 5 misclassified when clean: (attack, loss) -> which stay robust."""
+    rows = [
+        {
+            "method": "m", "attack": attack, "norm": "linf", "eps": eps, "loss": loss, "index": i, "correct": i != 5,
+            "robust": i in robust,
+        }
+        for eps, attacks_made in attacks_by_eps.items()
+        for (attack, loss), (seen, robust) in attacks_made.items()
+        for i in seen
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    return table.assign(eps=table["eps"].str.removeprefix("e").astype(float) / 10)
+
+
+STUDY = study(
+    e1={
+        ("pgd", "ce"): (range(6), {0, 1, 2, 3}),
+        ("pgd", "margin"): (range(6), {0, 1, 2, 4}),
+        ("autoattack", "standard"): (range(3, 6), {3, 4}),
+        ("paper", "ce"): (range(1, 6), {1, 2, 3, 4}),
+    },
+    e2={("pgd", "ce"): (range(6), {0}), ("paper", "ce"): (range(1, 6), {1, 2})},
+    e3={("pgd", "ce"): (range(6), set())},
+)
+
+
+def test_common_images_are_those_that_every_attack_of_an_eps_has_seen():
+    found = on_common_images(STUDY).groupby("eps")["index"].agg(lambda s: sorted(set(s)))
+    assert found.to_dict() == {0.1: [3, 4, 5], 0.2: [1, 2, 3, 4, 5], 0.3: [0, 1, 2, 3, 4, 5]}
+    # a row of each attack on each
+    assert on_common_images(STUDY).query("eps == 0.1").groupby("index").size().tolist() == [4, 4, 4]
+
+
+def test_the_worst_case_over_attacks_is_taken_on_common_images():
+    found = robust_accuracy(STUDY[STUDY["attack"] != "paper"]).set_index("eps")
+    # images 3, 4, 5: PGD with margin breaks 3, with cross-entropy 4, and 5 is wrong when clean
+    assert found.loc[0.1, "robust_accuracy"] == 0
+    assert found["examples"].to_dict() == {0.0: 6, 0.1: 3, 0.2: 6, 0.3: 6}
+
+
+def test_both_protocols_stand_on_the_same_images_at_each_eps_that_they_share():
+    found = both_protocols(STUDY).set_index(["protocol", "eps"])
+    assert sorted(found.index) == [(p, e) for p in ("correct", "paper") for e in (0.0, 0.1, 0.2)]
+    assert found["robust_accuracy"].round(6).to_dict() == {
+        ("paper", 0.0): 0.8,
+        ("paper", 0.1): round(2 / 3, 6),
+        ("paper", 0.2): 0.4,
+        ("correct", 0.0): 0.8,
+        ("correct", 0.1): 0.0,
+        ("correct", 0.2): 0.0,
+    }
+    assert found["examples"].tolist() == [5, 3, 5, 5, 3, 5]

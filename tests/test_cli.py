@@ -1,7 +1,6 @@
 """The commands, as a reader types them."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -210,12 +209,16 @@ def test_the_installed_command(home):
 
 
 def test_two_fresh_smoke_runs_give_identical_tables(tmp_path, monkeypatch):
-    """Every method of profile smoke, trained, attacked and certified from nothing, twice."""
+    """Every method of profile smoke, trained, certified and attacked from nothing, twice."""
     found = []
     for name in ("one", "two"):
         root = tmp_path / name
         (root / "profiles").mkdir(parents=True)
-        shutil.copy(Path(__file__).parents[1] / "profiles/smoke.yaml", root / "profiles")
+        lines = (Path(__file__).parents[1] / "profiles/smoke.yaml").read_text().splitlines(keepends=True)
+        # AutoAttack costs more than all else together, and is repeated in tests of its own
+        kept = [line for line in lines if not line.startswith("  autoattack:")]
+        assert len(kept) == len(lines) - 1
+        (root / "profiles/smoke.yaml").write_text("".join(kept))
         monkeypatch.setenv("CLUSTR_HOME", str(root))
         for method in load_profile("smoke").recipes:
             assert clustr("attack", method=method, profile="smoke") == 0

@@ -1,7 +1,5 @@
 """Diagnostics: every check speaks where the closed form says the number is wrong, and is silent where it is right."""
 
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -87,7 +85,13 @@ def test_the_closed_form_is_reached_at_its_corner_and_knows_the_walls():
     images = torch.tensor([[0.05, 0.5], [0.25, 0.5]])[:, :, None, None]
     walled = type(toy)(model, images, torch.tensor([1, 0]))
     # mislabelled: the first may go left by 0.05 only, which does not help it back; log-margins in nats, by hand
-    assert walled.largest_margin(0.2).tolist() == pytest.approx([(0.3 - 0.0) ** 2 * 50 - 0.1**2 * 50, 5.0], abs=1e-4)
+    expected = [(0.3 - 0.0) ** 2 * 50 - 0.1**2 * 50, 0.35**2 * 50 - 0.15**2 * 50]
+    assert walled.largest_margin(0.2).tolist() == pytest.approx(expected, abs=1e-4)
+    mirrored = ClusterClassifier(
+        toy.model.encoder, Clusters(1 - clusters.centroids, clusters.labels, clusters.variance)
+    )
+    other = type(toy)(mirrored, 1 - images, walled.labels)
+    assert other.largest_margin(0.2).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_all_toys_say_the_same_about_robustness():
@@ -129,7 +133,7 @@ SPEAKS = {
     "randomised": set(),
     "gradients in forward": set(),
     # scores are no logits even where they mislead nobody: one symptom does not decide
-    "no logits": {"linear", "hill", "vanished"},
+    "no logits": {"linear", "hill"},
     "too few classes": set(),
     "ablation": {"hill", "vanished"},
 }
@@ -151,7 +155,7 @@ def test_the_battery_flags_what_is_masked_and_passes_what_is_honest(tables):
 
 
 def test_the_thresholds_stand_between_honest_and_masked_on_other_seeds_too():
-    table = diagnostics.toy_thresholds(seeds=(20, 21)).set_index("check")
+    table = diagnostics.toy_thresholds(seeds=(20,)).set_index("check")
     assert list(table.index) == list(CHECKS)
     assert (table["threshold"] == [CHECKS[check].threshold for check in table.index]).all()
     for check in set(CHECKS) - {"budget", "no logits", *STATIC}:
@@ -174,8 +178,8 @@ def test_a_witness_never_claims_more_than_the_number_is_overstated(kind, tables)
 
 def test_another_eps_where_some_images_are_robust_changes_no_verdict():
     for kind in KINDS:
-        evaluation = evaluation_of(kind, seed=5, eps=0.028)
-        assert verdict(table_of(evaluation)) == (kind in MASKED)
+        evaluation = evaluation_of(kind, seed=5, eps=0.028, examples=48)
+        assert verdict(table_of(evaluation, queries=50, restarts=1)) == (kind in MASKED)
 
 
 # --- single checks against answers known by hand ------------------------------------------------------------------
@@ -286,7 +290,7 @@ def test_slices_stay_in_the_ball_and_find_what_lies_behind_the_attack():
     assert diagnostics.slices(evaluation, points=5).value == pytest.approx(refuted.mean())
     clean = table.query("a == 0 and b == 0")["loss"].to_numpy()
     expected = cross_entropy(evaluation.surface(evaluation.images), evaluation.labels)
-    torch.testing.assert_close(torch.from_numpy(clean), expected)
+    torch.testing.assert_close(torch.from_numpy(clean.copy()), expected)
 
 
 def test_a_slice_needs_two_points():
@@ -306,29 +310,30 @@ def test_a_randomised_surface_is_noticed():
     assert diagnostics.randomised(evaluation_of("honest")).value == 0
 
 
-@pytest.mark.parametrize("way", ["grad", "backward"])
+ways = {
+    "grad": torch.autograd.grad,
+    "backward": lambda loss, leaf: loss.backward(),
+    "autograd.backward": lambda loss, leaf: torch.autograd.backward(loss),
+}
+
+
+@pytest.mark.parametrize("way", list(ways))
 def test_gradients_inside_the_forward_pass_are_counted(way):
     toy = cluster_toy(examples=4)
 
     def purify(logits):
         leaf = torch.ones(3, requires_grad=True)
-        for _ in range(2):
-            torch.autograd.grad(leaf.sum(), leaf) if way == "grad" else leaf.sum().backward()
+        with torch.enable_grad():
+            for _ in range(2):
+                ways[way](leaf.sum(), leaf)
         return logits
 
-    with torch.enable_grad():
-        before = sys.getprofile()
-        evaluation = evaluation_of("honest", examples=4)
-        assert diagnostics.gradients_in_forward(evaluation).value == 0
-        dynamic = object.__new__(Evaluation)
-        for name, value in vars(evaluation).items():
-            object.__setattr__(dynamic, name, value)
-        object.__setattr__(dynamic, "surface", Mapped(toy.model, purify))
-        assert diagnostics.gradients_in_forward(dynamic) == Finding(
-            "gradients in forward", 2.0, 0.0, True,
-            CHECKS["gradients in forward"].source, CHECKS["gradients in forward"].meaning,
-        )  # fmt: skip
-        assert sys.getprofile() is before
+    dynamic = Evaluation(Mapped(toy.model, purify), toy.model, toy.images, toy.labels, TOY_EPS)
+    rule = CHECKS["gradients in forward"]
+    assert diagnostics.gradients_in_forward(dynamic) == Finding(
+        "gradients in forward", 2.0, 0.0, True, rule.source, rule.meaning
+    )
+    assert diagnostics.gradients_in_forward(evaluation_of("honest", examples=4)).value == 0
 
 
 @pytest.mark.parametrize(
@@ -337,7 +342,8 @@ def test_gradients_inside_the_forward_pass_are_counted(way):
         (lambda z: z, False),
         (lambda z: z.softmax(dim=1), True),
         (lambda z: z.exp() * 3, True),
-        (lambda z: z * 100, True),
+        (lambda z: z * 100, False),
+        (lambda z: z.exp() - 1e-3, False),
         (lambda z: z.log_softmax(dim=1), False),
     ],
 )
@@ -405,18 +411,23 @@ def test_a_seed_fixes_the_table_and_the_global_random_state_stays():
     assert not found[0].equals(found[2])
 
 
-def test_one_witness_or_two_symptoms_decide(tables):
+def test_one_witness_or_symptoms_of_two_kinds_decide(tables):
     def speaking(*checks):
         return verdict(tables["honest"].assign(flagged=lambda t: t["check"].isin(checks)))
 
-    symptoms = [check for check, rule in CHECKS.items() if not rule.witness]
-    assert symptoms == [
-        "zero gradients", "underflowing gradients", "wrong hill", *STATIC[:2], "no logits", "too few classes"
-    ]  # fmt: skip
     assert not speaking()
     for check, rule in CHECKS.items():
-        assert speaking(check) == rule.witness
-    assert speaking("zero gradients", "no logits")
+        assert speaking(check) == (rule.kind == "witness")
+    witnesses = {check for check, rule in CHECKS.items() if rule.kind == "witness"}
+    assert witnesses == {
+        "loss disagreement", "black box: Square", "black box: transfer", "budget", "slices", "ablation"
+    }  # fmt: skip
+    # one cause counts once
+    assert not speaking("zero gradients", "underflowing gradients")
+    assert not speaking("grey ball", "loss curves", "wrong hill")
+    assert not speaking("randomised", "gradients in forward")
+    assert speaking("wrong hill", "no logits")
+    assert speaking("zero gradients", "randomised")
 
 
 def test_a_table_of_other_checks_is_refused(tables):
@@ -446,7 +457,7 @@ def test_the_released_step_is_taken_where_it_reaches_the_border():
         ({"surface": lambda x: torch.full((len(x), 4), torch.nan)}, "model: expected logits, got NaN"),
     ],
 )
-def test_an_evaluation_that_makes_no_sense_is_refused(change, message):
+def test_an_evaluation_that_makes_no_sense_is_refused(change, message, as_installed):
     toy = cluster_toy(examples=4, side=2)
     options = {"surface": toy.model, "model": toy.model, "images": toy.images, "labels": toy.labels, "eps": 0.1}
     with pytest.raises(ValueError, match=message):
@@ -490,8 +501,7 @@ def test_adversarial_training_on_digits_passes(digits, seed):
         optimiser.step()
     evaluation = Evaluation(paper_surface(model), model, test_images[:64], test_labels[:64], 0.1)
     assert evaluation.robust_accuracy > 0.5
-    table = table_of(evaluation)
-    assert not table["flagged"].any()
+    table = table_of(evaluation, queries=100)
     assert not verdict(table)
 
 
@@ -500,7 +510,8 @@ def test_the_released_evaluation_of_clusters_of_plain_digits_is_flagged(digits, 
     images, labels, test_images, test_labels = digits
     clusters, _ = fit_clusters(images.flatten(1), labels, per_class=per_class)
     model = ClusterClassifier(nn.Flatten(), clusters).eval()
-    table = table_of(Evaluation(paper_surface(model), model, test_images[:64], test_labels[:64], 0.1))
+    evaluation = Evaluation(paper_surface(model), model, test_images[:64], test_labels[:64], 0.1)
+    table = table_of(evaluation, queries=50, restarts=1)
     assert verdict(table)
     spoke = set(table.loc[table["flagged"], "check"])
     assert {"loss disagreement", "ablation"} <= spoke

@@ -22,6 +22,7 @@ from clustr_core.embeddings import (
 from clustr_core.evaluation import some_test_images
 from clustr_core.training import embed_all
 
+
 def line(*positions):
     return torch.tensor(positions, dtype=torch.float64)[:, None]
 

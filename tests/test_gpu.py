@@ -6,9 +6,19 @@ import pytest
 import torch
 
 from clustr_core import data, evaluation, training
-from clustr_core.attacks import pgd
+from clustr_core.attacks import autoattack, cell_walk, pgd, rescaled, square, transfer
+from clustr_core.classifiers import ClusterClassifier
 from clustr_core.clusters import fit_clusters
-from clustr_core.recipes import ClustrQTrades, CrossEntropy, Protocol, Recipe
+from clustr_core.paper import ScoreModel, paper_pgd
+from clustr_core.recipes import (
+    ClustrQTrades,
+    CrossEntropy,
+    FreeAdversarialTraining,
+    FreeClustr,
+    Protocol,
+    Recipe,
+    Trades,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -18,6 +28,9 @@ pytestmark = pytest.mark.gpu
     [
         CrossEntropy(epochs=2, width=8, train_examples=400, augmentation="crop-flip"),
         ClustrQTrades(epochs=2, width=8, train_examples=400, per_cluster=8, eps=0.1, step_size=0.125),
+        Trades(epochs=2, width=8, train_examples=400, eps=0.05, step_size=0.02, steps=2),
+        FreeAdversarialTraining(epochs=2, width=8, train_examples=400, eps=0.05, step_size=0.05, replays=2),
+        FreeClustr(epochs=2, width=8, train_examples=400, per_cluster=8, eps=0.05, step_size=0.05, replays=2),
     ],
     ids=lambda recipe: recipe.method,
 )
@@ -46,3 +59,41 @@ def test_the_device_follows_the_inputs() -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)).cuda()
     images, labels = torch.rand(8, 1, 4, 4, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda")
     assert pgd(model, images, labels, eps=0.1, step_size=0.02, steps=5).adversarial.is_cuda
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        Protocol(attack="paper", eps=(0.1,), steps=3, restarts=2, examples=32),
+        Protocol(attack="cell-walk", norm="l2", eps=(0.5,), steps=3, restarts=2, examples=32),
+        Protocol(attack="transfer", eps=(0.1,), steps=3, examples=32),
+        Protocol(attack="square", eps=(0.1,), steps=20, examples=32),
+        Protocol(attack="autoattack", eps=(0.3,), examples=4),
+    ],
+    ids=lambda protocol: protocol.attack,
+)
+def test_every_attack_measures_on_the_gpu(protocol: Protocol, runs: dict) -> None:
+    table = evaluation.attack_table(runs["clustr"], protocol, source=runs["ce"], device="cuda", progress=False)
+    assert len(table) == protocol.examples
+    assert table["robust"].mean() <= 1
+
+
+def test_attacks_stay_on_the_device_of_their_inputs() -> None:
+    embeddings = torch.randn(60, 64, device="cuda")
+    clusters, _ = fit_clusters(embeddings, torch.arange(60, device="cuda") % 5, per_class=2)
+    model = ClusterClassifier(torch.nn.Flatten(), clusters)
+    images, labels = torch.rand(8, 1, 8, 8, device="cuda"), torch.arange(8, device="cuda") % 5
+    size, state = {"eps": 0.1, "step_size": 0.02, "steps": 3}, torch.cuda.get_rng_state()
+    cooled = rescaled(model, images)
+    for result in (
+        pgd(cooled, images, labels, **size, loss="dlr"),
+        cell_walk(model, images, labels, **size),
+        transfer(model, cooled, images, labels, **size),
+        paper_pgd(ScoreModel(model), images, labels, eps=0.1, steps=3, restarts=2),
+        square(cooled, images, labels, norm="linf", eps=0.1, queries=20),
+        autoattack(cooled, images, labels, norm="linf", eps=0.1, parts=("apgd-ce", "apgd-t")),
+    ):
+        assert result.adversarial.is_cuda
+        assert result.success.is_cuda
+        assert result.gradients.is_cuda
+    assert torch.equal(torch.cuda.get_rng_state(), state)

@@ -308,7 +308,7 @@ def test_kl_divergence_is_zero_at_equality_and_not_symmetric():
     g = torch.Generator().manual_seed(0)
     one, other = torch.randn(2, 4, 3, generator=g, dtype=torch.float64)
     assert kl_divergence(one, one + 7).abs().max() < 1e-14
-    assert (kl_divergence(one, other) - kl_divergence(other, one)).abs().min() > 1e-3
+    assert (kl_divergence(one, other) - kl_divergence(other, one)).abs().max() > 0.1
 
 
 def test_kl_divergence_carries_gradients_on_both_sides():

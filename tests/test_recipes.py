@@ -185,14 +185,11 @@ def test_every_choice_must_be_a_known_one(as_installed):
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "train_examples", "seed", "steps", "replays", "per_class"])
-@pytest.mark.parametrize("value", [2.0, 1.5, True, "3"])
+@pytest.mark.parametrize("value", [2.0, 1.5, True])
 def test_counts_are_whole_numbers(as_installed, name, value):
     kind = next(kind for kind in METHODS.values() if name in {item.name for item in fields(kind)})
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(ValueError, match=f"{name}: expected a whole number, got {value}"):
         kind(**{name: value})
-    if not isinstance(value, str):
-        with pytest.raises(ValueError, match=f"{name}: expected a whole number, got {value}"):
-            kind(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["milestones", "snapshots"])

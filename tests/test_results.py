@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from clustr_core.accuracy import robust_accuracy, robust_accuracy_by_loss
+from clustr_core.accuracy import both_protocols, robust_accuracy, robust_accuracy_by_loss
+from clustr_core.diagnostics import CHECKS, verdict
+from clustr_core.paper import PAPER_RESTARTS, PAPER_STEPS
 from clustr_core.plotting import METHOD_NAMES
 from clustr_core.recipes import load_profile
 from clustr_core.records import read_table
@@ -23,7 +25,7 @@ def rows(profile: str, kind: str) -> pd.DataFrame:
 
 def sorted_rows(table: pd.DataFrame) -> pd.DataFrame:
     columns = sorted(table.columns)
-    keys = [name for name in ("method", "norm", "loss", "eps") if name in columns]
+    keys = [name for name in ("method", "attack", "norm", "protocol", "loss", "eps") if name in columns]
     return table[columns].sort_values(keys).reset_index(drop=True)
 
 
@@ -33,32 +35,43 @@ def test_quick_is_published() -> None:
 
 @pytest.mark.parametrize("profile", PUBLISHED)
 def test_rows_cover_the_whole_profile(profile: str) -> None:
-    """Every method, norm, eps and loss of the profile, on the same images for all methods."""
+    """Every method, attack, norm, eps and loss of the profile, on the same images for all methods."""
     wanted = load_profile(ROOT / "profiles" / f"{profile}.yaml")
     attacks = rows(profile, "attacks")
-    found = attacks.groupby(["method", "norm", "eps", "loss"])["index"].agg(lambda s: tuple(sorted(s)))
+    names = [*wanted.recipes, "ce-clusters"]
+    found = attacks.groupby(["method", "attack", "norm", "eps", "loss"])["index"].agg(lambda s: tuple(sorted(s)))
     expected = {
-        (method, protocol.norm, eps, loss)
-        for method in wanted.recipes
+        (method, protocol.attack, protocol.norm, round(eps, 6), loss)
+        for method in names
         for protocol in wanted.attacks.values()
         for eps in protocol.eps
-        for loss in protocol.losses
+        for loss in protocol.climbed
+        if protocol.attack != "transfer" or method not in ("ce", "ce-clusters")
     }
-    assert {(m, n, round(e, 6), o) for m, n, e, o in found.index} == {(m, n, round(e, 6), o) for m, n, e, o in expected}
-    assert found.groupby("norm").nunique().eq(1).all()
-    budget = attacks.groupby("norm")[["steps", "restarts"]].agg(["min", "max"])
+    assert {(m, a, n, round(e, 6), o) for m, a, n, e, o in found.index} == expected
+    assert found.groupby(["attack", "norm", "eps"]).nunique().eq(1).all()
+    budget = attacks.groupby(["attack", "norm"])[["steps", "restarts"]].agg(["min", "max"])
     for protocol in wanted.attacks.values():
-        assert budget.loc[protocol.norm].tolist() == [protocol.steps] * 2 + [protocol.restarts] * 2
+        steps, restarts = (0, 0) if protocol.attack == "autoattack" else (protocol.steps, protocol.restarts)
+        assert budget.loc[(protocol.attack, protocol.norm)].tolist() == [steps, steps, restarts, restarts]
+
+
+@pytest.mark.parametrize("profile", PUBLISHED)
+def test_the_papers_protocol_is_the_papers(profile: str) -> None:
+    """Whatever is called the paper's protocol has its steps and restarts."""
+    papers = rows(profile, "attacks").query("attack == 'paper'")
+    assert set(papers["steps"]) <= set(PAPER_STEPS)
+    assert set(papers["restarts"]) == {PAPER_RESTARTS}
 
 
 @pytest.mark.parametrize("profile", PUBLISHED)
 def test_rows_are_possible(profile: str) -> None:
-    """Nothing robust that is wrong when clean; robust means unchanged; certified never exceeds what PGD found."""
-    attacks, certificates = rows(profile, "attacks"), rows(profile, "certificates")
+    """Nothing robust that is wrong when clean; robust means unchanged; certified never exceeds what attacks found."""
+    attacks, certificates = rows(profile, "attacks").query("attack != 'paper'"), rows(profile, "certificates")
     assert not (attacks["robust"] & ~attacks["correct"]).any()
     assert ((attacks["adversarial_prediction"] == attacks["label"]) == attacks["robust"]).all()
     best = certificates[certificates["bound"] == "pairwise"]
-    clusters = best[best["method"].isin(["clustr", "clustr-qtrades"])]
+    clusters = best[best["method"].isin(["clustr", "clustr-qtrades", "free-clustr"])]
     broken = attacks[(attacks["norm"] == "l2") & attacks["correct"] & ~attacks["robust"]]
     smallest = broken.groupby(["method", "index"])["eps"].min().rename("broken_at").reset_index()
     both = clusters.merge(smallest, on=["method", "index"])
@@ -67,26 +80,61 @@ def test_rows_are_possible(profile: str) -> None:
     assert (certificates["lipschitz_lower_bound"] <= certificates["lipschitz"]).all()
 
 
+@pytest.mark.parametrize("profile", PUBLISHED)
+def test_findings_cover_every_method_and_follow_their_thresholds(profile: str) -> None:
+    findings = rows(profile, "diagnostics")
+    methods = {*load_profile(ROOT / "profiles" / f"{profile}.yaml").recipes, "ce-clusters"}
+    assert set(findings["method"]) == methods == set(rows(profile, "ablations")["method"])
+    assert (findings["flagged"] == (findings["value"] > findings["threshold"])).all()
+    assert (
+        findings.groupby("check")["threshold"]
+        .agg(["min", "max"])
+        .eq(pd.Series({name: check.threshold for name, check in CHECKS.items()}), axis=0)
+        .all(axis=None)
+    )
+
+
+@pytest.mark.parametrize("profile", PUBLISHED)
+def test_the_battery_flags_scores_and_passes_adversarial_training(profile: str) -> None:
+    verdicts = rows(profile, "diagnostics").groupby("method").apply(verdict, include_groups=False)
+    assert verdicts[["ce-clusters", "clustr", "clustr-qtrades"]].all()
+    assert not verdicts[["pgd-at", "trades", "fast-at", "free-at"]].any()
+
+
+def pgd_rows(profile: str) -> pd.DataFrame:
+    return rows(profile, "attacks").query("attack == 'pgd' and method != 'ce-clusters'")
+
+
 @pytest.mark.parametrize("profile", [name for name in PUBLISHED if (ROOT / "figures" / name).is_dir()])
 @pytest.mark.parametrize(
     ("label", "derive"),
     [
-        ("fig-robust-accuracy", robust_accuracy),
-        ("fig-loss-agreement", lambda table: robust_accuracy_by_loss(table[table["norm"] == "linf"])),
+        ("fig-robust-accuracy", lambda name: robust_accuracy(pgd_rows(name))),
+        ("fig-loss-agreement", lambda name: robust_accuracy_by_loss(pgd_rows(name).query("norm == 'linf'"))),
+        ("fig-both-protocols", lambda name: both_protocols(rows(name, "attacks").query("attack != 'autoattack'"))),
     ],
 )
 def test_figures_are_drawn_from_the_rows(profile: str, label: str, derive) -> None:
     drawn = read_table(ROOT / "figures" / profile / f"{label}.csv")
-    assert_frame_equal(sorted_rows(derive(rows(profile, "attacks"))), sorted_rows(drawn), check_dtype=False, rtol=1e-6)
+    assert_frame_equal(sorted_rows(derive(profile)), sorted_rows(drawn), check_dtype=False, rtol=1e-6)
 
 
-def test_numbers_on_the_first_page_are_those_of_the_rows() -> None:
+def four_columns(profile: str) -> pd.DataFrame:
+    """Both protocols at the eps of AutoAttack, indexed by method, protocol and eps."""
+    at = load_profile(ROOT / "profiles" / f"{profile}.yaml").attacks["autoattack"].eps[0]
+    attacks = rows(profile, "attacks")
+    return both_protocols(attacks[(attacks["eps"] - at).abs() < 1e-6]).set_index(["method", "protocol"])
+
+
+@pytest.mark.parametrize(("profile", "examples"), [("cpu", 256), ("cpu-cifar10", 256)])
+def test_numbers_on_the_first_page_are_those_of_the_rows(profile: str, examples: int) -> None:
     page = (ROOT / "index.md").read_text()
-    curves = robust_accuracy(rows("cpu-cifar10", "attacks"))
-    linf = curves[curves["norm"] == "linf"]
-    for method in load_profile(ROOT / "profiles" / "cpu-cifar10.yaml").recipes:
-        mine = linf[linf["method"] == method]
-        clean, robust = mine[mine["eps"] == 0].iloc[0], mine[(mine["eps"] - 8 / 255).abs() < 1e-6].iloc[0]
-        cells = [f"{100 * r.robust_accuracy:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in (clean, robust)]
-        assert f"| {METHOD_NAMES[method]} | {cells[0]} | {cells[1]} |" in page
-    assert linf["examples"].unique().tolist() == [256]
+    found = four_columns(profile)
+    assert set(found["examples"]) == {examples}
+    for method in found.index.unique("method"):
+        clean = found.loc[(method, "correct")].query("eps == 0").iloc[0]
+        paper, correct = (found.loc[(method, name)].query("eps > 0").iloc[0] for name in ("paper", "correct"))
+        cells = [
+            f"{100 * r.robust_accuracy:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in (clean, paper, correct)
+        ]
+        assert f"| {METHOD_NAMES[method]} | {' | '.join(cells)} |" in page

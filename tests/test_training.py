@@ -25,7 +25,20 @@ from clustr_core.classifiers import ClusterClassifier, LinearClassifier, cluster
 from clustr_core.clusters import fit_clusters
 from clustr_core.encoders import build_encoder
 from clustr_core.losses import cross_entropy, full_magnet_loss, magnet_loss
-from clustr_core.recipes import AdversarialTraining, Clustr, ClustrQTrades, CrossEntropy, run_folder
+from clustr_core.recipes import (
+    METHODS,
+    AdversarialTraining,
+    Clustr,
+    ClustrQTrades,
+    CrossEntropy,
+    FastAdversarialTraining,
+    FreeAdversarialTraining,
+    FreeClustr,
+    Trades,
+    recipe_to_dict,
+    run_folder,
+)
+from clustr_core.sampling import ShuffledBatches
 from clustr_core.training import Step, embed_all, evaluating, fit, load_run, objective
 
 SMALL = {"width": 4, "train_examples": 150}
@@ -42,6 +55,17 @@ RECIPES = {
     ),
     "qtrades, batch norm, crop and flip": ClustrQTrades(
         epochs=3, per_cluster=4, eps=0.1, step_size=0.1, augmentation="crop-flip", weight_decay=1e-4, **RESNET
+    ),
+    "trades, sgd": Trades(
+        epochs=3, optimiser="sgd", learning_rate=0.02, eps=0.1, step_size=0.05, steps=2, milestones=(1,), **SMALL
+    ),
+    # 150 examples in batches of 64: the last one has 22
+    "free-at, adam, crop": FreeAdversarialTraining(
+        epochs=3, eps=0.1, step_size=0.04, replays=3, augmentation="crop", snapshots=(2,), **SMALL
+    ),
+    "fast-at, adam": FastAdversarialTraining(epochs=3, eps=0.1, step_size=0.125, **SMALL),
+    "free-clustr, warm start": FreeClustr(
+        epochs=3, per_cluster=4, eps=0.1, step_size=0.06, replays=2, warm_start=START, milestones=(2,), **SMALL
     ),
 }  # fmt: skip
 STEADY = ("model.safetensors", "history.csv", "checkpoint.safetensors")
@@ -98,6 +122,10 @@ def no_training(monkeypatch):
     monkeypatch.setattr(training, "_train_epoch", forbidden)
 
 
+def test_every_method_is_among_the_recipes():
+    assert {recipe.method for recipe in RECIPES.values()} == set(METHODS)
+
+
 def results(run):
     """The bytes of everything that a resume must not change."""
     found = contents(run.path)
@@ -140,12 +168,12 @@ def test_another_seed_is_another_run(train):
 
 
 SCRIPT = """
-import sys, torch
+import json, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from clustr_core.recipes import CrossEntropy
+from clustr_core.recipes import recipe_from_dict
 from clustr_core.training import fit
-fit(CrossEntropy(epochs=25, width=4, train_examples=150), folder=Path(sys.argv[1]), device="cpu", progress=False)
+fit(recipe_from_dict(json.loads(sys.argv[2])), folder=Path(sys.argv[1]), device="cpu", progress=False)
 """
 
 
@@ -154,9 +182,15 @@ def epochs_done(checkpoint):
         return json.loads(file.metadata()["facts"])["epoch"]
 
 
-def test_a_killed_process_goes_on_where_it_was(train, home):
-    recipe, folder = CrossEntropy(epochs=25, **SMALL), home / "killed"
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize(
+    "recipe",
+    [FreeAdversarialTraining(epochs=15, eps=0.1, step_size=0.04, replays=2, **SMALL)],
+    ids=lambda recipe: recipe.method,
+)
+def test_a_killed_process_goes_on_where_it_was(recipe, train, home):
+    folder, content = home / "killed", json.dumps(recipe_to_dict(recipe))
+    command = [sys.executable, "-c", SCRIPT, str(folder), content]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         while not (folder / "checkpoint.safetensors").exists() or epochs_done(folder / "checkpoint.safetensors") < 2:
             assert process.poll() is None
@@ -294,6 +328,11 @@ def test_examples_beyond_the_slice_are_never_touched(train, digits, home, monkey
         (AdversarialTraining(epochs=2, batch_size=50, eps=0.1, step_size=0.05, steps=3, **RESNET), 3),
         (Clustr(epochs=2, per_cluster=4, **RESNET), 3),
         (ClustrQTrades(epochs=2, per_cluster=4, **RESNET), 6),
+        # the clean images and the moved ones
+        (Trades(epochs=2, batch_size=50, eps=0.1, step_size=0.05, steps=2, **RESNET), 6),
+        (FreeAdversarialTraining(epochs=2, batch_size=50, replays=4, **RESNET), 12),
+        (FastAdversarialTraining(epochs=2, batch_size=50, **RESNET), 3),
+        (FreeClustr(epochs=2, per_cluster=4, replays=2, **RESNET), 6),
     ],
     ids=lambda value: getattr(value, "method", None),
 )
@@ -316,6 +355,10 @@ LEARNING = {"width": 8, "train_examples": 500, "learning_rate": 5e-3}
         AdversarialTraining(epochs=6, eps=0.05, step_size=0.03, steps=2, **LEARNING),
         Clustr(epochs=8, per_cluster=6, **LEARNING),
         ClustrQTrades(epochs=8, per_cluster=6, eps=0.05, step_size=0.06, **LEARNING),
+        Trades(epochs=6, eps=0.05, step_size=0.03, steps=2, **LEARNING),
+        FreeAdversarialTraining(epochs=3, eps=0.05, step_size=0.05, replays=3, **LEARNING),
+        FastAdversarialTraining(epochs=6, eps=0.05, step_size=0.06, **LEARNING),
+        FreeClustr(epochs=3, per_cluster=6, eps=0.05, step_size=0.05, replays=3, **LEARNING),
     ],
     ids=lambda recipe: recipe.method,
 )
@@ -418,6 +461,176 @@ def test_adversarial_training_steps_with_the_gradient_at_the_moved_images_alone(
     terms.loss.mean().backward()
     assert_same_step(step, manual)
     assert terms.magnet is None
+
+
+def test_fast_adversarial_training_takes_one_long_step_from_a_uniform_start(step):
+    manual = twin(step)
+    net, start = manual.network.eval(), uniform_start(manual, 8 / 255)
+    x = climb(manual, start, 8 / 255, 10 / 255, lambda x: cross_entropy(net(x), manual.labels).sum())
+    # longer than the radius, so a part of the steps ends on the wall of the ball and a part does not
+    assert 0 < ((x - manual.images).abs() > 8 / 255 - 1e-12).double().mean() < 1
+    cross_entropy(net.train()(x), manual.labels).mean().backward()
+    terms = objective(FastAdversarialTraining(), step)
+    assert all(p.grad is None for p in step.network.parameters())
+    terms.loss.mean().backward()
+    assert_same_step(step, manual)
+
+
+def test_trades_steps_with_the_gradient_of_its_formula_alone(step):
+    recipe = Trades(eps=0.08, step_size=0.03, steps=4, trades_weight=5.0, start_scale=0.01)
+    # a fresh head is so flat that the divergence would hardly count
+    with torch.no_grad():
+        step.network.linear.weight.mul_(30)
+    manual = twin(step)
+    net = manual.network.eval()
+    clean = net(manual.images).softmax(dim=1).detach()
+
+    def divergence(x):
+        # the sum over classes of p log(p / q), written out
+        return (clean * (clean.log() - net(x).log_softmax(dim=1))).sum()
+
+    noise = torch.empty(manual.images.shape, dtype=torch.float64).normal_(generator=manual.generator)
+    x = manual.images + 0.01 * noise
+    for _ in range(4):
+        x = climb(manual, x, 0.08, 0.03, divergence)
+    net.train()
+    p, q = net(manual.images).softmax(dim=1), net(x).softmax(dim=1)
+    own = p.gather(1, manual.labels[:, None]).squeeze(1)
+    expected = -own.log() + 5 * (p * (p.log() - q.log())).sum(dim=1)
+    expected.mean().backward()
+
+    terms = objective(recipe, step)
+    assert all(parameter.grad is None for parameter in step.network.parameters())
+    terms.loss.mean().backward()
+    torch.testing.assert_close(terms.loss, expected)
+    assert_same_step(step, manual)
+    assert terms.magnet is None
+    assert (terms.loss - cross_entropy(net(manual.images), manual.labels)).abs().max() > 1e-4
+
+
+# free training, an epoch at a time
+
+
+def free_state(recipe, digits):
+    """A state before its first epoch, with its images and labels."""
+    images, labels = digits.train_images[:150], digits.train_labels[:150]
+    return training._new_state(recipe, digits, images, None), images, labels
+
+
+FREE = {"eps": 0.05, "step_size": 0.02, "replays": 4, "optimiser": "sgd", "learning_rate": 0.05} | SMALL
+
+
+def test_free_training_is_shafahis_algorithm(digits):
+    recipe = FreeAdversarialTraining(epochs=2, **FREE)
+    state, images, labels = free_state(recipe, digits)
+    passes = []
+    state.network.register_forward_hook(lambda *_: passes.append(1))
+    network, delta = copy.deepcopy(state.network).train(), torch.zeros(64, 1, 8, 8)
+    network._forward_hooks.clear()
+    momentum = [torch.zeros_like(p) for p in network.parameters()]
+    draws = torch.Generator().manual_seed(recipe.seed)
+    sizes = []
+    for _ in range(2):
+        training._train_epoch(recipe, state, images, labels)
+        seed = int(torch.randint(2**31, (), generator=draws))
+        for batch in ShuffledBatches(150, batch_size=64, seed=seed):
+            pixels, goals = images[batch.indices] / 255, labels[batch.indices]
+            sizes.append(len(pixels))
+            for _ in range(4):
+                part = delta[: len(pixels)].clone().requires_grad_()
+                loss = nn.functional.cross_entropy(network((pixels + part).clamp(0, 1)), goals)
+                *slopes, towards = torch.autograd.grad(loss, [*network.parameters(), part])
+                with torch.no_grad():
+                    for p, m, slope in zip(network.parameters(), momentum, slopes, strict=True):
+                        m.mul_(0.9).add_(slope)
+                        p.sub_(m, alpha=0.05)
+                    delta[: len(pixels)] = (delta[: len(pixels)] + 0.02 * towards.sign()).clamp(-0.05, 0.05)
+    assert sizes == [64, 64, 22] * 2
+    # one pass forward for each update, so one backward serves both
+    assert len(passes) == 4 * len(sizes)
+    for ours, theirs in zip(state.network.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert ((state.perturbation - delta).abs() < 1e-6).double().mean() > 0.995
+    assert state.perturbation.abs().max() == torch.tensor(0.05)
+    # a pixel that the image or the wall has already fixed stays, others have moved
+    assert (state.perturbation != 0).double().mean() > 0.3
+
+
+def test_free_clustr_moves_weights_and_perturbation_by_the_magnet_loss(digits, monkeypatch):
+    recipe = FreeClustr(epochs=1, per_cluster=4, gap=9.0, **FREE)
+    state, images, labels = free_state(recipe, digits)
+    assert state.perturbation.shape == (48, 1, 8, 8)
+    state.perturbation.uniform_(-0.05, 0.05, generator=torch.Generator().manual_seed(0))
+    before = state.perturbation.clone()
+    encoder = copy.deepcopy(state.network.encoder).train()
+    batches = []
+
+    def noted(*args):
+        clusters, sampler = real(*args)
+        batches.append(next(iter(sampler)))
+        return clusters, One(batches[0])
+
+    class One:
+        """A sampler of a single batch, which notes the losses it is told."""
+
+        def __init__(self, batch):
+            self.batch, self.told = batch, []
+
+        def __iter__(self):
+            return iter([self.batch])
+
+        def update(self, indices, losses):
+            told.append((indices, losses.detach()))
+
+    real, told = training._clusters_and_sampler, []
+    monkeypatch.setattr(training, "_clusters_and_sampler", noted)
+    training._train_epoch(recipe, state, images, labels)
+
+    (batch,) = batches
+    count = len(batch.indices)
+    pixels, delta = images[batch.indices] / 255, before.clone()
+    momentum = [torch.zeros_like(p) for p in encoder.parameters()]
+    for replay in range(4):
+        part = delta[:count].clone().requires_grad_()
+        found = magnet_loss(encoder((pixels + part).clamp(0, 1)), batch.assignments, labels[batch.indices], gap=9.0)
+        *slopes, towards = torch.autograd.grad(found.loss, [*encoder.parameters(), part])
+        with torch.no_grad():
+            for p, m, slope in zip(encoder.parameters(), momentum, slopes, strict=True):
+                m.mul_(0.9).add_(slope)
+                p.sub_(m, alpha=0.05)
+            delta[:count] = (delta[:count] + 0.02 * towards.sign()).clamp(-0.05, 0.05)
+        assert torch.equal(told[replay][0], batch.indices)
+        torch.testing.assert_close(told[replay][1], found.per_example.detach(), rtol=1e-3, atol=1e-3)
+    assert len(told) == 4
+    for ours, theirs in zip(state.network.encoder.parameters(), encoder.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert ((state.perturbation - delta).abs() < 1e-6).double().mean() > 0.99
+    assert torch.equal(state.perturbation[count:], before[count:])
+    assert not torch.equal(state.perturbation[:count], before[:count])
+
+
+def test_the_perturbation_goes_on_where_the_last_batch_and_the_last_checkpoint_left_it(train, killed, home):
+    recipe = RECIPES["free-at, adam, crop"]
+    killed(recipe, during=2, folder=home / "run")
+    kept = load_file(home / "run/checkpoint.safetensors")
+    assert kept["perturbation"].shape == (64, 1, 8, 8)
+    assert 0 < kept["perturbation"].abs().max() <= recipe.eps + 1e-7
+    whole = results(train(recipe))
+    # another perturbation in the checkpoint is another run
+    with safe_open(home / "run/checkpoint.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    save_file(kept | {"perturbation": -kept["perturbation"]}, home / "run/checkpoint.safetensors", metadata=metadata)
+    assert results(train(recipe, folder=home / "run"))["model.safetensors"] != whole["model.safetensors"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_only_free_training_has_a_perturbation_and_it_begins_at_nought(recipe, digits):
+    state, _, _ = free_state(recipe, digits)
+    if "free" not in recipe.method:
+        assert state.perturbation is None
+    else:
+        size = 48 if isinstance(recipe, Clustr) else 64
+        assert torch.equal(state.perturbation, torch.zeros(size, 1, 8, 8))
 
 
 def test_clustr_steps_with_the_magnet_loss_and_cross_entropy_with_its_own(step):
