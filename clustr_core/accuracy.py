@@ -47,10 +47,14 @@ def both_protocols(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         the columns of `robust_accuracy` with ``protocol`` ("paper" or "correct"), for each eps at which both were run;
         at eps = 0 both are the clean accuracy.
+    Raises:
+        ValueError: if there is no such eps.
     """
     linf = table.query("norm == 'linf'")
     paper, correct = linf.query("attack == 'paper'"), linf.query("attack != 'paper'")
     shared = linf["eps"].isin(list(paper["eps"])) & linf["eps"].isin(list(correct["eps"]))
+    if not shared.any():
+        raise ValueError("table: expected the attack 'paper' and another one at one eps at least, got no such eps")
     common = on_common_images(linf.loc[shared])
     parts = {"paper": common.query("attack == 'paper'"), "correct": common.query("attack != 'paper'")}
     return pd.concat([robust_accuracy(rows).assign(protocol=name) for name, rows in parts.items()], ignore_index=True)

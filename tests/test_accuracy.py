@@ -148,3 +148,9 @@ def test_both_protocols_stand_on_the_same_images_at_each_eps_that_they_share():
         ("correct", 0.2): 0.0,
     }
     assert found["examples"].tolist() == [5, 3, 5, 5, 3, 5]
+
+
+@pytest.mark.parametrize("attack", ["paper", "pgd"])
+def test_one_protocol_alone_is_refused(attack):
+    with pytest.raises(ValueError, match="table: expected the attack 'paper' and another one at one eps at least"):
+        both_protocols(STUDY[STUDY["attack"] == attack])

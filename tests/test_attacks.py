@@ -24,7 +24,8 @@ from toy_models import (
 from clustr_core.ascent import iterates, random_point
 from clustr_core.attacks import LOSSES, SANE_GAP, Rescaled, cell_walk, fgsm, pgd, rescaled, transfer
 from clustr_core.certify import certified_radius, linear_radius
-from clustr_core.classifiers import LinearClassifier
+from clustr_core.classifiers import ClusterClassifier, LinearClassifier
+from clustr_core.clusters import Clusters
 from clustr_core.losses import cross_entropy, margin_loss
 from clustr_core.theory import exact_nearest_rule_distance
 
@@ -532,6 +533,57 @@ def test_a_walk_finds_the_closed_form_distance_of_a_linear_head(norm):
     assert walked(model, images, labels, radii, 1.02, norm=norm, rivals=3).all()
     if norm == "l2":
         assert walked(model, images, labels, radii, 1.02, norm=norm, rivals=1).all()
+
+
+def two_rivals(kind, normals, distances, sizes):
+    """A model of class 0 with two rivals beyond hyperplanes with these unit normals, at these distances of an image.
+
+    ``sizes``: how far apart the centroids, or the weights, are: a far rival has a large gap at a small distance.
+    """
+    image = torch.full((1, *SHAPE), 0.5, dtype=torch.float64)
+    if kind == "linear":
+        model = LinearClassifier(Centred(), SIZE, 3).double()
+        with torch.no_grad():
+            model.linear.weight.zero_()
+            model.linear.weight[1:] = torch.stack([n * size for n, size in zip(normals, sizes, strict=True)])
+            model.linear.bias.zero_()
+            model.linear.bias[1:] = torch.tensor([-d * size for d, size in zip(distances, sizes, strict=True)])
+        return model, image
+    # the own centroid o with <o, n> = d - size / 2 for either normal, which are orthogonal; the image lies at 0
+    own = sum((d - size / 2) * n for n, d, size in zip(normals, distances, sizes, strict=True))
+    centroids = torch.stack([own, *(own + size * n for n, size in zip(normals, sizes, strict=True))])
+    clusters = Clusters(centroids, torch.arange(3), torch.ones(3, dtype=torch.float64))
+    return ClusterClassifier(Centred(), clusters), image
+
+
+@pytest.mark.parametrize("kind", ["clusters", "linear"])
+def test_the_first_rival_is_the_one_at_the_smallest_distance(kind):
+    axes = torch.eye(SIZE, dtype=torch.float64)
+    # the second has by far the smaller gap of the logits
+    model, image = two_rivals(kind, axes[:2], (0.10, 0.14), (1.0, 0.3))
+    label = torch.tensor([0])
+    gaps = -model(image)[0, 1:] + model(image)[0, 0]
+    assert gaps[0] > 2 * gaps[1] > 0
+    options = {"step_size": 0.02, "steps": 20, "norm": "l2"}
+    assert not cell_walk(model, image, label, eps=0.099, rivals=2, **options).success.any()
+    result = cell_walk(model, image, label, eps=0.12, rivals=1, **options)
+    assert result.success.all()
+    assert labelled(model, result.adversarial).tolist() == [1]
+
+
+@pytest.mark.parametrize("kind", ["clusters", "linear"])
+def test_each_restart_heads_for_its_own_rival(kind):
+    # the first rival lies along one pixel; the second, farther in L2, along all others, and so nearer in L-infinity
+    along = torch.eye(SIZE, dtype=torch.float64)[0]
+    across = (1 - along) / math.sqrt(SIZE - 1)
+    model, image = two_rivals(kind, torch.stack([along, across]), (0.10, 0.14), (0.5, 0.5))
+    label, eps = torch.tensor([0]), 1.1 * 0.14 / math.sqrt(SIZE - 1)
+    assert eps < 0.05
+    options = {"eps": eps, "step_size": eps / 4, "steps": 20}
+    first, both = (cell_walk(model, image, label, rivals=n, **options) for n in (1, 2))
+    assert not first.success.any()
+    assert both.success.all()
+    assert labelled(model, both.adversarial).tolist() == [2]
 
 
 def test_a_walk_is_not_stopped_by_saturated_logits():
