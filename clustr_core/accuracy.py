@@ -53,7 +53,7 @@ def both_protocols(table: pd.DataFrame) -> pd.DataFrame:
     linf = table.query("norm == 'linf'")
     paper, correct = linf.query("attack == 'paper'"), linf.query("attack != 'paper'")
     shared = linf["eps"].isin(list(paper["eps"])) & linf["eps"].isin(list(correct["eps"]))
-    if not shared.any():
+    if not any(shared):
         raise ValueError("table: expected the attack 'paper' and another one at one eps at least, got no such eps")
     common = on_common_images(linf.loc[shared])
     parts = {"paper": common.query("attack == 'paper'"), "correct": common.query("attack != 'paper'")}

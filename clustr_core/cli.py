@@ -108,10 +108,18 @@ def _diagnose(options: argparse.Namespace) -> None:
 def _print_protocols(table: pd.DataFrame) -> None:
     """Every attack on its own; then, where the paper's protocol was run, what it and correct attacks leave."""
     shown = {"each attack": robust_accuracy_by_loss(table)}
-    if (table["attack"] == "paper").any() and (table["attack"] != "paper").any():
+    if {"paper"} < set(table["attack"]):
         shown["both protocols, on the same images"] = both_protocols(table)
     for name, rows in shown.items():
         print(f"\n{name}\n{rows.to_string(index=False, float_format='%.3f')}")
+
+
+def _certify(options: argparse.Namespace) -> None:
+    profile, run = load_profile(options.profile or "quick"), _run(options)
+    table = evaluation.certificates_of(run, profile, device=_device(options))
+    _write(table, profile, options, "certificates")
+    numbers = ["correct", "feature_radius", "radius", "lipschitz", "lipschitz_lower_bound"]
+    print(pd.DataFrame(table.groupby("bound")[numbers].mean()).to_string(float_format="%.4g"))
 
 
 def _run(options: argparse.Namespace) -> Run:
