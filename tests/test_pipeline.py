@@ -125,7 +125,7 @@ def test_dag(home: Path, tmp_path: Path, profile: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     jobs = Counter({name: int(n) for name, n in re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.M)})
     recipes = load_profile(ROOT / "profiles" / f"{profile}.yaml").recipes
-    expected = {"all": 1, "attack": len(recipes), "certify": len(recipes)}
+    expected = {"all": 1, "attack": len(recipes), "diagnose": len(recipes), "certify": len(recipes)}
     expected["train"] = len({run_key(recipe) for recipe in recipes.values()})
     expected |= {f"chapter_{source.stem.replace('-', '_')}": 1 for source in SOURCES}
     assert jobs - Counter(total=jobs["total"]) == Counter(expected)

