@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -40,6 +41,16 @@ def runs(tmp_path_factory, digits):
     recipes = (CrossEntropy(epochs=15, **small), Clustr(epochs=4, per_cluster=4, snapshots=(0, 4), **small))
     home = tmp_path_factory.mktemp("runs")
     return {r.method: fit(r, dataset=digits, folder=home / r.method, progress=False) for r in recipes}
+
+
+@pytest.fixture
+def tiny_book(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A book's root, and the working folder, with one profile: tiny, the PROFILE of the test's module."""
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles/tiny.yaml").write_text(request.module.PROFILE)
+    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

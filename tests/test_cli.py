@@ -25,13 +25,9 @@ certified_examples: 20
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """A book's root with one small profile."""
-    (tmp_path / "profiles").mkdir()
-    (tmp_path / "profiles/tiny.yaml").write_text(PROFILE)
-    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def home(tiny_book):
+    """Every test here works in a book of its own."""
+    return tiny_book
 
 
 def clustr(*arguments, method="ce", profile="tiny"):

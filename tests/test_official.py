@@ -28,13 +28,9 @@ examination: {eps: 0.1, examples: 4, steps: 2, restarts: 1, queries: 2}
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """A book's root with one small profile."""
-    (tmp_path / "profiles").mkdir()
-    (tmp_path / "profiles/tiny.yaml").write_text(PROFILE)
-    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def home(tiny_book):
+    """Every test here works in a book of its own."""
+    return tiny_book
 
 
 @pytest.fixture
