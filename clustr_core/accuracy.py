@@ -3,6 +3,8 @@
 import pandas as pd
 from scipy.stats import binomtest
 
+from clustr_core.recipes import METHODS, Clustr
+
 
 def robust_accuracy(table: pd.DataFrame) -> pd.DataFrame:
     """Robust accuracy against eps: the worst case over all of the table's attacks on each image, with its interval.
@@ -60,6 +62,33 @@ def both_protocols(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([robust_accuracy(rows).assign(protocol=name) for name, rows in parts.items()], ignore_index=True)
 
 
+def four_columns(attacks: pd.DataFrame, certificates: pd.DataFrame, *, eps: float) -> pd.DataFrame:
+    """Clean, under the paper's protocol, correctly attacked, certified: each method at one L-infinity eps.
+
+    An L-infinity ball of radius eps holds the L2 ball of the same radius, so an image whose certified L2 radius is
+    smaller is not certified at eps; the last column is an upper bound on what this certificate can certify there.
+
+    Args:
+        attacks: as for `both_protocols`; all columns stand on the images that every attack at ``eps`` has seen.
+        certificates: of `certificates_of`. Those of a method without clusters are of the clusters fitted afterwards.
+        eps: in pixels of [0, 1].
+    Returns:
+        columns ``method column accuracy low high examples``; ``column`` is "clean", "paper", "correct" and, for methods
+        that decide by clusters, "certified".
+    Raises:
+        ValueError: if the two protocols do not meet at eps.
+    """
+    here = attacks.loc[(attacks["norm"] == "linf") & ((attacks["eps"] - eps).abs() < 1e-6)]
+    both = both_protocols(here).rename(columns={"robust_accuracy": "accuracy"})
+    both["column"] = both["protocol"].where(both["eps"] > 0, "clean")
+    seen = on_common_images(here)[["method", "index"]].drop_duplicates()
+    pairwise = certificates.loc[certificates["bound"] == "pairwise"].replace({"method": _OF_CLUSTERS})
+    certified = certified_accuracy(pairwise.merge(seen, on=["method", "index"]), [eps])
+    certified = certified.rename(columns={"certified_accuracy": "accuracy"}).assign(column="certified")
+    columns = pd.concat([both.drop_duplicates(["method", "column"]), certified], ignore_index=True)
+    return columns.loc[:, ["method", "column", "accuracy", "low", "high", "examples"]]
+
+
 def certified_accuracy(table: pd.DataFrame, radii: list[float], *, column: str = "radius") -> pd.DataFrame:
     """Share of test images that are classified correctly and certified at each radius, with its 95 % interval.
 
@@ -83,6 +112,10 @@ def binomial_interval(successes: int, trials: int, *, confidence: float = 0.95) 
         raise ValueError(f"trials: expected at least one, got {trials}")
     found = binomtest(int(successes), int(trials)).proportion_ci(confidence_level=confidence, method="exact")
     return float(found.low), float(found.high)
+
+
+# what a certificate's rows are called in a table of attacks: a certificate is of the cluster rule, whatever the method
+_OF_CLUSTERS = {name: f"{name}-clusters" for name, recipe in METHODS.items() if not issubclass(recipe, Clustr)}
 
 
 def _proportions(table: pd.DataFrame, keys: list[str], column: str, name: str) -> pd.DataFrame:

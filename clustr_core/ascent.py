@@ -1,6 +1,7 @@
 """Projected gradient ascent in a ball around an image: what adversarial training and attacks share."""
 
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
@@ -103,8 +104,8 @@ def check_inputs(
     """What every attack asks of its arguments.
 
     Raises:
-        ValueError: if a length is not positive, a count not a whole number above 0, ``eps`` larger than the cube of
-            images, ``norm`` unknown, or a pixel outside [0, 1].
+        ValueError: if a length is not positive, a count not an integer above 0, ``eps`` larger than the cube of images,
+            ``norm`` unknown, labels are not one integer an image, or a pixel is outside [0, 1].
     """
     if norm not in get_args(Norm):
         raise ValueError(f"norm: expected one of {get_args(Norm)}, got {norm!r}")
@@ -112,7 +113,7 @@ def check_inputs(
         if not (length > 0 and math.isfinite(length)):
             raise ValueError(f"{name}: expected a positive number, got {length}")
     for name, count in (("steps", steps), ("restarts", restarts)):
-        if isinstance(count, bool) or not (count > 0 and float(count).is_integer()):
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(f"{name}: expected a positive whole number, got {count}")
     largest = 1.0 if norm == "linf" else math.sqrt(math.prod(images.shape[1:]))
     if eps > largest:
@@ -121,6 +122,8 @@ def check_inputs(
         )
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"labels: expected one for each of {len(images)} images, got {len(labels)}")
+    if labels is not None and (labels.is_floating_point() or labels.is_complex()):
+        raise ValueError(f"labels: expected integers, got {labels.dtype}")
     if not ((images >= 0) & (images <= 1)).all():
         low, high = images.min().item(), images.max().item()
         raise ValueError(f"images: expected pixels in [0, 1], got values from {low:.4g} to {high:.4g}")

@@ -142,7 +142,8 @@ def cell_walk(
 
     Args:
         model: a `ClusterClassifier` or a `LinearClassifier`.
-        rivals: how many cells to head for, each from its own random start; at most as many as there are.
+        rivals: how many cells to head for, each from its own random start; at most as many as the class with the
+            fewest clusters has; an image with fewer rivals heads for its last one again.
         eps, step_size, steps, norm, seed: as in `pgd`.
     Raises:
         TypeError: if the model has neither clusters nor a linear head.
@@ -181,6 +182,8 @@ def transfer(
     Args:
         source: the model that is climbed, all the way: being wrong itself does not stop it.
         eps, step_size, steps, restarts, norm, loss, seed: as in `pgd`.
+    Raises:
+        ValueError: as `pgd`; if the source's logits are NaN.
     Source: Papernot et al. 2016; as a check on masked gradients, Athalye et al. 2018.
     """
     check_inputs(images, labels, norm=norm, eps=eps, step_size=step_size, steps=steps, restarts=restarts)
@@ -195,13 +198,19 @@ def transfer(
             break
         aims = goals[active]
         x = maximise(
-            lambda moved, aims=aims: climb(source(moved), aims),
+            lambda moved, aims=aims: climb(_logits_of_source(source, moved), aims),
             images[active], start[active], eps=eps, step_size=step_size, steps=steps, norm=norm,
         )  # fmt: skip
         result.gradients[active] += steps
         result.adversarial[active] = x
         result.success[active] = judge(model, x, aims)
     return result
+
+
+def _logits_of_source(source: Model, images: Images) -> Tensor:
+    logits = source(images)
+    check_logits(logits, "source")
+    return logits
 
 
 def _search(
@@ -289,14 +298,16 @@ def _past_bisector(
     lengths = lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
     order = ((distances - nearest_distance[:, None]) / lengths).masked_fill(own, torch.inf).argsort(dim=1)
 
+    rivals = (~own).sum(dim=1)
+
     def progress(moved: Tensor, which: Tensor, restart: int) -> Tensor:
-        target = order[which, restart][:, None]
+        target = order[which, (rivals[which] - 1).clamp_max(restart)][:, None]
         found = squared_distances(moved, centroids)
         back = found.masked_fill(~own[which], torch.inf).amin(dim=1)
         ahead, length = found.gather(1, target), lengths[which].gather(1, target)
         return (back - ahead.squeeze(1)) / length.squeeze(1)
 
-    return progress, int((~own).sum(dim=1).min()) if len(labels) else 0
+    return progress, len(centroids) - int(model.labels.bincount().min())
 
 
 def _past_hyperplane(

@@ -1,5 +1,6 @@
 """AutoAttack and the Square attack, as their authors published them, behind the contract of `attacks`."""
 
+import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
@@ -83,7 +84,7 @@ def square(
     Source: Andriushchenko et al. 2020, in the form AutoAttack uses.
     """
     check_inputs(images, labels, norm=norm, eps=eps)
-    if isinstance(queries, bool) or not (queries > 0 and float(queries).is_integer()):
+    if isinstance(queries, bool) or not isinstance(queries, numbers.Integral) or queries < 1:
         raise ValueError(f"queries: expected a positive whole number, got {queries}")
     return _run(
         model, images, labels, norm=norm, eps=eps, version="standard", parts=("square",), seed=seed, queries=queries

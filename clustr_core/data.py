@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -52,6 +53,8 @@ class Dataset:
                     f"{part}_images: expected uint8 of shape [batch, channel, height, width], "
                     f"got {images.dtype} of shape {list(images.shape)}"
                 )
+            if labels.is_floating_point() or labels.is_complex():
+                raise ValueError(f"{part}_labels: expected integers, got {labels.dtype}")
             if len(images) != len(labels):
                 raise ValueError(f"{part}_labels: expected one for each of {len(images)} images, got {len(labels)}")
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
@@ -159,7 +162,7 @@ def _load_torchvision(name: str, class_name: str, splits: tuple[dict, dict]) -> 
             warnings.filterwarnings("ignore", "dtype.*: align should be", np.exceptions.VisibleDeprecationWarning)
             try:
                 train, test = (getattr(datasets, class_name)(str(root), download=True, **split) for split in splits)
-            except RuntimeError as error:
+            except (RuntimeError, URLError) as error:
                 raise OSError(
                     f"{name}: expected torchvision's archive in {root} or from the internet; {error}"
                 ) from error

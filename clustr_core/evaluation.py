@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -78,13 +79,13 @@ def measure(subject: Subject, protocol: Protocol, dataset: data.Dataset, *, prog
     order = _drawn_order(dataset)[: protocol.examples]
     test = _test_digest(dataset)
     pieces = [(eps, loss, chunk) for eps in protocol.eps for loss in protocol.climbed for chunk in order.split(CHUNK)]
-    tables = []
-    for eps, loss, chunk in tqdm(pieces, f"{subject.name} {protocol.attack} {protocol.norm}", disable=not progress):
-        path = _rows_path(subject, protocol, eps, loss, chunk, test)
-        if not path.exists():
-            records.write_table(path, _attack_rows(subject, dataset, chunk, protocol, eps, loss))
-        # as read back, so that a first and a later call return the same
-        tables.append(records.read_table(path))
+    paths = [_rows_path(subject, protocol, eps, loss, chunk, test) for eps, loss, chunk in pieces]
+    missing = [(path, *piece) for path, piece in zip(paths, pieces, strict=True) if not path.exists()]
+    title = f"{subject.name} {protocol.attack} {protocol.norm}"
+    for path, eps, loss, chunk in tqdm(missing, title, disable=not (progress and missing)):
+        records.write_table(path, _attack_rows(subject, dataset, chunk, protocol, eps, loss))
+    # as read back, so that a first and a later call return the same
+    tables = [records.read_table(path) for path in paths]
     return pd.concat(tables).sort_values(["eps", "loss", "index"], ignore_index=True)
 
 
@@ -109,33 +110,41 @@ def attack_table(
 
 
 def attacks_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
-    """`attack_table` of a run under every attack of a profile; the method comes first.
+    """`attack_table` of a run's `heads_of` under every attack of a profile; the method comes first.
 
-    A cross-entropy run is measured twice: as it is, and as "ce-clusters", with clusters fitted after training. No
-    attack is transferred from a model to itself.
+    No attack is transferred from a model to itself.
     """
     if not profile.attacks:
         raise ValueError(f"profile {profile.name}: expected at least one entry under attacks, got none")
-    heads: tuple[Head, ...] = ("own", "clusters") if isinstance(run.recipe, CrossEntropy) else ("own",)
     options["dataset"] = dataset_of(run, options.get("dataset"))
     tables = []
-    for head in heads:
-        for protocol in profile.attacks.values():
-            source = None
-            if protocol.attack == "transfer":
-                recipe = profile.recipes[protocol.source]
-                if recipe == run.recipe:
-                    continue
-                source = load_run(run_folder(recipe), expected=recipe)
+    for head, protocol in product(heads_of(run), profile.attacks.values()):
+        source = source_of(run, profile, protocol.source) if protocol.attack == "transfer" else None
+        if protocol.attack != "transfer" or source is not None:
             table = attack_table(run, protocol, head=head, source=source, **options)
-            table.insert(0, "method", subject_of(run, head=head).name)
-            tables.append(table)
+            tables.append(named(subject_of(run, head=head).name, table))
     return pd.concat(tables, ignore_index=True)
 
 
 def certificates_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
     """`certificate_table` of a run on as many images as a profile says; the method comes first."""
-    return _named(run, certificate_table(run, examples=profile.certified_examples, **options))
+    return named(run.recipe.method, certificate_table(run, examples=profile.certified_examples, **options))
+
+
+def heads_of(run: Run) -> tuple[Head, ...]:
+    """What is measured of a run: cross-entropy also with clusters fitted after training, as "ce-clusters"."""
+    return ("own", "clusters") if isinstance(run.recipe, CrossEntropy) else ("own",)
+
+
+def source_of(run: Run, profile: Profile, method: str) -> Run | None:
+    """The profile's run of a method, to transfer attacks from; None for that run itself, or if there is no such run."""
+    recipe = profile.recipes.get(method)
+    return None if recipe is None or recipe == run.recipe else load_run(run_folder(recipe), expected=recipe)
+
+
+def named(name: str, table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a first column ``method``."""
+    return pd.DataFrame({"method": name, **table})
 
 
 def certificate_table(
@@ -194,11 +203,6 @@ def predictions(model: nn.Module, images: Tensor, device: str | torch.device = "
     """Predicted classes of byte images, on the CPU."""
     with torch.no_grad():
         return torch.cat([model(data.to_float(part.to(device))).argmax(dim=1).cpu() for part in images.split(BATCH)])
-
-
-def _named(run: Run, table: pd.DataFrame) -> pd.DataFrame:
-    table.insert(0, "method", run.recipe.method)
-    return table
 
 
 def _drawn_order(dataset: data.Dataset) -> Int[Tensor, " test"]:

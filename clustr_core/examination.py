@@ -9,11 +9,11 @@ from torch import nn
 
 from clustr_core import data, records
 from clustr_core.diagnostics import Evaluation, ablation_table, examine
-from clustr_core.evaluation import Head, cache_path, dataset_of, some_test_images, subject_of
+from clustr_core.evaluation import cache_path, dataset_of, heads_of, named, some_test_images, source_of, subject_of
 from clustr_core.losses import cross_entropy, margin_loss
 from clustr_core.paper import paper_surface
-from clustr_core.recipes import EXAMINATION_CODE, CrossEntropy, Examination, Profile, run_folder
-from clustr_core.training import Run, load_run
+from clustr_core.recipes import EXAMINATION_CODE, CrossEntropy, Examination, Profile
+from clustr_core.training import Run
 
 
 def diagnostics_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
@@ -22,7 +22,7 @@ def diagnostics_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
     Returns:
         columns ``method`` and those of `diagnostics.examine`; cross-entropy also as "ce-clusters".
     """
-    source = _source(run, profile)
+    source = source_of(run, profile, CrossEntropy.method)
 
     def examined(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, asked: Examination) -> pd.DataFrame:
         climbed = None if source is None else source.model(images.device)
@@ -60,26 +60,17 @@ def _of_each_head(
     if asked is None:
         raise ValueError(f"profile {profile.name}: expected an entry examination, got none")
     dataset = dataset_of(run, dataset)
-    heads: tuple[Head, ...] = ("own", "clusters") if isinstance(run.recipe, CrossEntropy) else ("own",)
     tables = []
-    for head in heads:
+    for head in heads_of(run):
         subject = subject_of(run, head=head, device=device)
         what = {**asdict(asked), "head": head, "source": source.path.name if source else None}
         path = cache_path(run, dataset, kind, what, EXAMINATION_CODE)
         if not path.exists():
             _, images, labels = some_test_images(run, dataset, asked.examples)
             found = compute(subject.model, data.to_float(images.to(device)), labels.to(device), asked)
-            records.write_table(path, found.assign(method=subject.name))
+            records.write_table(path, named(subject.name, found))
         tables.append(records.read_table(path))
-    table = pd.concat(tables, ignore_index=True)
-    table.insert(0, "method", table.pop("method"))
-    return table
-
-
-def _source(run: Run, profile: Profile) -> Run | None:
-    """The cross-entropy run, for the transfer; none for that run itself."""
-    recipe = profile.recipes.get(CrossEntropy.method)
-    return None if recipe is None or recipe == run.recipe else load_run(run_folder(recipe), expected=recipe)
+    return pd.concat(tables, ignore_index=True)
 
 
 def plane_of_attacks(

@@ -11,7 +11,7 @@ from clustr_core.attacks import LOSSES
 from clustr_core.classifiers import ClusterClassifier
 from clustr_core.distances import squared_distances
 from clustr_core.recipes import PAPER_STEP_SIZE
-from clustr_core.verdicts import AttackResult, Model
+from clustr_core.verdicts import AttackResult, Model, check_logits, judge
 
 PAPER_EPS = (2 / 255, 8 / 255, 16 / 255, 25.5 / 255)
 PAPER_STEPS = (20, 100)
@@ -96,6 +96,7 @@ def paper_pgd(
     if loss not in LOSSES:
         raise ValueError(f"loss: expected one of {sorted(LOSSES)}, got {loss!r}")
     images, labels = images.detach(), labels.to(images.device)
+    clean_correct = ~judge(model, images, labels)
     kept, spent = images.clone(), torch.zeros_like(labels)
     highest = images.new_full((len(images),), -math.inf)
     settled = torch.zeros_like(labels, dtype=torch.bool)
@@ -107,14 +108,13 @@ def paper_pgd(
             break
         x = images[active] + eps * (2 * noise[active] - 1)
         outputs = _walk(model, x, images, labels, active, spent, eps, step_size, steps, loss)
+        check_logits(outputs)
         values = LOSSES[loss](outputs, labels[active])
         better = values >= highest[active]
         kept[active[better]], highest[active[better]] = x[better], values[better]
         wrong = outputs.argmax(dim=1) != labels[active]
         settled[active[better]] = (wrong & (values > _ceiling(loss, outputs.shape[1])))[better]
-    with torch.no_grad():
-        clean, final = model(images).argmax(dim=1), model(kept).argmax(dim=1)
-    return AttackResult(kept, final != labels, clean == labels, spent)
+    return AttackResult(kept, judge(model, kept, labels), clean_correct, spent)
 
 
 def _walk(

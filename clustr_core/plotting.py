@@ -333,16 +333,16 @@ def draw_arrows(axes: Axes, table: pd.DataFrame, *, every: int = 2) -> None:
 
 
 def draw_protocol_gaps(axes: Axes, table: pd.DataFrame) -> None:
-    """Robust accuracy of each method in both protocols: two marks on one row, with intervals, joined by a bar."""
+    """`accuracy.four_columns`: each method in both protocols, two marks on one row, with intervals, joined by a bar."""
     groups = list(_groups(table, "method"))
     for row, (_, rows) in enumerate(groups):
-        mine = rows.set_index("protocol")
-        axes.plot(mine["robust_accuracy"], [row] * len(mine), color="0.7", linewidth=4, zorder=1)
+        mine = rows.set_index("column").loc[["paper", "correct"]]
+        axes.plot(mine["accuracy"], [row] * 2, color="0.7", linewidth=4, zorder=1)
         for shift, protocol in ((-0.12, "paper"), (0.12, "correct")):
             at, look = mine.loc[protocol], PROTOCOL_LOOKS[protocol]
             axes.plot([at["low"], at["high"]], [row + shift] * 2, color=look.color, linewidth=1.6, zorder=2)
             label = PROTOCOL_NAMES[protocol] if row == 0 else None
-            axes.plot(at["robust_accuracy"], row + shift, look.marker, color=look.color, zorder=3, label=label)
+            axes.plot(at["accuracy"], row + shift, look.marker, color=look.color, zorder=3, label=label)
     axes.set_yticks(range(len(groups)), [METHOD_NAMES[method] for method, _ in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlim(-0.03, 1.03)

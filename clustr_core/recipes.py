@@ -341,6 +341,13 @@ class Profile:
     examination: Examination | None = None
     chapters: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """An attack can only be transferred from a method of the profile."""
+        for name, protocol in self.attacks.items():
+            if protocol.attack == "transfer" and protocol.source not in self.recipes:
+                expected = sorted(self.recipes)
+                raise ValueError(f"attacks.{name}.source: expected one of {expected}, got {protocol.source!r}")
+
 
 def run_key(recipe: Recipe) -> str:
     """The name of a run's folder: what it is, and a digest of the recipe and of the code that trains it.
@@ -416,7 +423,11 @@ def load_profile(name: str | Path) -> Profile:
     where = f"{path.name}: examination"
     asked = content.get("examination")
     examination = None if asked is None else _build(Examination, _mapping(asked, where), where)
-    return Profile(path.stem, _recipes(methods, shared, path.name), protocols, examples, examination, chapters)
+    recipes = _recipes(methods, shared, path.name)
+    try:
+        return Profile(path.stem, recipes, protocols, examples, examination, chapters)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
 
 
 def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:

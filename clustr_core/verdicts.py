@@ -34,8 +34,9 @@ class AttackResult:
 def not_logits(outputs: Float[Tensor, "batch class"]) -> str | None:
     """What gives away that a model's outputs are no logits; None if nothing does.
 
-    Probabilities: all in [0, 1], rows summing to one. Scores: all in [0, 1]. Saturation: for more than half of the
-    rows, float cross-entropy at the predicted class is exactly 0, and with it every gradient of it.
+    Probabilities: all in [0, 1], rows summing to one. Scores: all in [0, 1], or none negative and most rows with a
+    class at 0 (logits of a network may be positive throughout, but not with their floor at 0). Saturation: for more
+    than half of the rows, float cross-entropy at the predicted class is exactly 0, and with it every gradient of it.
     """
     if outputs.numel() < 10:
         return None
@@ -44,6 +45,8 @@ def not_logits(outputs: Float[Tensor, "batch class"]) -> str | None:
         return "all outputs lie in [0, 1] and each row sums to one: they look like probabilities; take their logarithm"
     if within and outputs.any():
         return "all outputs lie in [0, 1]: they look like scores; take their logarithm"
+    if bool((outputs >= 0).all()) and (outputs.amin(dim=1) < 1e-3).float().mean() > 0.5 and outputs.any():
+        return "no output is negative and most rows reach down to 0: they look like scores; take their logarithm"
     certain = outputs.softmax(dim=1).amax(dim=1) == 1
     if certain.float().mean() > 0.5:
         share = 100 * certain.float().mean().item()
@@ -72,7 +75,7 @@ def judge(model: Model, images: Images, labels: Tensor, *, warn: bool = False) -
     return logits.argmax(dim=1) != labels
 
 
-def check_logits(logits: Tensor) -> None:
+def check_logits(logits: Tensor, name: str = "model") -> None:
     """Refuse NaN, which argmax would call the largest."""
     if logits.isnan().any():
-        raise ValueError("model: expected logits, got NaN")
+        raise ValueError(f"{name}: expected logits, got NaN")

@@ -10,6 +10,7 @@ from clustr_core.accuracy import (
     binomial_interval,
     both_protocols,
     certified_accuracy,
+    four_columns,
     on_common_images,
     robust_accuracy,
     robust_accuracy_by_loss,
@@ -154,3 +155,36 @@ def test_both_protocols_stand_on_the_same_images_at_each_eps_that_they_share():
 def test_one_protocol_alone_is_refused(attack):
     with pytest.raises(ValueError, match="table: expected the attack 'paper' and another one at one eps at least"):
         both_protocols(STUDY[STUDY["attack"] == attack])
+
+
+def radii(method, **of_images):
+    rows = [
+        {"method": method, "bound": "pairwise", "index": int(image[1:]), "correct": image != "i5", "radius": radius}
+        for image, radius in of_images.items()
+    ]
+    return pd.DataFrame([*rows, {**rows[0], "bound": "triangle", "radius": 9.0}])
+
+
+def test_the_four_columns_stand_on_one_set_of_images():
+    """At 0.1 the common images are 3, 4 and 5; 0 to 2 count in no column, however large their radius."""
+    certificates = radii("clustr", i0=1.0, i3=0.2, i4=0.05, i5=1.0)
+    found = four_columns(STUDY.assign(method="clustr"), certificates, eps=0.1).set_index("column")
+    assert found["accuracy"].round(6).to_dict() == {
+        "clean": 0.666667, "paper": 0.666667, "correct": 0.0, "certified": 0.333333,
+    }  # fmt: skip
+    assert set(found["examples"]) == {3}
+    assert set(found["method"]) == {"clustr"}
+    assert found["accuracy"].between(found["low"], found["high"]).all()
+
+
+def test_a_certificate_of_fitted_clusters_is_not_one_of_the_network_without_them():
+    attacked = pd.concat([STUDY.assign(method=name) for name in ("ce", "ce-clusters", "pgd-at")])
+    certificates = pd.concat([radii(name, i3=0.2, i4=0.2, i5=0.2) for name in ("ce", "pgd-at")])
+    found = four_columns(attacked, certificates, eps=0.1)
+    assert found.query("column == 'certified'")["method"].tolist() == ["ce-clusters"]
+    assert found.groupby("method").size().to_dict() == {"ce": 3, "ce-clusters": 4, "pgd-at": 3}
+
+
+def test_four_columns_at_an_eps_without_both_protocols_are_refused():
+    with pytest.raises(ValueError, match="expected the attack 'paper' and another one"):
+        four_columns(STUDY.assign(method="clustr"), radii("clustr", i3=0.2), eps=0.3)

@@ -106,7 +106,7 @@ def test_lengths_without_meaning_are_refused(name, value):
 
 
 @pytest.mark.parametrize("name", ["steps", "restarts"])
-@pytest.mark.parametrize("value", [0, -1, 2.5, 0.5, math.nan, math.inf, True])
+@pytest.mark.parametrize("value", [0, -1, 2.5, 0.5, 2.0, math.nan, math.inf, True])
 def test_counts_without_meaning_are_refused(as_installed, name, value):
     with pytest.raises(ValueError, match=f"{name}: expected a positive whole number, got {value}"):
         check_inputs(some_images(2), norm="linf", eps=0.1, **{name: value})

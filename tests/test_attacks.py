@@ -15,6 +15,7 @@ from toy_models import (
     Counted,
     Linear,
     Odd,
+    Rotation,
     cluster_model,
     labelled,
     lengths,
@@ -340,6 +341,7 @@ def test_eps_in_bytes_and_broken_counts_are_refused(as_installed, attack):
         ({"labels": torch.tensor([0, 3])}, r"labels: expected classes in 0\.\.2, got 0 to 3"),
         ({"labels": torch.tensor([0, -1])}, r"labels: expected classes in 0\.\.2, got -1 to 0"),
         ({"labels": torch.tensor([0])}, "labels: expected one for each of 2 images, got 1"),
+        ({"labels": torch.tensor([0.0, 1.0])}, "labels: expected integers, got torch.float32"),
         ({"images": some_images(2) + 0.6}, r"images: expected pixels in \[0, 1\], got values from 0\.9\d+ to 1\.\d+"),
         ({"images": some_images(2) - 0.6}, r"images: expected pixels in \[0, 1\]"),
         ({"images": torch.full((2, *SHAPE), math.nan).double()}, r"images: expected pixels in \[0, 1\]"),
@@ -605,6 +607,21 @@ def test_a_walk_heads_for_no_more_cells_than_there_are(per_class, rivals, runs):
     assert result.gradients.tolist() == [4 * runs] * 8
 
 
+def test_how_often_an_image_walks_does_not_depend_on_those_beside_it():
+    """Class 0 has three clusters and so two rivals, class 1 has one and so four, whoever is in the batch."""
+    images = some_images(40, low=0.0, high=1.0)
+    centroids = 0.3 * torch.randn(5, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    clusters = Clusters(centroids, torch.tensor([0, 0, 0, 1, 2]), torch.full((5,), 0.05, dtype=torch.float64))
+    model = ClusterClassifier(Rotation(0), clusters)
+    labels = labelled(model, images)
+    options = {"eps": 0.02, "step_size": 0.01, "steps": 3, "rivals": 9}
+    together = cell_walk(model, images, labels, **options)
+    assert set(labels.tolist()) == {0, 1, 2}
+    assert together.gradients[~together.success].unique().tolist() == [3 * 4]
+    alone = cell_walk(model, images[labels == 0], labels[labels == 0], **options)
+    assert alone.gradients[~alone.success].unique().tolist() == [3 * 4]
+
+
 @pytest.mark.parametrize("rivals", [1, 9])
 def test_a_walk_on_a_linear_head_heads_for_the_other_classes(rivals):
     torch.manual_seed(0)
@@ -738,6 +755,14 @@ def test_transfer_stays_in_the_ball_and_leaves_no_trace(norm):
     assert model.sizes == []
     again = transfer(source, model, images, labels, **options)
     assert torch.equal(again.adversarial, result.adversarial)
+
+
+def test_transfer_says_when_the_source_has_lost_its_way():
+    """A gradient of NaN would leave NaN for an image, and this model would be blamed for its logits."""
+    images = some_images(2)
+    options = {"eps": 0.1, "step_size": 0.1, "steps": 1}
+    with pytest.raises(ValueError, match="source: expected logits, got NaN"):
+        transfer(lambda x: x.flatten(1)[:, :3] * math.nan, Linear(), images, torch.tensor([0, 1]), **options)
 
 
 def test_transfer_refuses_an_unknown_loss():

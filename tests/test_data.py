@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from urllib.error import URLError
 
 import archives
 import numpy as np
@@ -124,6 +125,7 @@ def test_unknown_name():
         ({"class_names": ("a",)}, "expected at least two classes"),
         ({"train_images": torch.zeros(2, 1, 4, 4)}, r"train_images: expected uint8 .* got torch.float32"),
         ({"test_images": torch.zeros(2, 4, 4, dtype=torch.uint8)}, r"test_images: expected uint8 of shape"),
+        ({"train_labels": torch.tensor([0.0, 1.0])}, "train_labels: expected integers, got torch.float32"),
         ({"train_labels": torch.tensor([0])}, "train_labels: expected one for each of 2 images, got 1"),
         ({"test_labels": torch.tensor([0, 2])}, r"test_labels: expected classes in 0\.\.1, got 0 to 2"),
         ({"test_labels": torch.tensor([0, -1])}, r"test_labels: expected classes in 0\.\.1, got -1 to 0"),
@@ -164,6 +166,15 @@ def test_a_damaged_archive_is_not_read(tmp_path, monkeypatch):
         (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"not what it was")
         with pytest.raises(OSError, match=r"cifar10: .*not found or corrupted"):
             data.load("cifar10", tmp_path / "root")
+
+
+def test_without_the_internet_the_error_says_what_was_tried(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(OSError, match=f"cifar10: expected torchvision's archive in {tmp_path} or from the internet"):
+        data.load("cifar10", tmp_path)
 
 
 def test_downloads_lie_where_the_environment_says(tmp_path, monkeypatch):

@@ -175,9 +175,9 @@ class Steps(torch.nn.Module):
 
     def forward(self, images):
         x = images.mean(dim=(1, 2, 3))
-        narrowly_wrong = torch.tensor([0.0, 0.1, -10.0], dtype=images.dtype)
-        hardly_right = torch.tensor([0.01, 0.0, 0.0], dtype=images.dtype)
-        right = torch.tensor([9.0, 0.0, 0.0], dtype=images.dtype)
+        narrowly_wrong = torch.tensor([-1.0, -0.9, -11.0], dtype=images.dtype)
+        hardly_right = torch.tensor([-0.99, -1.0, -1.0], dtype=images.dtype)
+        right = torch.tensor([8.0, -1.0, -1.0], dtype=images.dtype)
         rows = torch.where((x < 0.4)[:, None], narrowly_wrong, torch.where((x > 0.6)[:, None], hardly_right, right))
         return rows + 0 * x[:, None]
 
@@ -304,7 +304,7 @@ def test_nothing_is_spent_on_what_no_failure_can_take_back():
     result = paper_pgd(noted, images, labels, eps=0.1, steps=20)
     assert result.success.all()
     assert result.gradients.sum() == 0
-    # one look in the first restart; then the clean images and those kept
+    # the clean images, one look in the first restart, and those kept
     assert calls == [8, 8, 8]
 
 
@@ -321,13 +321,28 @@ def test_nothing_is_spent_on_what_no_failure_can_take_back():
         ({"restarts": 0}, r"restarts: expected a positive whole number, got 0"),
         ({"loss": "cw"}, r"loss: expected one of \['ce', 'dlr', 'margin'\], got 'cw'"),
         ({"labels": torch.tensor([0])}, "labels: expected one for each of 2 images, got 1"),
+        ({"labels": torch.tensor([0, 3])}, r"labels: expected classes in 0\.\.2, got 0 to 3"),
+        ({"labels": torch.tensor([0.0, 1.0])}, "labels: expected integers, got torch.float32"),
         ({"images": some_images(2) + 0.6}, r"images: expected pixels in \[0, 1\], got values from"),
+        ({"model": lambda x: torch.full((2, 3), math.nan)}, "model: expected logits, got NaN"),
+        ({"model": lambda x: x}, r"model: expected logits \[2, class\], got shape \[2, 1, 4, 4\]"),
     ],
 )
 def test_bad_input_is_refused(as_installed, changes, message):
-    arguments = {"images": some_images(2), "labels": torch.tensor([0, 1]), "eps": 0.1} | changes
+    arguments = {"model": Linear(), "images": some_images(2), "labels": torch.tensor([0, 1]), "eps": 0.1} | changes
+    model, images, labels = (arguments.pop(name) for name in ("model", "images", "labels"))
     with pytest.raises(ValueError, match=message):
-        paper_pgd(Linear(), arguments.pop("images"), arguments.pop("labels"), **arguments)
+        paper_pgd(model, images, labels, **arguments)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_nan_on_the_way_is_no_success(steps):
+    def model(images):
+        means = images.mean(dim=(1, 2, 3))
+        return torch.stack([-means.where(means < 0.55, math.nan), torch.ones_like(means)], dim=1)
+
+    with pytest.raises(ValueError, match="model: expected logits, got NaN"):
+        paper_pgd(model, torch.full((8, *SHAPE), 0.5), torch.ones(8).long(), eps=0.2, steps=steps, step_size=0.2)
 
 
 def test_no_images_are_an_empty_result():

@@ -99,6 +99,10 @@ def test_every_profile_of_the_book_loads_and_survives_json(path, monkeypatch):
         ("methods: {ce: {epoch: 3}}", r"mine\.yaml: methods\.ce: unknown key \['epoch'\], expected some of .*'epochs'"),
         ("methods: {ce: {gap: 3}}", r"mine\.yaml: methods\.ce: unknown key \['gap'\]"),
         ("{methods: {ce: {}}, shared: {gap: 3}}", r"mine\.yaml: methods\.ce: unknown key \['gap'\]"),
+        (
+            "{methods: {clustr: {}}, attacks: {carried: {attack: transfer, eps: [0.1]}}}",
+            r"mine\.yaml: attacks\.carried\.source: expected one of \['clustr'\], got 'ce'",
+        ),
         ("attacks: {linf: {eps: [0.1], radius: 1}}", r"mine\.yaml: attacks\.linf: unknown key \['radius'\]"),
         ("methods: {ce: {3: 4}}", r"mine\.yaml: methods\.ce: unknown key \[3\]"),
         ("methods: {ce: {epochs: 0}}", r"methods\.ce: epochs: expected a positive number, got 0"),

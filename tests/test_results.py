@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from clustr_core.accuracy import both_protocols, robust_accuracy, robust_accuracy_by_loss
+from clustr_core.accuracy import both_protocols, four_columns, robust_accuracy, robust_accuracy_by_loss
 from clustr_core.diagnostics import CHECKS, verdict
 from clustr_core.paper import PAPER_RESTARTS, PAPER_STEPS
 from clustr_core.plotting import METHOD_NAMES
@@ -25,8 +25,8 @@ def rows(profile: str, kind: str) -> pd.DataFrame:
 
 def sorted_rows(table: pd.DataFrame) -> pd.DataFrame:
     columns = sorted(table.columns)
-    keys = [name for name in ("method", "attack", "norm", "protocol", "loss", "eps") if name in columns]
-    return table[columns].sort_values(keys).reset_index(drop=True)
+    keys = ("method", "attack", "profile", "norm", "protocol", "column", "loss", "eps")
+    return table[columns].sort_values([name for name in keys if name in columns]).reset_index(drop=True)
 
 
 def test_quick_is_published() -> None:
@@ -111,6 +111,16 @@ def test_the_papers_protocol_spends_gradients_on_little_but_what_stays_unbroken(
     assert spent <= at["robust"].mean() + 0.05
 
 
+def curves(profile: str) -> pd.DataFrame:
+    return both_protocols(rows(profile, "attacks").query("attack != 'autoattack'"))
+
+
+def columns_of(profile: str) -> pd.DataFrame:
+    """The four columns at the eps of AutoAttack."""
+    at = load_profile(ROOT / "profiles" / f"{profile}.yaml").attacks["autoattack"].eps[0]
+    return four_columns(rows(profile, "attacks"), rows(profile, "certificates"), eps=at).assign(profile=profile)
+
+
 def pgd_rows(profile: str) -> pd.DataFrame:
     return rows(profile, "attacks").query("attack == 'pgd' and method != 'ce-clusters'")
 
@@ -121,7 +131,9 @@ def pgd_rows(profile: str) -> pd.DataFrame:
     [
         ("fig-robust-accuracy", lambda name: robust_accuracy(pgd_rows(name))),
         ("fig-loss-agreement", lambda name: robust_accuracy_by_loss(pgd_rows(name).query("norm == 'linf'"))),
-        ("fig-both-protocols", lambda name: both_protocols(rows(name, "attacks").query("attack != 'autoattack'"))),
+        ("fig-both-protocols", lambda name: curves(name)),
+        ("fig-both-protocols-photographs", lambda name: curves("cpu-cifar10").assign(profile="cpu-cifar10")),
+        ("fig-protocol-gap", lambda name: pd.concat(columns_of(study) for study in {name, "cpu", "cpu-cifar10"})),
     ],
 )
 def test_figures_are_drawn_from_the_rows(profile: str, label: str, derive) -> None:
@@ -129,22 +141,12 @@ def test_figures_are_drawn_from_the_rows(profile: str, label: str, derive) -> No
     assert_frame_equal(sorted_rows(derive(profile)), sorted_rows(drawn), check_dtype=False, rtol=1e-6)
 
 
-def four_columns(profile: str) -> pd.DataFrame:
-    """Both protocols at the eps of AutoAttack, indexed by method, protocol and eps."""
-    at = load_profile(ROOT / "profiles" / f"{profile}.yaml").attacks["autoattack"].eps[0]
-    attacks = rows(profile, "attacks")
-    return both_protocols(attacks[(attacks["eps"] - at).abs() < 1e-6]).set_index(["method", "protocol"])
-
-
-@pytest.mark.parametrize(("profile", "examples"), [("cpu-cifar10", 256)])
+@pytest.mark.parametrize(("profile", "examples"), [("cpu", 256), ("cpu-cifar10", 256)])
 def test_numbers_on_the_first_page_are_those_of_the_rows(profile: str, examples: int) -> None:
     page = (ROOT / "index.md").read_text()
-    found = four_columns(profile)
+    found = columns_of(profile).set_index(["method", "column"])
     assert set(found["examples"]) == {examples}
     for method in found.index.unique("method"):
-        clean = found.loc[(method, "correct")].query("eps == 0").iloc[0]
-        paper, correct = (found.loc[(method, name)].query("eps > 0").iloc[0] for name in ("paper", "correct"))
-        cells = [
-            f"{100 * r.robust_accuracy:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in (clean, paper, correct)
-        ]
+        three = [found.loc[(method, name)] for name in ("clean", "paper", "correct")]
+        cells = [f"{100 * r.accuracy:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in three]
         assert f"| {METHOD_NAMES[method]} | {' | '.join(cells)} |" in page

@@ -44,6 +44,19 @@ def test_scores_are_noticed():
     assert not_logits(mixed) is None
 
 
+def test_sums_of_scores_are_noticed_by_their_floor():
+    """Several clusters of one class add up to more than 1; what is far away leaves 0."""
+    sums = 3 * logits().exp().clamp(max=1)
+    sums[:, 1] = 1e-5
+    assert sums.max() > 1
+    assert not_logits(sums).startswith("no output is negative and most rows reach down to 0: they look like scores")
+    sums[:4, 1] = 0.5
+    assert not_logits(sums) is None
+    sums[:, 1] = 1e-5
+    sums[0, 0] = -1e-3
+    assert not_logits(sums) is None
+
+
 def test_saturation_is_noticed_where_most_rows_have_lost_their_gradient():
     outputs = logits()
     # float32 rounds 1 - exp(-17) up to 1 when two logits lie 17.4 nats apart
