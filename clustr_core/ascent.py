@@ -40,6 +40,7 @@ def iterates(
     for _ in range(steps):
         leaf = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(objective(leaf).sum(), leaf)
+        check_gradient(gradient)
         x = project(x.add(direction(gradient, norm), alpha=step_size), images, eps, norm)
         yield x
 
@@ -91,6 +92,16 @@ def project(points: Images, images: Images, eps: float, norm: Norm) -> Images:
     return offsets.add_(images).clamp_(0, 1)
 
 
+def check_gradient(gradient: Tensor) -> None:
+    """Refuse an input gradient that is not finite: the sign of NaN is 0, and an attack would stand still unnoticed.
+
+    Raises:
+        ValueError: if there is NaN or infinity.
+    """
+    if not gradient.isfinite().all():
+        raise ValueError("model: expected a finite input gradient, got NaN or infinity")
+
+
 def check_inputs(
     images: Tensor,
     labels: Tensor | None = None,
@@ -105,23 +116,30 @@ def check_inputs(
 
     Raises:
         ValueError: if a length is not positive, a count not an integer above 0, ``eps`` larger than the cube of images,
-            ``norm`` unknown, labels are not one integer an image, or a pixel is outside [0, 1].
+            ``norm`` unknown, images are not floating of shape [batch, channel, height, width], labels are not one
+            integer an image, or a pixel is outside [0, 1].
     """
     if norm not in get_args(Norm):
         raise ValueError(f"norm: expected one of {get_args(Norm)}, got {norm!r}")
     for name, length in (("eps", eps), ("step_size", step_size)):
-        if not (length > 0 and math.isfinite(length)):
-            raise ValueError(f"{name}: expected a positive number, got {length}")
+        if isinstance(length, bool | str) or not (length > 0 and math.isfinite(length)):
+            raise ValueError(f"{name}: expected a positive number, got {length!r}")
     for name, count in (("steps", steps), ("restarts", restarts)):
         if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(f"{name}: expected a positive whole number, got {count}")
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ValueError(
+            "images: expected a floating dtype and shape [batch, channel, height, width], "
+            f"got {images.dtype} of shape {list(images.shape)}"
+        )
     largest = 1.0 if norm == "linf" else math.sqrt(math.prod(images.shape[1:]))
     if eps > largest:
         raise ValueError(
             f"eps: expected at most {largest:.4g} in {norm} for pixels in [0, 1] (8/255, not 8), got {eps}"
         )
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"labels: expected one for each of {len(images)} images, got {len(labels)}")
+    if labels is not None and labels.shape != images.shape[:1]:
+        got = len(labels) if labels.dim() == 1 else f"shape {list(labels.shape)}"
+        raise ValueError(f"labels: expected one for each of {len(images)} images, got {got}")
     if labels is not None and (labels.is_floating_point() or labels.is_complex()):
         raise ValueError(f"labels: expected integers, got {labels.dtype}")
     if not ((images >= 0) & (images <= 1)).all():

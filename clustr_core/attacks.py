@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clustr_core.ascent import Images, Norm, check_inputs, direction, maximise, project, random_point
+from clustr_core.ascent import Images, Norm, check_gradient, check_inputs, direction, maximise, project, random_point
 from clustr_core.autoattack import autoattack, square
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.distances import squared_distances
 from clustr_core.losses import cross_entropy, dlr_loss, margin_loss
-from clustr_core.verdicts import AttackResult, Model, check_logits, judge
+from clustr_core.verdicts import AttackResult, Model, check_logits, judge, warn_unless_logits
 
 __all__ = [
     "LOSSES", "AttackResult", "Model", "Norm", "Rescaled", "autoattack", "cell_walk", "fgsm", "pgd", "rescaled",
@@ -88,7 +88,8 @@ def pgd(
             on the others'); else at the image.
         seed: fixes the starts.
     Raises:
-        ValueError: if a size is not positive, pixels leave [0, 1], a label is not a class, or logits are NaN.
+        ValueError: if a size is not positive, pixels leave [0, 1], a label is not a class, or logits or input gradients
+            are NaN.
     Warns:
         UserWarning: if the model returns something else than logits; see `verdicts.not_logits`.
     Source: Madry et al. 2018, section 2.1; the restarts and the kept success as in Carlini et al. 2019.
@@ -184,10 +185,14 @@ def transfer(
         eps, step_size, steps, restarts, norm, loss, seed: as in `pgd`.
     Raises:
         ValueError: as `pgd`; if the source's logits are NaN.
+    Warns:
+        UserWarning: if the source returns something else than logits; see `verdicts.not_logits`.
     Source: Papernot et al. 2016; as a check on masked gradients, Athalye et al. 2018.
     """
     check_inputs(images, labels, norm=norm, eps=eps, step_size=step_size, steps=steps, restarts=restarts)
     climb, images, goals = _attack_loss(loss), images.detach(), labels.to(images.device)
+    with torch.no_grad():
+        warn_unless_logits(source(images), "source", saturation=loss == "ce")
     broken = judge(model, images, goals)
     result = AttackResult(images.clone(), broken, ~broken, torch.zeros_like(goals))
     generator = torch.Generator(images.device).manual_seed(seed)
@@ -265,6 +270,7 @@ def _one_run(
             if broken.all():
                 return
         (gradient,) = torch.autograd.grad(values[~broken].sum(), x)
+        check_gradient(gradient)
         x = x.detach()
         if broken.any():
             x, gradient, active = x[~broken], gradient[~broken], active[~broken]

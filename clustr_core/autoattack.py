@@ -58,6 +58,8 @@ def autoattack(
         ValueError: if a size is not positive, pixels leave [0, 1] or are not float32, a label is not a class, logits
             are NaN, a version or part is unknown, or there are too few classes or pixels for one of the parts.
         RuntimeError: if a part returned an image outside the ball.
+    Warns:
+        UserWarning: if the model returns something else than logits; see `verdicts.not_logits`.
     Source: Croce and Hein 2020 (ICML), the authors' code, with the number of target classes capped at C - 1; Square:
         Andriushchenko et al. 2020; FAB: Croce and Hein 2020.
     """
@@ -107,7 +109,7 @@ def _run(
     images, labels = images.detach(), labels.to(images.device)
     classes = _count_classes(model, images)
     _check_parts(parts, images, classes, norm)
-    success = judge(model, images, labels)
+    success = judge(model, images, labels, warn=True)
     result = AttackResult(images.clone(), success, ~success, torch.zeros_like(labels))
     counted = _Counted(model)
     library = _library(counted, images, classes, norm, eps, version, seed)
@@ -213,6 +215,9 @@ class _InputGradient(torch.autograd.Function):
         ctx.counted.gradients += 1
         # kept, because untargeted FAB goes back through the same logits once for each class
         (towards_images,) = torch.autograd.grad(ctx.logits, ctx.leaf, gradient, retain_graph=True)
+        # an infinite one may come from the library's own loss, on an image that it has broken already
+        if towards_images.isnan().any() and gradient.isfinite().all():
+            raise ValueError("model: expected a finite input gradient, got NaN")
         return towards_images, None
 
 

@@ -131,7 +131,7 @@ def _check_savable(model: ClusterClassifier, dataset: str) -> tuple[ResNet18, in
 def _read(path: Path) -> object:
     """The content of a file of tensors and plain values, in either format of torch.save.
 
-    NumPy scalars and arrays are refused with all other classes: the released files hold none.
+    NumPy scalars and arrays are refused with all other classes: the format as it is described needs none.
     """
     data = path.read_bytes()
     try:

@@ -15,7 +15,8 @@ import yaml
 
 from clustr_core import checkpoints, data, diagnostics, evaluation, examination, records
 from clustr_core.accuracy import both_protocols, robust_accuracy_by_loss
-from clustr_core.recipes import METHODS, Profile, Recipe, load_profile, override, run_folder
+from clustr_core.paper import PAPER_RESTARTS, PAPER_STEPS
+from clustr_core.recipes import METHODS, Examination, Profile, Recipe, load_profile, override, run_folder
 from clustr_core.training import Run, fit
 
 EPILOG = """\
@@ -62,6 +63,9 @@ def _attack(options: argparse.Namespace) -> None:
     if options.official is not None:
         _attack_official(options)
         return
+    for name in ("dataset", "examples"):
+        if (given := getattr(options, name)) is not None:
+            raise ValueError(f"--{name}: expected only with --official, since the profile says it, got {given}")
     profile, run = load_profile(options.profile or "quick"), _run(options)
     table = evaluation.attacks_of(run, profile, device=_device(options))
     _write(table, profile, options, "attacks")
@@ -74,6 +78,8 @@ def _attack_official(options: argparse.Namespace) -> None:
         raise ValueError(f"--dataset: expected one of {', '.join(checkpoints.NUM_CLASSES)} with --official, got none")
     if options.set:
         raise ValueError(f"--set: expected none with --official, which has no recipe, got {options.set}")
+    if options.examples is not None and options.examples < 1:
+        raise ValueError(f"--examples: expected a positive number, got {options.examples}")
     subject = _official_subject(Path(options.official), options.dataset, _device(options))
     profile, dataset = load_profile(options.profile or "paper"), data.load(options.dataset)
     protocols = [replace(each, examples=options.examples or each.examples) for each in profile.attacks.values()]
@@ -102,7 +108,14 @@ def _diagnose(options: argparse.Namespace) -> None:
     print(shown.to_string(index=False, float_format="%.3g"))
     for method, rows in table.groupby("method", sort=False):
         verdict = "not to be believed" if diagnostics.verdict(pd.DataFrame(rows)) else "nothing speaks of masking"
-        print(f"the paper's evaluation of {method}: {verdict}")
+        print(f"{_protocol_name(profile.examination)} of {method}: {verdict}")
+
+
+def _protocol_name(asked: Examination | None) -> str:
+    """The paper's evaluation, and by how much it is reduced, if it is."""
+    if asked is None or (asked.steps in PAPER_STEPS and asked.restarts == PAPER_RESTARTS):
+        return "the paper's evaluation"
+    return f"the paper's evaluation (reduced: {asked.steps} steps x {asked.restarts})"
 
 
 def _print_protocols(table: pd.DataFrame) -> None:

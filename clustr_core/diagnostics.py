@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from clustr_core.ascent import Images, check_inputs, project
+from clustr_core.ascent import Images, check_gradient, check_inputs, project
 from clustr_core.attacks import pgd, rescaled, square, transfer
 from clustr_core.distances import per_item
 from clustr_core.losses import cross_entropy, margin_loss
@@ -234,6 +234,7 @@ def input_gradients(evaluation: Evaluation) -> Float[Tensor, " batch"]:
     if not outputs.requires_grad:
         raise ValueError("surface: expected outputs with a gradient, got none, and nothing to climb")
     (gradient,) = torch.autograd.grad(cross_entropy(outputs, evaluation.labels).sum(), leaf)
+    check_gradient(gradient)
     return gradient.flatten(1).abs().amax(dim=1)
 
 

@@ -68,7 +68,7 @@ def measure(subject: Subject, protocol: Protocol, dataset: data.Dataset, *, prog
     """One attack on one model: one row for each eps, loss and test image.
 
     Images are attacked in chunks of an order drawn once, each chunk's rows are kept as soon as it is done, so an
-    interrupted measurement goes on, and one on more images or another grid computes only what is new.
+    interrupted measurement goes on, and one on more images or another grid computes only the chunks that are new.
 
     Returns:
         columns ``attack norm eps loss steps restarts index label prediction correct adversarial_prediction robust

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clustr_core.ascent import Images, check_inputs
+from clustr_core.ascent import Images, check_gradient, check_inputs
 from clustr_core.attacks import LOSSES
 from clustr_core.classifiers import ClusterClassifier
 from clustr_core.distances import squared_distances
@@ -80,7 +80,10 @@ def paper_pgd(
     Within a restart an image that is wrong stays where it is, as released. What the released code computes without need
     is left out with the same outcome: the gradient of an image that is wrong, and every further restart of an
     example that no failure can take back. A failure's cross-entropy is at most log C (its label has the largest of C
-    probabilities), its margin at most 0: above that a success stays.
+    probabilities), its margin at most 0: above that a success stays. What is left to spend is the unbroken examples'
+    share where the others break at once and for good (0.35 of all at 30 % robust accuracy, at the paper's 8/255 on
+    CIFAR-10). It is more where breaking takes most of the steps, as in a ball that they can hardly cross, and on
+    scores, whose successes often stay below log C: these the released rule itself has to attack again.
 
     Args:
         eps: radius of the ball, in pixels of [0, 1]; the paper's are `PAPER_EPS`.
@@ -142,6 +145,7 @@ def _walk(
         if not right.any():
             return outputs
         (gradient,) = torch.autograd.grad(LOSSES[loss](found, goals)[right].sum(), leaf)
+        check_gradient(gradient)
         moving = moving[right]
         spent[active[moving]] += 1
         origin = images[active[moving]]

@@ -31,12 +31,13 @@ class AttackResult:
     gradients: Int[Tensor, " batch"]
 
 
-def not_logits(outputs: Float[Tensor, "batch class"]) -> str | None:
+def not_logits(outputs: Float[Tensor, "batch class"], *, saturation: bool = True) -> str | None:
     """What gives away that a model's outputs are no logits; None if nothing does.
 
     Probabilities: all in [0, 1], rows summing to one. Scores: all in [0, 1], or none negative and most rows with a
     class at 0 (logits of a network may be positive throughout, but not with their floor at 0). Saturation: for more
-    than half of the rows, float cross-entropy at the predicted class is exactly 0, and with it every gradient of it.
+    than half of the rows, float cross-entropy at the predicted class is exactly 0, and with it every gradient of it;
+    looked for only if asked, since it does no harm to a margin.
     """
     if outputs.numel() < 10:
         return None
@@ -48,16 +49,16 @@ def not_logits(outputs: Float[Tensor, "batch class"]) -> str | None:
     if bool((outputs >= 0).all()) and (outputs.amin(dim=1) < 1e-3).float().mean() > 0.5 and outputs.any():
         return "no output is negative and most rows reach down to 0: they look like scores; take their logarithm"
     certain = outputs.softmax(dim=1).amax(dim=1) == 1
-    if certain.float().mean() > 0.5:
+    if saturation and certain.float().mean() > 0.5:
         share = 100 * certain.float().mean().item()
         return f"cross-entropy is saturated: softmax rounds to 1 for {share:.0f} % of the images; see attacks.rescaled"
     return None
 
 
-def warn_unless_logits(outputs: Float[Tensor, "batch class"]) -> None:
+def warn_unless_logits(outputs: Float[Tensor, "batch class"], name: str = "model", *, saturation: bool = True) -> None:
     """Say how it was noticed, if a model's outputs do not look like logits."""
-    if reason := not_logits(outputs):
-        warnings.warn(f"model: expected logits, but {reason}", UserWarning, stacklevel=4)
+    if reason := not_logits(outputs, saturation=saturation):
+        warnings.warn(f"{name}: expected logits, but {reason}", UserWarning, stacklevel=4)
 
 
 def judge(model: Model, images: Images, labels: Tensor, *, warn: bool = False) -> Bool[Tensor, " batch"]:
@@ -76,6 +77,8 @@ def judge(model: Model, images: Images, labels: Tensor, *, warn: bool = False) -
 
 
 def check_logits(logits: Tensor, name: str = "model") -> None:
-    """Refuse NaN, which argmax would call the largest."""
+    """Refuse NaN, which argmax would call the largest, and rows without a finite largest logit, which rank nothing."""
     if logits.isnan().any():
         raise ValueError(f"{name}: expected logits, got NaN")
+    if logits.numel() and not logits.amax(dim=1).isfinite().all():
+        raise ValueError(f"{name}: expected a finite largest logit in each row, got an infinite one")

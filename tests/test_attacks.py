@@ -23,11 +23,12 @@ from toy_models import (
 )
 
 from clustr_core.ascent import iterates, random_point
-from clustr_core.attacks import LOSSES, SANE_GAP, Rescaled, cell_walk, fgsm, pgd, rescaled, transfer
+from clustr_core.attacks import LOSSES, SANE_GAP, Rescaled, autoattack, cell_walk, fgsm, pgd, rescaled, transfer
 from clustr_core.certify import certified_radius, linear_radius
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.clusters import Clusters
 from clustr_core.losses import cross_entropy, margin_loss
+from clustr_core.paper import paper_pgd
 from clustr_core.theory import exact_nearest_rule_distance
 
 
@@ -323,6 +324,8 @@ def test_eps_in_bytes_and_broken_counts_are_refused(as_installed, attack):
     options = {"eps": 0.1, "step_size": 0.1, "steps": 2, "restarts": 1}
     for changes, message in (
         ({"eps": 8}, r"eps: expected at most 1 in linf for pixels in \[0, 1\] \(8/255, not 8\), got 8"),
+        ({"eps": "8/255"}, "eps: expected a positive number, got '8/255'"),
+        ({"eps": True}, "eps: expected a positive number, got True"),
         ({"eps": 4.1, "norm": "l2"}, r"eps: expected at most 4 in l2 .* got 4\.1"),
         ({"steps": 2.5}, r"steps: expected a positive whole number, got 2\.5"),
         ({"restarts": 1.5}, r"restarts: expected a positive whole number, got 1\.5"),
@@ -342,6 +345,9 @@ def test_eps_in_bytes_and_broken_counts_are_refused(as_installed, attack):
         ({"labels": torch.tensor([0, -1])}, r"labels: expected classes in 0\.\.2, got -1 to 0"),
         ({"labels": torch.tensor([0])}, "labels: expected one for each of 2 images, got 1"),
         ({"labels": torch.tensor([0.0, 1.0])}, "labels: expected integers, got torch.float32"),
+        ({"labels": torch.eye(2).long()}, r"labels: expected one for each of 2 images, got shape \[2, 2\]"),
+        ({"images": some_images(2).byte()}, "images: expected a floating dtype and shape .*, got torch.uint8 of shape"),
+        ({"images": some_images(2).flatten(1)}, r"images: expected .*, got torch.float64 of shape \[2, 16\]"),
         ({"images": some_images(2) + 0.6}, r"images: expected pixels in \[0, 1\], got values from 0\.9\d+ to 1\.\d+"),
         ({"images": some_images(2) - 0.6}, r"images: expected pixels in \[0, 1\]"),
         ({"images": torch.full((2, *SHAPE), math.nan).double()}, r"images: expected pixels in \[0, 1\]"),
@@ -755,6 +761,30 @@ def test_transfer_stays_in_the_ball_and_leaves_no_trace(norm):
     assert model.sizes == []
     again = transfer(source, model, images, labels, **options)
     assert torch.equal(again.adversarial, result.adversarial)
+
+
+def stuck(images):
+    """Finite logits whose input gradient is NaN: the root of a square at 0."""
+    logits = Linear()(images)
+    return logits + 0 * (images - images.detach()).square().sum(dim=(1, 2, 3)).sqrt()[:, None]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("attack", ["pgd", "transfer", "paper", "autoattack"])
+def test_a_gradient_of_nan_is_an_error_and_not_robustness(attack, norm):
+    images = some_images(4)
+    labels = labelled(stuck, images)
+    options = {"eps": 0.1, "norm": norm}
+    calls = {
+        "pgd": lambda: pgd(stuck, images, labels, step_size=0.1, steps=2, **options),
+        "transfer": lambda: transfer(stuck, Linear(), images, labels, step_size=0.1, steps=2, **options),
+        "paper": lambda: paper_pgd(stuck, images, labels, eps=0.1),
+        "autoattack": lambda: autoattack(
+            lambda x: stuck(x.double()).float(), images.float(), labels, parts=["apgd-ce"], **options
+        ),
+    }
+    with pytest.raises(ValueError, match="model: expected a finite input gradient, got NaN"):
+        calls[attack]()
 
 
 def test_transfer_says_when_the_source_has_lost_its_way():

@@ -191,7 +191,8 @@ def test_logits_that_share_memory_with_the_images():
     images = grey(3)
     labels = images.flatten(1).argmax(1)
     kept = images.clone()
-    result = square(lambda x: x.flatten(1), images, labels, norm="linf", eps=0.2, queries=20)
+    with pytest.warns(UserWarning, match="they look like scores"):
+        result = square(lambda x: x.flatten(1), images, labels, norm="linf", eps=0.2, queries=20)
     assert torch.equal(images, kept)
     assert result.adversarial.isfinite().all()
 

@@ -248,7 +248,7 @@ def test_black_boxes_are_held_against_the_reported_number():
     short = evaluation_of("honest", steps=1, restarts=1, step_size=1e-4)
     assert short.robust_accuracy == 1
     assert diagnostics.transfer_gap(short, other_model()).flagged
-    assert diagnostics.transfer_gap(short, Mapped(other_model(), lambda z: -z)).value == 0
+    assert diagnostics.transfer_gap(short, Mapped(other_model(), lambda z: -1 - z)).value == 0
     assert diagnostics.square_gap(short, queries=200).value > diagnostics.square_gap(short, queries=2).value >= 0
 
 

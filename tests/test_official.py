@@ -96,6 +96,9 @@ def test_a_second_time_and_on_more_images_only_what_is_new_is_attacked(official,
         (("--official", "x.pth", "--dataset", "mnist"), "dataset: expected one of"),
         (("--official", "gone.pth", "--dataset", "cifar10"), "gone.pth"),
         (("--official", "x.pth", "--dataset", "cifar10", "--set", "epochs=1"), "--set: expected none with --official"),
+        (("--official", "x.pth", "--dataset", "cifar10", "--examples", "0"), "--examples: expected a positive number"),
+        (("--method", "ce", "--examples", "4"), "--examples: expected only with --official"),
+        (("--method", "ce", "--dataset", "svhn"), "--dataset: expected only with --official"),
     ],
 )
 def test_what_a_released_file_cannot_be_asked(arguments, message, capsys):
@@ -112,6 +115,7 @@ def test_diagnose(home, capsys):
     assert cli.main(["train", "--profile", "tiny", "--method", "ce", "--device", "cpu"]) == 0
     assert cli.main(["diagnose", "--profile", "tiny", "--method", "clustr", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "the paper's evaluation of clustr:" in out
+    assert "the paper's evaluation (reduced: " in out
+    assert ") of clustr:" in out
     assert set(pd.read_csv(home / "results/tiny/diagnostics-clustr.csv")["method"]) == {"clustr"}
     assert len(pd.read_csv(home / "results/tiny/ablations-clustr.csv")) == 6

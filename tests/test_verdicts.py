@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy_models import SHAPE, Linear, labelled, some_images
 
-from clustr_core.attacks import cell_walk, fgsm, pgd, transfer
+from clustr_core.attacks import autoattack, cell_walk, fgsm, pgd, square, transfer
 from clustr_core.verdicts import check_logits, judge, not_logits, warn_unless_logits
 
 PROBABILITIES = "all outputs lie in [0, 1] and each row sums to one: they look like probabilities"
@@ -113,6 +113,26 @@ def test_pgd_warns_once_of_what_is_no_logits(change, message):
         pgd(model, images, labels, **CALL)
 
 
+@pytest.mark.parametrize("attack", [square, autoattack])
+@pytest.mark.parametrize(("change", "message"), [("softmax", "probabilities"), ("sigmoid", "scores")])
+def test_published_attacks_warn_of_what_is_no_logits(attack, change, message):
+    model = Linear(5, dtype=torch.float32)
+    images = some_images(dtype=torch.float32)
+    options = {"queries": 2} if attack is square else {"parts": ["apgd-ce"]}
+
+    def wrapped(x):
+        return model(x).softmax(dim=1) if change == "softmax" else model(x).sigmoid()
+
+    with pytest.warns(UserWarning, match=f"model: expected logits, but .* look like {message}"):
+        attack(wrapped, images, labelled(model, images), norm="linf", eps=0.05, **options)
+
+
+def test_a_transfer_warns_of_a_source_without_logits():
+    model, images = Linear(5), some_images()
+    with pytest.warns(UserWarning, match="source: expected logits, but .* look like probabilities"):
+        transfer(lambda x: model(x).softmax(dim=1), model, images, labelled(model, images), **CALL)
+
+
 def test_a_warning_changes_no_outcome():
     model, images = Linear(5), some_images()
     labels = labelled(model, images)
@@ -158,7 +178,11 @@ def test_what_cannot_be_judged_is_refused(model, labels, message):
         judge(model, torch.full((2, *SHAPE), 0.5, dtype=torch.float64), torch.tensor(labels))
 
 
-def test_infinite_logits_are_logits_and_nan_is_none():
-    check_logits(torch.tensor([[math.inf, -math.inf]]))
+def test_a_class_without_a_vote_is_a_logit_and_what_ranks_nothing_is_none():
+    check_logits(torch.tensor([[0.0, -math.inf]]))
+    check_logits(torch.zeros(0, 3))
     with pytest.raises(ValueError, match="got NaN"):
         check_logits(torch.tensor([[0.0, math.nan]]))
+    for largest in (math.inf, -math.inf):
+        with pytest.raises(ValueError, match="model: expected a finite largest logit in each row"):
+            check_logits(torch.tensor([[0.0, 1.0], [largest, -math.inf]]))
