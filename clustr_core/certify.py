@@ -11,9 +11,16 @@ from clustr_core.ascent import Norm
 from clustr_core.classifiers import ClusterClassifier, Rule, cluster_logits
 from clustr_core.clusters import Clusters
 from clustr_core.distances import squared_distances
+from clustr_core.dual import least_norm
 from clustr_core.lipschitz import check_evaluation_mode, lipschitz_upper_bound
+from clustr_core.soft_bounds import SoftBound, soft_radius
 
-Bound = Literal["triangle", "nearest", "pairwise"]
+HardBound = Literal["triangle", "nearest", "pairwise", "exact"]
+Bound = HardBound | SoftBound
+HARD_BOUNDS: tuple[HardBound, ...] = get_args(HardBound)
+SOFT_BOUNDS: tuple[SoftBound, ...] = get_args(SoftBound)
+# the largest table of a chunk of embeddings, in bytes: a few such tables are held at once
+CHUNK_BYTES = 2**24
 
 
 def certified_radius(
@@ -32,44 +39,45 @@ def certified_radius(
         triangle  min_j (d_j - d_A) / (2 L)
         nearest   min_j (d_j^2 - d_A^2) / (2 L ||mu_j - mu_A||)
         pairwise  min_j max_{i in c} (d_j^2 - d_i^2) / (2 L ||mu_j - mu_i||)
+        exact     min_j dist(z, {p : d_j(p) <= d_i(p) for all i in c}) / L
 
-    triangle <= nearest <= pairwise, and each is sound. Negative radii become 0. The radius is lowered by a bound on
-    the rounding of this computation, in the inputs' dtype; the rounding inside the encoder is not in it.
+    triangle <= nearest <= pairwise <= exact, and each is sound; no certificate that knows only z and L exceeds "exact".
+    The soft rule has bounds of its own, "soft-global" to "soft-dual": see `soft_bounds.soft_radius`.
+
+    Negative radii become 0. The radius is lowered by a bound on the rounding of this computation, in the inputs'
+    dtype; the rounding inside the encoder is not in it. Embeddings are taken in chunks: beyond them, the centroids and
+    the answer, memory does not grow with the batch.
 
     Args:
         lipschitz: an upper bound on the encoder's L2 Lipschitz constant, for pixels in [0, 1].
-        rule: "nearest" certifies the class of the nearest centroid. "soft" certifies argmax_c g_c(z), for which
-            sigma^2 log k is subtracted from each (d_j^2 - d_i^2) / 2, k the size of the rival's class.
+        rule: "nearest" certifies the class of the nearest centroid. "soft" certifies argmax_c g_c(z); for the bounds of
+            the nearest rule, sigma^2 log k is then subtracted from each (d_j^2 - d_i^2) / 2, k the size of the rival's
+            class. The bounds "soft-..." are always of the soft rule.
         neighbours: only that many nearest centroids vote: sigma^2 log max(1, min(k, neighbours - 1)) is subtracted.
     Raises:
         ValueError: for fewer than two classes, an embedding that is not finite, ``lipschitz`` not positive, an
-            unknown ``bound`` or ``rule``, or unequal variances where the rule needs one sigma^2.
-    Source: Alfarra et al. 2021, Theorem 1 ("nearest"); "triangle" is folklore; "pairwise" and the soft corrections
+            unknown ``bound`` or ``rule``, unequal variances where the rule needs one sigma^2, or ``neighbours`` with a
+            bound "soft-...", which needs every vote.
+    Source: Alfarra et al. 2021, Theorem 1 ("nearest"); "triangle" is folklore; "pairwise", "exact" and the soft rule's
         are this book's (chapters 1 and 2).
     """
     _check(embeddings, clusters, bound, lipschitz, rule, neighbours)
-    distances = squared_distances(embeddings, clusters.centroids)
-    predicted = _predicted_class(embeddings, distances, clusters, rule, neighbours)
-    own, is_own = _own_clusters(distances, predicted, clusters, only_nearest=bound != "pairwise")
-    own_distances = distances.gather(1, own)[:, :, None]
-    rival_distances = distances[:, None, :]
     relative = _relative_rounding(embeddings)
-    tiny = torch.finfo(embeddings.dtype).tiny
-    # squares of less than that lose digits to underflow, which no relative bound covers
-    gaps = (rival_distances - own_distances) / 2 - relative * (rival_distances + own_distances) / 2 - tiny
-    if rule == "soft" or neighbours is not None:
-        gaps = gaps - _vote_correction(clusters, neighbours)
-    if bound == "triangle":
-        lengths = own_distances.sqrt() + rival_distances.sqrt()
+    if bound in SOFT_BOUNDS:
+        wide = clusters.to(torch.float64)
+        parts = [
+            _soft_feature_radius(part, clusters, wide, bound, relative)
+            for part in embeddings.split(_rows(clusters, bound))
+        ]
     else:
-        lengths = squared_distances(clusters.centroids, clusters.centroids).sqrt()[own]
-    # an own centroid on top of a rival decides nothing: it is skipped, and if none is left the radius is 0
-    usable = is_own[:, :, None] & (lengths.square() > tiny / torch.finfo(embeddings.dtype).eps)
-    radii = (gaps / lengths.where(usable, 1)).masked_fill(~usable, -torch.inf).amax(dim=1)
-    is_rival = clusters.labels != predicted[:, None]
-    # where a square has overflowed nothing is known
-    feature_radius = radii.masked_fill(~is_rival, torch.inf).amin(dim=1).clamp_min(0).nan_to_num(nan=0)
-    return feature_radius * (1 - relative) / lipschitz
+        between = squared_distances(clusters.centroids, clusters.centroids).sqrt()
+        correction = _vote_correction(clusters, neighbours) if rule == "soft" or neighbours is not None else 0.0
+        parts = []
+        for part in embeddings.split(_rows(clusters, bound)):
+            distances = squared_distances(part, clusters.centroids)
+            predicted = _predicted_class(part, distances, clusters, rule, neighbours)
+            parts.append(_hard_feature_radius(distances, predicted, clusters, between, bound, relative, correction))
+    return torch.cat(parts) * (1 - relative) / lipschitz
 
 
 def certify(
@@ -82,7 +90,8 @@ def certify(
     """`certified_radius` of a whole model: its rule, its neighbours, and a sound Lipschitz bound of its encoder.
 
     Args:
-        bound: None picks the largest bound that is valid for the model ("pairwise").
+        bound: None picks the largest bound that is valid for the model: of the soft rule the larger of "soft-dual" and
+            "exact" with its correction, for each image; where only some centroids vote, or of the nearest rule, "exact".
         lipschitz: the encoder's bound where it is known already, since computing it may take seconds;
             None computes `lipschitz_upper_bound`.
     Raises:
@@ -99,14 +108,13 @@ def certify(
         lipschitz = lipschitz_upper_bound(model.encoder, (channels, height, width))
     with torch.no_grad():
         embeddings = model.embed(images)
-    return certified_radius(
-        embeddings,
-        model.clusters,
-        bound=bound or "pairwise",
-        lipschitz=lipschitz,
-        rule=model.rule,
-        neighbours=model.neighbours,
-    )
+    options = {"lipschitz": lipschitz, "rule": model.rule, "neighbours": model.neighbours}
+    if bound is not None:
+        return certified_radius(embeddings, model.clusters, bound=bound, **options)
+    radius = certified_radius(embeddings, model.clusters, bound="exact", **options)
+    if model.rule == "soft" and model.neighbours is None:
+        radius = radius.maximum(certified_radius(embeddings, model.clusters, bound="soft-dual", **options))
+    return radius
 
 
 def radius_from_magnet_loss(
@@ -163,6 +171,72 @@ def _predicted_class(
     return clusters.labels[distances.argmin(dim=1)]
 
 
+def _soft_feature_radius(
+    embeddings: Tensor, clusters: Clusters, wide: Clusters, bound: SoftBound, relative: float
+) -> Tensor:
+    """A soft bound in float64, for the class that is predicted in the embeddings' own dtype."""
+    predicted = cluster_logits(embeddings, clusters).argmax(dim=1)
+    return soft_radius(embeddings.double(), wide, predicted, bound=bound, relative=relative).to(embeddings)
+
+
+def _hard_feature_radius(
+    distances: Float[Tensor, "batch cluster"],
+    predicted: Int[Tensor, " batch"],
+    clusters: Clusters,
+    between: Float[Tensor, "cluster cluster"],
+    bound: HardBound,
+    relative: float,
+    correction: Float[Tensor, " cluster"] | float,
+) -> Float[Tensor, " batch"]:
+    """min over rivals of the largest radius that one own cluster certifies against it; "exact" of all together."""
+    own, is_own = _own_clusters(distances, predicted, clusters, only_nearest=bound in ("triangle", "nearest"))
+    finfo = torch.finfo(distances.dtype)
+
+    def against(slot: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(d_j^2 - d_i^2) / 2 for the own cluster in a slot and every rival j, rounded down; ||mu_j - mu_i||; usable."""
+        own_distance = distances.gather(1, own[:, slot, None])
+        # squares of less than tiny lose digits to underflow, which no relative bound covers
+        gaps = (distances - own_distance) / 2 - relative * (distances + own_distance) / 2 - finfo.tiny - correction
+        lengths = own_distance.sqrt() + distances.sqrt() if bound == "triangle" else between[own[:, slot]]
+        # an own centroid on top of a rival decides nothing: it is skipped, and if none is left the radius is 0
+        return gaps, lengths, is_own[:, slot, None] & (lengths.square() > finfo.tiny / finfo.eps)
+
+    radii = torch.full_like(distances, -torch.inf)
+    for slot in range(own.shape[1]):
+        gaps, lengths, usable = against(slot)
+        radii = radii.maximum((gaps / lengths.where(usable, 1)).masked_fill(~usable, -torch.inf))
+    # where a square has overflowed nothing is known
+    radii = radii.nan_to_num(nan=0.0).masked_fill(clusters.labels == predicted[:, None], torch.inf)
+    if bound != "exact":
+        return radii.amin(dim=1).clamp_min(0)
+    constraints = [against(slot) for slot in range(own.shape[1])]
+    gaps, usable = (torch.stack([part[n] for part in constraints], dim=1) for n in (0, 2))
+    return _exact(radii, gaps.double().masked_fill(~usable, -torch.inf), own, clusters.centroids.double())
+
+
+def _exact(
+    pairwise: Float[Tensor, "batch cluster"],
+    gaps: Float[Tensor, "batch slot cluster"],
+    own: Int[Tensor, "batch slot"],
+    centroids: Float[Tensor, "cluster dim"],
+) -> Float[Tensor, " batch"]:
+    """The distance to the nearest rival's region; only rivals whose pairwise radius is below the best so far are solved."""
+    order = pairwise.argsort(dim=1)
+    best = torch.full_like(pairwise[:, 0], torch.inf)
+    for rank in range(order.shape[1]):
+        rival = order[:, rank]
+        lower = pairwise.gather(1, rival[:, None]).squeeze(1)
+        active = (lower < best).nonzero().squeeze(1)
+        if not len(active):
+            break
+        rival, mine = rival[active], own[active]
+        offsets = gaps[active].gather(2, rival[:, None, None].expand(-1, mine.shape[1], 1)).squeeze(2)
+        normals = (centroids[rival][:, None] - centroids[mine]).masked_fill(offsets.isneginf()[:, :, None], 0)
+        found = least_norm(normals, offsets.masked_fill(offsets.isneginf(), 0)).to(pairwise)
+        best[active] = best[active].minimum(found.maximum(lower[active]))
+    return best.clamp_min(0)
+
+
 def _own_clusters(
     distances: Tensor, predicted: Tensor, clusters: Clusters, only_nearest: bool
 ) -> tuple[Int[Tensor, "batch slot"], Tensor]:
@@ -173,6 +247,19 @@ def _own_clusters(
         return own, is_own
     nearest = distances.gather(1, own).masked_fill(~is_own, torch.inf).argmin(dim=1, keepdim=True)
     return own.gather(1, nearest), is_own.gather(1, nearest)
+
+
+def _rows(clusters: Clusters, bound: Bound) -> int:
+    """So many embeddings at once that the largest table of a chunk stays within `CHUNK_BYTES`."""
+    count, dim = clusters.centroids.shape
+    slots = clusters.by_class[0].shape[1]
+    if bound in SOFT_BOUNDS:
+        row = 8 * count * slots
+    elif bound == "exact":
+        row = 8 * slots * max(count, dim)
+    else:
+        row = clusters.centroids.element_size() * count
+    return max(1, CHUNK_BYTES // row)
 
 
 def _vote_correction(clusters: Clusters, neighbours: int | None) -> Float[Tensor, " cluster"]:
@@ -191,8 +278,13 @@ def _relative_rounding(embeddings: Tensor) -> float:
 def _check(
     embeddings: Tensor, clusters: Clusters, bound: str, lipschitz: float, rule: str, neighbours: int | None
 ) -> None:
-    if bound not in get_args(Bound):
-        raise ValueError(f"bound: expected one of {get_args(Bound)}, got {bound!r}")
+    if bound not in (*HARD_BOUNDS, *SOFT_BOUNDS):
+        raise ValueError(f"bound: expected one of {(*HARD_BOUNDS, *SOFT_BOUNDS)}, got {bound!r}")
+    if bound in SOFT_BOUNDS and neighbours is not None:
+        raise ValueError(
+            f"neighbours: expected None with bound {bound!r}, for which every centroid votes, got {neighbours}; "
+            'with fewer votes the soft rule jumps, and bound="exact" has the correction that keeps it sound'
+        )
     if rule not in get_args(Rule):
         raise ValueError(f"rule: expected one of {get_args(Rule)}, got {rule!r}")
     if neighbours is not None and neighbours < 1:

@@ -18,13 +18,12 @@ from jaxtyping import Bool, Float
 from scipy.optimize import nnls
 from torch import Tensor
 
-from clustr_core.certify import Bound, certified_radius
+from clustr_core.certify import HARD_BOUNDS, HardBound, certified_radius
 from clustr_core.classifiers import Rule, cluster_logits, nearest_logits
 from clustr_core.clusters import Clusters
 from clustr_core.distances import flat_norm, squared_distances
 
 Encode = Callable[[Tensor], Tensor]
-BOUNDS: tuple[Bound, ...] = get_args(Bound)
 
 
 # --- the proof, step by step -------------------------------------------------------------------------------------
@@ -414,9 +413,9 @@ def second_nearest_radius_unsound(
 
 
 def ladder(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> pd.DataFrame:
-    """One row for each embedding: "triangle", "nearest", "pairwise" and the oracle's "exact", in feature units."""
-    columns = {bound: certified_radius(embeddings, clusters, bound=bound).numpy() for bound in BOUNDS}
-    return pd.DataFrame(columns | {"exact": exact_nearest_rule_distance(embeddings, clusters)[0].numpy()})
+    """One row for each embedding: the bounds of the nearest rule in feature units, and the "oracle"'s distance."""
+    columns = {bound: certified_radius(embeddings, clusters, bound=bound).numpy() for bound in HARD_BOUNDS}
+    return pd.DataFrame(columns | {"oracle": exact_nearest_rule_distance(embeddings, clusters)[0].numpy()})
 
 
 # --- the search ----------------------------------------------------------------------------------------------------
@@ -658,10 +657,11 @@ def _maps_to(
 
 def _radii_at(
     encode: Isometry | Folding | ExtremalMap, start: Tensor, clusters: Clusters, rule: Rule, neighbours: int | None
-) -> dict[Bound, float]:
+) -> dict[HardBound, float]:
     """Radii of the embedding that the map computes, which differs by rounding from the one it was asked for."""
     options = {"lipschitz": encode.lipschitz, "rule": rule, "neighbours": neighbours}
-    return {bound: float(certified_radius(encode(start[None]), clusters, bound=bound, **options)) for bound in BOUNDS}
+    z = encode(start[None])
+    return {bound: float(certified_radius(z, clusters, bound=bound, **options)) for bound in HARD_BOUNDS}
 
 
 _RULES: tuple[tuple[Rule, int | None], ...] = (("nearest", None), ("soft", None), ("soft", 3))
@@ -703,8 +703,7 @@ def tightness_table(
 ) -> pd.DataFrame:
     """How near the extremal map comes to each radius: (flip - radius) / radius over random configurations.
 
-    Columns: per_class, lipschitz, the configuration's radii ("nearest", "pairwise", and the oracle's distance / L as
-    "exact"), and "flip", the input norm at which the extremal map changes its class.
+    Columns: per_class, lipschitz, the configuration's radii ("nearest", "pairwise", "exact"), and "flip", the input norm at which the extremal map changes its class.
     """
     rows = []
     for k in per_class:
@@ -716,8 +715,8 @@ def tightness_table(
                 logits = logits_of(encode, clusters, rule="nearest")
                 reach = 2 * float(distance) / constant
                 flip = smallest_flip(logits, start, encode.direction[None], reach=reach)
-                radii = [float(certified_radius(z, clusters, bound=b, lipschitz=constant)) for b in BOUNDS[1:]]
-                rows.append((k, constant, index, *radii, float(distance) / constant, flip))
+                radii = [float(certified_radius(z, clusters, bound=b, lipschitz=constant)) for b in HARD_BOUNDS[1:]]
+                rows.append((k, constant, index, *radii, flip))
     columns = ["per_class", "lipschitz", "configuration", "nearest", "pairwise", "exact", "flip"]
     return pd.DataFrame(rows, columns=columns)
 
