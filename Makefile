@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test lab book-check book publish lint clean
+.PHONY: help figures test test-long proofs lab book-check book publish lint clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,8 +18,16 @@ figures: $(READY)  ## train, attack, certify and run every chapter: writes figur
 	$(BIN)/python -m snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-incomplete --rerun-incomplete \
 	  --nolock --quiet rules
 
+test-long: $(READY)  ## the random configurations of the certificates, twenty times as many
+	CLUSTR_TEST_CONFIGURATIONS=10000 $(BIN)/python -m pytest tests/test_ladder.py
+
 test: $(READY)  ## every test: units, properties, notebooks in profile smoke, the book
 	$(BIN)/python -m pytest
+
+proofs:  ## check the proof of the certificates with Coq, and print what it assumes (Debian: apt-get install coq)
+	@command -v coqc > /dev/null || { echo "make proofs: coqc is needed (Debian: apt-get install coq)" >&2; exit 1; }
+	mkdir -p _build/proofs && cp proofs/*.v _build/proofs/
+	cd _build/proofs && for file in *.v; do coqc "$$file" || exit 1; done
 
 lab: $(READY)  ## open the chapters in JupyterLab (right click a .md: open with > Notebook)
 	$(BIN)/python -m jupyter lab --notebook-dir=. notebooks

@@ -16,7 +16,7 @@ from tools import notebooks
 PROFILE = load_profile(config.get("profile", "quick"))
 NAME = PROFILE.name
 PYTHON = sys.executable
-CORE = sorted(str(path) for path in Path("clustr_core").rglob("*.py"))
+CORE = sorted(str(path) for path in [*Path("clustr_core").rglob("*.py"), *Path("proofs").glob("*.v")])
 TOOLS = ["tools/execute.py", "tools/notebooks.py"]
 
 METHOD_OF = {run_key(recipe): method for method, recipe in PROFILE.recipes.items()}

@@ -63,20 +63,27 @@ def certified_radius(
     """
     _check(embeddings, clusters, bound, lipschitz, rule, neighbours)
     relative = _relative_rounding(embeddings)
+    parts = []
     if bound in SOFT_BOUNDS:
         wide = clusters.to(torch.float64)
-        parts = [
-            _soft_feature_radius(part, clusters, wide, bound, relative)
-            for part in embeddings.split(_rows(clusters, bound))
-        ]
+        for part in embeddings.split(_rows(clusters, bound)):
+            parts.append(_soft_feature_radius(part, clusters, wide, bound, relative))
     else:
         between = squared_distances(clusters.centroids, clusters.centroids).sqrt()
         correction = _vote_correction(clusters, neighbours) if rule == "soft" or neighbours is not None else 0.0
-        parts = []
         for part in embeddings.split(_rows(clusters, bound)):
             distances = squared_distances(part, clusters.centroids)
             predicted = _predicted_class(part, distances, clusters, rule, neighbours)
-            parts.append(_hard_feature_radius(distances, predicted, clusters, between, bound, relative, correction))
+            found = _hard_feature_radius(
+                distances,
+                predicted,
+                clusters,
+                between,
+                bound,  # pyright: ignore[reportArgumentType]
+                relative,
+                correction,
+            )
+            parts.append(found)
     return torch.cat(parts) * (1 - relative) / lipschitz
 
 
@@ -90,8 +97,8 @@ def certify(
     """`certified_radius` of a whole model: its rule, its neighbours, and a sound Lipschitz bound of its encoder.
 
     Args:
-        bound: None picks the largest bound that is valid for the model: of the soft rule the larger of "soft-dual" and
-            "exact" with its correction, for each image; where only some centroids vote, or of the nearest rule, "exact".
+        bound: None picks the largest that is valid for the model: "exact", and of the soft rule with all centroids
+            voting the larger of "soft-dual" and the corrected "exact", image by image.
         lipschitz: the encoder's bound where it is known already, since computing it may take seconds;
             None computes `lipschitz_upper_bound`.
     Raises:
@@ -193,7 +200,7 @@ def _hard_feature_radius(
     finfo = torch.finfo(distances.dtype)
 
     def against(slot: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(d_j^2 - d_i^2) / 2 for the own cluster in a slot and every rival j, rounded down; ||mu_j - mu_i||; usable."""
+        """(d_j^2 - d_i^2) / 2 of one own cluster and every rival, rounded down; ||mu_j - mu_i||; what is usable."""
         own_distance = distances.gather(1, own[:, slot, None])
         # squares of less than tiny lose digits to underflow, which no relative bound covers
         gaps = (distances - own_distance) / 2 - relative * (distances + own_distance) / 2 - finfo.tiny - correction
@@ -220,7 +227,7 @@ def _exact(
     own: Int[Tensor, "batch slot"],
     centroids: Float[Tensor, "cluster dim"],
 ) -> Float[Tensor, " batch"]:
-    """The distance to the nearest rival's region; only rivals whose pairwise radius is below the best so far are solved."""
+    """The distance to the nearest rival's region; rivals whose pairwise radius is not below the best are not solved."""
     order = pairwise.argsort(dim=1)
     best = torch.full_like(pairwise[:, 0], torch.inf)
     for rank in range(order.shape[1]):

@@ -25,7 +25,7 @@ _MODEL = ("distances", "kernels", "clusters", "ascent", "losses", "encoders", "c
 TRAINING_CODE = (*_MODEL, "sampling", "training")
 ATTACK_CODE = (*_MODEL, "verdicts", "autoattack", "attacks", "paper", "evaluation")
 EXAMINATION_CODE = (*ATTACK_CODE, "toys", "diagnostics", "examination")
-CERTIFICATE_CODE = (*_MODEL, "evaluation", "lipschitz", "certify")
+CERTIFICATE_CODE = (*_MODEL, "evaluation", "lipschitz", "dual", "soft_bounds", "certify")
 EMBEDDING_CODE = (*_MODEL, "evaluation", "embeddings")
 
 

@@ -111,7 +111,7 @@ class _Votes:
         return torch.where(gap > 0, low, 0)
 
     def expected(self, weights: Tensor, radius: Tensor) -> Float[Tensor, "batch class slot"]:
-        """The own votes' log-shares where an attack of this radius is expected: rho along the rivals' mean direction."""
+        """The own votes' log-shares where an attack of this radius is expected, along the rivals' mean direction."""
         pulls = self.pulls(weights).clamp_min(torch.finfo(weights.dtype).tiny)
         force = (self.rivals + radius[:, :, None] * pulls).softmax(dim=2) / pulls
         # <mu_q - mu_j, mu_i>, summed over the rivals j with their force
@@ -144,21 +144,24 @@ def _dual(votes: _Votes) -> Float[Tensor, "batch class"]:
     """The best radius over the weights that are tried: the shares at z, each own cluster alone, the hard rule's, ..."""
     best, weights = votes.reach(votes.shares), votes.shares.expand(-1, len(votes.filled), -1)
 
-    def try_also(trial: Tensor) -> None:
+    def try_also(trial: Tensor) -> Tensor:
         nonlocal best, weights
         found = votes.reach(trial)
         improved = found > best
         best, weights = torch.where(improved, found, best), torch.where(improved[:, :, None], trial, weights)
+        return improved
 
     slots = votes.own.shape[1]
     for slot, alone in enumerate(torch.eye(slots, dtype=votes.own.dtype, device=votes.own.device)):
         # an empty slot stands for no cluster: the shares again
         try_also(torch.where(votes.own_filled[:, slot, None, None], alone, votes.shares))
     try_also(votes.hard_weights())
+    step = torch.ones_like(best)
     for _ in range(REFINEMENTS):
         known = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
-        halfway = (known + votes.expected(weights, best)) / 2
-        try_also(halfway.softmax(dim=2) * votes.own_filled[:, None])
+        expected = votes.expected(weights, best.clamp_max(torch.finfo(best.dtype).max))
+        trial = torch.lerp(known, expected, step[:, :, None]).softmax(dim=2) * votes.own_filled[:, None]
+        step = torch.where(try_also(trial), step, step / 2)
     return best
 
 

@@ -8,7 +8,6 @@ the distance to another class. Everything runs in float64.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -18,7 +17,7 @@ from jaxtyping import Bool, Float
 from scipy.optimize import nnls
 from torch import Tensor
 
-from clustr_core.certify import HARD_BOUNDS, HardBound, certified_radius
+from clustr_core.certify import HARD_BOUNDS, SOFT_BOUNDS, HardBound, certified_radius
 from clustr_core.classifiers import Rule, cluster_logits, nearest_logits
 from clustr_core.clusters import Clusters
 from clustr_core.distances import flat_norm, squared_distances
@@ -703,7 +702,8 @@ def tightness_table(
 ) -> pd.DataFrame:
     """How near the extremal map comes to each radius: (flip - radius) / radius over random configurations.
 
-    Columns: per_class, lipschitz, the configuration's radii ("nearest", "pairwise", "exact"), and "flip", the input norm at which the extremal map changes its class.
+    Columns: per_class, lipschitz, the configuration's radii ("nearest", "pairwise", "exact"), and "flip", the input
+    norm at which the extremal map changes its class.
     """
     rows = []
     for k in per_class:
@@ -719,6 +719,23 @@ def tightness_table(
                 rows.append((k, constant, index, *radii, flip))
     columns = ["per_class", "lipschitz", "configuration", "nearest", "pairwise", "exact", "flip"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def soft_tightness_table(*, configurations: int, seed: int, per_class: int = 3, rays: int = 720) -> pd.DataFrame:
+    """The soft rule's bounds against the truth in the plane: one row for each bound and configuration.
+
+    Columns: ``bound`` (also "exact", with its correction), ``configuration``, ``radius``, and ``flip``, the least
+    length at which the class was seen to change along rays half a degree apart.
+    """
+    angles = torch.arange(rays, dtype=torch.float64) * (2 * math.pi / rays)
+    circle = torch.stack([angles.cos(), angles.sin()], dim=1)
+    rows = []
+    for index, (z, clusters) in enumerate(_single_points(configurations, 3, per_class, 2, seed)):
+        logits = logits_of(lambda x: x, clusters, rule="soft")
+        flip = smallest_flip(logits, z[0], circle, reach=4 * float(clusters.centroids.norm(dim=1).max()))
+        for bound in ("exact", *SOFT_BOUNDS):
+            rows.append((bound, index, float(certified_radius(z, clusters, bound=bound, rule="soft")), flip))
+    return pd.DataFrame(rows, columns=["bound", "configuration", "radius", "flip"])
 
 
 # --- the tables behind the figures ---------------------------------------------------------------------------------

@@ -359,6 +359,8 @@ Definition gap {V : inner_space} (z : V) (i j : cluster V) : R := (d z j ^ 2 - d
 Definition lipschitz {X : Type} {V : inner_space} (input_dist : X -> X -> R) (f : X -> V) (L : R) :=
   0 < L /\ forall x x', dist (f x) (f x') <= L * input_dist x x'.
 
+(** How the difference of two squared distances changes with the point: linearly, and the point's own square drops
+    out. Everything below rests on this. *)
 Theorem identity : forall (V : inner_space) (z z' : V) (i j : cluster V),
   d z' j ^ 2 - d z' i ^ 2 = d z j ^ 2 - d z i ^ 2 - 2 * inner (sub z' z) (sub (centroid j) (centroid i)).
 Proof.

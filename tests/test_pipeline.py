@@ -18,7 +18,7 @@ from tools.execute import chosen_parameters
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = notebooks.sources(ROOT)
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
-PARTS = ("clustr_core", "tools", "notebooks", "profiles", "myst.yml", "Snakefile", "pyproject.toml")
+PARTS = ("clustr_core", "tools", "notebooks", "profiles", "proofs", "myst.yml", "Snakefile", "pyproject.toml")
 
 CHAPTER = """\
 ---

@@ -114,7 +114,7 @@ def provenance(root: Path, source: Path, profile: Path) -> dict[str, Any]:
     profile_name = profile.stem
     tables = sorted((root / "results" / profile_name).glob("*.csv")) if uses_tables(read_source(source)) else []
     return {
-        "core": _tree_digest(root, sorted((root / "clustr_core").rglob("*.py"))),
+        "core": _tree_digest(root, sorted([*(root / "clustr_core").rglob("*.py"), *(root / "proofs").glob("*.v")])),
         "profile": {"name": profile_name, "sha256": records.digest(profile.read_bytes())},
         "source": records.digest(source.read_bytes()),
         "tables": {path.relative_to(root).as_posix(): records.digest(path.read_bytes()) for path in tables},
