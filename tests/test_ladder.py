@@ -84,7 +84,8 @@ def test_the_soft_rules_ladder_rises_and_no_search_gets_below_it():
         found = radii(z, clusters, SOFT_BOUNDS)
         corrected = certified_radius(z, clusters, bound="exact", rule="soft")
         for lower, upper in pairwise(found):
-            assert (lower <= upper * (1 + 1e-9) + 1e-9).all(), seed
+            # lengths between near centroids are rounded up by the Gram matrix's rounding, a square root of it
+            assert (lower <= upper * (1 + 1e-7) + 1e-9).all(), seed
         best = found[-1].maximum(corrected)
         assert kept(z, clusters, best * (1 - 1e-9), seed=seed).all(), seed
 
