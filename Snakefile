@@ -10,7 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(workflow.basedir))
-from clustr_core.recipes import ATTACK_CODE, CERTIFICATE_CODE, EXAMINATION_CODE, code_digest, load_profile, run_key
+from clustr_core.recipes import (
+    ATTACK_CODE, CERTIFICATE_CODE, EXAMINATION_CODE, SANDWICH_CODE, code_digest, load_profile, run_key,
+)
 from tools import notebooks
 
 PROFILE = load_profile(config.get("profile", "quick"))
@@ -21,8 +23,15 @@ TOOLS = ["tools/execute.py", "tools/notebooks.py"]
 
 METHOD_OF = {run_key(recipe): method for method, recipe in PROFILE.recipes.items()}
 RUN_OF = {method: f"runs/{key}/run.json" for key, method in METHOD_OF.items()}
-KINDS = ("attacks", "certificates", "diagnostics", "ablations")
-TABLES = [f"results/{NAME}/{kind}-{method}.csv" for method in RUN_OF for kind in KINDS]
+# what is measured of which methods
+KINDS = {
+    "attacks": PROFILE.attacked,
+    "certificates": [*PROFILE.recipes, "prototypes"] if PROFILE.recipes else [],
+    "diagnostics": PROFILE.ordinary,
+    "ablations": PROFILE.ordinary,
+    "sandwich": PROFILE.lipschitz,
+}
+TABLES = [f"results/{NAME}/{kind}-{method}.csv" for kind, methods in KINDS.items() for method in methods]
 # the runs from which attacks are transferred
 SOURCES = sorted({RUN_OF[each.source] for each in PROFILE.attacks.values() if each.attack == "transfer"})
 CHAPTERS = {source.stem: notebooks.read_source(source) for source in notebooks.sources(Path("."))}
@@ -42,7 +51,7 @@ def figures(chapter):
 
 wildcard_constraints:
     key="|".join(METHOD_OF) or "none",
-    method="|".join(RUN_OF) or "none",
+    method="|".join([*RUN_OF, "prototypes"]),
 
 
 rule all:
@@ -95,15 +104,29 @@ rule diagnose:
 
 rule certify:
     input:
-        lambda wildcards: RUN_OF[wildcards.method],
+        lambda wildcards: RUN_OF.get(wildcards.method, []),
     output:
         f"results/{NAME}/certificates-{{method}}.csv",
     params:
         code=code_digest(CERTIFICATE_CODE),
         examples=PROFILE.certified_examples,
+        smoothing=asdict(PROFILE.smoothing) if PROFILE.smoothing else None,
     threads: 1
     shell:
         "{PYTHON} -m clustr_core.cli certify --profile {NAME} --method {wildcards.method}"
+
+
+rule sandwich:
+    input:
+        lambda wildcards: RUN_OF[wildcards.method],
+    output:
+        f"results/{NAME}/sandwich-{{method}}.csv",
+    params:
+        code=code_digest(SANDWICH_CODE),
+        budget=asdict(PROFILE.sandwich) if PROFILE.sandwich else None,
+    threads: 1
+    shell:
+        "{PYTHON} -m clustr_core.cli sandwich --profile {NAME} --method {wildcards.method}"
 
 
 for chapter, source in CHAPTERS.items():

@@ -3,7 +3,8 @@
 import pandas as pd
 from scipy.stats import binomtest
 
-from clustr_core.recipes import METHODS, Clustr
+from clustr_core.certify import HARD_BOUNDS
+from clustr_core.recipes import METHODS, Norm
 
 
 def robust_accuracy(table: pd.DataFrame) -> pd.DataFrame:
@@ -62,31 +63,49 @@ def both_protocols(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([robust_accuracy(rows).assign(protocol=name) for name, rows in parts.items()], ignore_index=True)
 
 
-def four_columns(attacks: pd.DataFrame, certificates: pd.DataFrame, *, eps: float) -> pd.DataFrame:
-    """Clean, under the paper's protocol, correctly attacked, certified: each method at one L-infinity eps.
+def four_columns(
+    attacks: pd.DataFrame, certificates: pd.DataFrame, *, eps: float, pixels: int, norm: Norm = "linf"
+) -> pd.DataFrame:
+    """Clean, under the paper's protocol, correctly attacked, certified: each method at one eps.
 
-    An L-infinity ball of radius eps holds the L2 ball of the same radius, so an image whose certified L2 radius is
-    smaller is not certified at eps; the last column is an upper bound on what this certificate can certify there.
+    A certificate is of an L2 ball. In L-infinity an image counts as certified if its L2 radius is at least
+    eps sqrt(pixels), since the L2 ball of that radius holds the L-infinity ball of radius eps.
 
     Args:
         attacks: as for `both_protocols`; all columns stand on the images that every attack at ``eps`` has seen.
-        certificates: of `certificates_of`. Those of a method without clusters are of the clusters fitted afterwards.
+        certificates: of `certificates_of`; the best bound of each method counts. Those of a method that promises
+            nothing and has no clusters are of the clusters fitted afterwards.
         eps: in pixels of [0, 1].
+        pixels: of an image, channels counted one by one.
+        norm: "l2" has no paper's protocol.
     Returns:
-        columns ``method column accuracy low high examples``; ``column`` is "clean", "paper", "correct" and, for methods
-        that decide by clusters, "certified".
+        columns ``method column accuracy low high examples``; ``column`` is "clean", "paper" (L-infinity only),
+        "correct" and, where the attacks have the method, "certified".
     Raises:
         ValueError: if the two protocols do not meet at eps.
     """
-    here = attacks.loc[(attacks["norm"] == "linf") & ((attacks["eps"] - eps).abs() < 1e-6)]
-    both = both_protocols(here).rename(columns={"robust_accuracy": "accuracy"})
+    here = attacks.loc[(attacks["norm"] == norm) & ((attacks["eps"] - eps).abs() < 1e-6)]
+    both = both_protocols(here) if norm == "linf" else robust_accuracy(on_common_images(here)).assign(protocol="correct")
+    both = both.rename(columns={"robust_accuracy": "accuracy"})
     both["column"] = both["protocol"].where(both["eps"] > 0, "clean")
     seen = on_common_images(here)[["method", "index"]].drop_duplicates()
-    pairwise = certificates.loc[certificates["bound"] == "pairwise"].replace({"method": _OF_CLUSTERS})
-    certified = certified_accuracy(pairwise.merge(seen, on=["method", "index"]), [eps])
+    best = best_bound(certificates).replace({"method": _OF_CLUSTERS})
+    radius = eps * (pixels**0.5 if norm == "linf" else 1.0)
+    certified = certified_accuracy(best.merge(seen, on=["method", "index"]), [radius]).drop(columns="bound")
     certified = certified.rename(columns={"certified_accuracy": "accuracy"}).assign(column="certified")
     columns = pd.concat([both.drop_duplicates(["method", "column"]), certified], ignore_index=True)
     return columns.loc[:, ["method", "column", "accuracy", "low", "high", "examples"]]
+
+
+def best_bound(certificates: pd.DataFrame) -> pd.DataFrame:
+    """Of each method the rows of the best bound that its table has.
+
+    Args:
+        certificates: of `certificates_of`.
+    """
+    order = {bound: rank for rank, bound in enumerate((*HARD_BOUNDS, "margin", "smoothing"))}
+    ranks = certificates["bound"].map(order)
+    return certificates.loc[ranks == ranks.groupby(certificates["method"]).transform("max")]
 
 
 def certified_accuracy(table: pd.DataFrame, radii: list[float], *, column: str = "radius") -> pd.DataFrame:
@@ -114,8 +133,13 @@ def binomial_interval(successes: int, trials: int, *, confidence: float = 0.95) 
     return float(found.low), float(found.high)
 
 
-# what a certificate's rows are called in a table of attacks: a certificate is of the cluster rule, whatever the method
-_OF_CLUSTERS = {name: f"{name}-clusters" for name, recipe in METHODS.items() if not issubclass(recipe, Clustr)}
+# what a certificate's rows are called in a table of attacks: without a guarantee of its own, a method's certificate is
+# that of the cluster rule
+_OF_CLUSTERS = {
+    name: f"{name}-clusters"
+    for name, recipe in METHODS.items()
+    if recipe.guarantee == "none" and not recipe.clustered
+}
 
 
 def _proportions(table: pd.DataFrame, keys: list[str], column: str, name: str) -> pd.DataFrame:

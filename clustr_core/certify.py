@@ -5,13 +5,15 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from clustr_core import rounding
 from clustr_core.ascent import Norm
 from clustr_core.classifiers import ClusterClassifier, Rule, cluster_logits
 from clustr_core.clusters import Clusters
 from clustr_core.distances import squared_distances
 from clustr_core.dual import least_norm
+from clustr_core.encoders import LipschitzNet
 from clustr_core.lipschitz import check_evaluation_mode, lipschitz_upper_bound
 from clustr_core.soft_bounds import SoftBound, soft_radius
 
@@ -31,6 +33,7 @@ def certified_radius(
     lipschitz: float = 1.0,
     rule: Rule = "nearest",
     neighbours: int | None = None,
+    embedding_error: float = 0.0,
 ) -> Float[Tensor, " batch"]:
     """L2 radius, in input units, inside which the class that ``rule`` predicts cannot change.
 
@@ -45,7 +48,7 @@ def certified_radius(
     The soft rule has bounds of its own, "soft-global" to "soft-dual": see `soft_bounds.soft_radius`.
 
     Negative radii become 0. The radius is lowered by a bound on the rounding of this computation, in the inputs'
-    dtype; the rounding inside the encoder is not in it. Embeddings are taken in chunks: beyond them, the centroids and
+    dtype; for the rounding inside the encoder there is ``embedding_error``. Embeddings are taken in chunks: beyond them, the centroids and
     the answer, memory does not grow with the batch.
 
     Args:
@@ -54,14 +57,17 @@ def certified_radius(
             the nearest rule, sigma^2 log k is then subtracted from each (d_j^2 - d_i^2) / 2, k the size of the rival's
             class. The bounds "soft-..." are always of the soft rule.
         neighbours: only that many nearest centroids vote: sigma^2 log max(1, min(k, neighbours - 1)) is subtracted.
+        embedding_error: how far an embedding may be from the exact one (`rounding.embedding_error`). Twice that is taken
+            off the feature radius: once for the image, once for what it is moved to.
     Raises:
-        ValueError: for fewer than two classes, an embedding that is not finite, ``lipschitz`` not positive, an
-            unknown ``bound`` or ``rule``, unequal variances where the rule needs one sigma^2, or ``neighbours`` with a
+        ValueError: for fewer than two classes, an embedding that is not finite, ``lipschitz`` not positive,
+            ``embedding_error`` negative, an unknown ``bound`` or ``rule``, unequal variances where the rule needs one sigma^2, or ``neighbours`` with a
             bound "soft-...", which needs every vote.
     Source: Alfarra et al. 2021, Theorem 1 ("nearest"); "triangle" is folklore; "pairwise", "exact" and the soft rule's
         are this book's (chapters 1 and 2).
     """
-    _check(embeddings, clusters, bound, lipschitz, rule, neighbours)
+    _check(embeddings, clusters, bound, rule, neighbours)
+    _check_encoder(lipschitz, embedding_error)
     relative = _relative_rounding(embeddings)
     parts = []
     if bound in SOFT_BOUNDS:
@@ -84,7 +90,7 @@ def certified_radius(
                 correction,
             )
             parts.append(found)
-    return torch.cat(parts) * (1 - relative) / lipschitz
+    return (torch.cat(parts) * (1 - relative) - 2 * embedding_error).clamp_min(0) / lipschitz
 
 
 def certify(
@@ -95,6 +101,11 @@ def certify(
     lipschitz: float | None = None,
 ) -> Float[Tensor, " batch"]:
     """`certified_radius` of a whole model: its rule, its neighbours, and a sound Lipschitz bound of its encoder.
+
+    Of a `LipschitzNet` the rounding inside the encoder is bounded too and taken off (`rounding.embedding_error`). In
+    float32 that bound is no small thing, some hundredths of a pixel's range; in float64 (``model.double()``,
+    ``images.double()``) it is next to nothing, so that is how the book certifies. Of ordinary encoders, whose
+    certificate is vacuous anyway, it is not subtracted.
 
     Args:
         bound: None picks the largest that is valid for the model: "exact", and of the soft rule with all centroids
@@ -110,18 +121,49 @@ def certify(
     check_evaluation_mode(model.encoder)
     if not ((images >= 0) & (images <= 1)).all():
         raise ValueError(f"images: expected pixels in [0, 1], got {images.min():.4g} to {images.max():.4g}")
+    channels, height, width = images.shape[1:]
     if lipschitz is None:
-        channels, height, width = images.shape[1:]
         lipschitz = lipschitz_upper_bound(model.encoder, (channels, height, width))
+    error = 0.0
+    if isinstance(model.encoder, LipschitzNet):
+        error = rounding.embedding_error(model.encoder, (channels, height, width))
     with torch.no_grad():
         embeddings = model.embed(images)
-    options = {"lipschitz": lipschitz, "rule": model.rule, "neighbours": model.neighbours}
+    options = {"lipschitz": lipschitz, "embedding_error": error, "rule": model.rule, "neighbours": model.neighbours}
     if bound is not None:
         return certified_radius(embeddings, model.clusters, bound=bound, **options)
     radius = certified_radius(embeddings, model.clusters, bound="exact", **options)
     if model.rule == "soft" and model.neighbours is None:
         radius = radius.maximum(certified_radius(embeddings, model.clusters, bound="soft-dual", **options))
     return radius
+
+
+def margin_radius(
+    embeddings: Float[Tensor, "batch dim"],
+    head: nn.Linear,
+    *,
+    lipschitz: float = 1.0,
+    embedding_error: float = 0.0,
+) -> Float[Tensor, " batch"]:
+    """L2 radius of a linear head on a Lipschitz encoder: min_j (g_c - g_j) / (L ||w_c - w_j||), c the predicted class.
+
+    Lowered, as `certified_radius` is, by bounds on the rounding of the logits and of the embeddings.
+
+    Raises:
+        ValueError: for fewer than two classes, ``lipschitz`` not positive or ``embedding_error`` negative.
+    Source: Tsuzuku et al. 2018; Leino et al. 2021, definition 2 (a constant for each pair of classes).
+    """
+    _check_encoder(lipschitz, embedding_error)
+    if head.out_features < 2:
+        raise ValueError(f"head: expected at least two classes, got {head.out_features}")
+    weight = head.weight.detach()
+    logits = head(embeddings).detach()
+    predicted = logits.argmax(dim=1)
+    radius = linear_radius(weight, head.bias.detach(), embeddings, predicted)
+    size = weight.norm(dim=1).amax() * embeddings.norm(dim=1) + head.bias.detach().abs().amax()
+    shortest = squared_distances(weight, weight).fill_diagonal_(torch.inf).amin().sqrt()
+    slack = 4 * _relative_rounding(embeddings) * size / shortest
+    return (radius - slack - 2 * embedding_error).clamp_min(0) / lipschitz
 
 
 def radius_from_magnet_loss(
@@ -282,9 +324,14 @@ def _relative_rounding(embeddings: Tensor) -> float:
     return (embeddings.shape[1] + 8) * torch.finfo(embeddings.dtype).eps / 2
 
 
-def _check(
-    embeddings: Tensor, clusters: Clusters, bound: str, lipschitz: float, rule: str, neighbours: int | None
-) -> None:
+def _check_encoder(lipschitz: float, embedding_error: float) -> None:
+    if not (lipschitz > 0 and math.isfinite(lipschitz)):
+        raise ValueError(f"lipschitz: expected a positive finite number, got {lipschitz}")
+    if not (embedding_error >= 0 and math.isfinite(embedding_error)):
+        raise ValueError(f"embedding_error: expected 0 or a positive finite number, got {embedding_error}")
+
+
+def _check(embeddings: Tensor, clusters: Clusters, bound: str, rule: str, neighbours: int | None) -> None:
     if bound not in (*HARD_BOUNDS, *SOFT_BOUNDS):
         raise ValueError(f"bound: expected one of {(*HARD_BOUNDS, *SOFT_BOUNDS)}, got {bound!r}")
     if bound in SOFT_BOUNDS and neighbours is not None:
@@ -296,8 +343,6 @@ def _check(
         raise ValueError(f"rule: expected one of {get_args(Rule)}, got {rule!r}")
     if neighbours is not None and neighbours < 1:
         raise ValueError(f"neighbours: expected a positive number or None, got {neighbours}")
-    if not (lipschitz > 0 and math.isfinite(lipschitz)):
-        raise ValueError(f"lipschitz: expected a positive finite number, got {lipschitz}")
     if clusters.num_classes < 2:
         raise ValueError("clusters: expected at least two classes, got one, which nothing can be told apart from")
     if not embeddings.isfinite().all():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from clustr_core.clusters import Clusters
 from clustr_core.distances import squared_distances
+from clustr_core.one_lipschitz import orthogonal_linear
 
 Rule = Literal["soft", "nearest"]
 
@@ -69,12 +70,18 @@ def _check(embeddings: Tensor, clusters: Clusters, neighbours: int | None) -> No
 
 
 class LinearClassifier(nn.Module):
-    """An encoder and a linear head: images in [0, 1] -> logits."""
+    """An encoder and a linear head: images in [0, 1] -> logits.
 
-    def __init__(self, encoder: nn.Module, embedding_dim: int, num_classes: int) -> None:
+    Args:
+        orthonormal: the rows of the head are orthonormal, which makes it 1-Lipschitz and each pair of rows sqrt(2) apart.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, embedding_dim: int, num_classes: int, *, orthonormal: bool = False
+    ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.linear = nn.Linear(embedding_dim, num_classes)
+        self.linear = (orthogonal_linear if orthonormal else nn.Linear)(embedding_dim, num_classes)
 
     def embed(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch dim"]:
         """The encoder's output."""
@@ -92,6 +99,7 @@ class ClusterClassifier(nn.Module):
         rule: "soft" predicts argmax_c g_c(z), all centroids voting (or the ``neighbours`` nearest);
             "nearest" predicts the class of the nearest centroid.
         neighbours: how many centroids vote under the soft rule; None for all.
+        learnable: centroids are a parameter, which training moves, and not a buffer.
     Raises:
         ValueError: if ``rule`` is unknown, or ``neighbours`` is given with the nearest rule, where nothing votes.
     """
@@ -101,7 +109,13 @@ class ClusterClassifier(nn.Module):
     variance: Tensor
 
     def __init__(
-        self, encoder: nn.Module, clusters: Clusters, *, rule: Rule = "soft", neighbours: int | None = None
+        self,
+        encoder: nn.Module,
+        clusters: Clusters,
+        *,
+        rule: Rule = "soft",
+        neighbours: int | None = None,
+        learnable: bool = False,
     ) -> None:
         super().__init__()
         if rule not in ("soft", "nearest"):
@@ -113,7 +127,11 @@ class ClusterClassifier(nn.Module):
         self.encoder = encoder
         self.rule: Rule = rule
         self.neighbours = neighbours
-        self.register_buffer("centroids", clusters.centroids.clone())
+        centroids = clusters.centroids.detach().clone()
+        if learnable:
+            self.centroids = nn.Parameter(centroids)
+        else:
+            self.register_buffer("centroids", centroids)
         self.register_buffer("labels", clusters.labels.clone())
         self.register_buffer("variance", clusters.variance.clone())
         self._clusters: Clusters | None = None

@@ -1,4 +1,4 @@
-"""`clustr train | attack | diagnose | certify`: the package's calls, from a shell."""
+"""`clustr train | attack | diagnose | certify | sandwich`: the package's calls, from a shell."""
 
 import argparse
 import logging
@@ -17,6 +17,7 @@ from clustr_core import checkpoints, data, diagnostics, evaluation, examination,
 from clustr_core.accuracy import both_protocols, robust_accuracy_by_loss
 from clustr_core.paper import PAPER_RESTARTS, PAPER_STEPS
 from clustr_core.recipes import METHODS, Examination, Profile, Recipe, load_profile, override, run_folder
+from clustr_core.sandwich import CertificateBroken
 from clustr_core.training import Run, fit
 
 EPILOG = """\
@@ -26,7 +27,9 @@ examples:
   clustr train   --profile cpu --method ce --set dataset=folder:data/cifar10-jpeg
   clustr attack  --profile quick --method clustr       writes results/quick/attacks-clustr.csv
   clustr diagnose --profile quick --method clustr      writes results/quick/diagnostics-clustr.csv, ablations-clustr.csv
-  clustr certify --profile quick --method clustr       writes results/quick/certificates-clustr.csv
+  clustr certify --profile quick --method clustr-cert  writes results/quick/certificates-clustr-cert.csv
+  clustr certify --profile quick --method prototypes   the floor: nearest prototypes on raw pixels, no training
+  clustr sandwich --profile quick --method clustr-cert searches for what breaks a certificate; fails if it finds it
   clustr attack  --official model_best.pth --dataset cifar10 --examples 256
                                                        the authors' released model, in both protocols
 
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads is not None:
             _set_threads(options.threads)
         options.command(options)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, CertificateBroken) as error:
         print("clustr:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
@@ -128,11 +131,27 @@ def _print_protocols(table: pd.DataFrame) -> None:
 
 
 def _certify(options: argparse.Namespace) -> None:
-    profile, run = load_profile(options.profile or "quick"), _run(options)
-    table = evaluation.certificates_of(run, profile, device=_device(options))
+    profile = load_profile(options.profile or "quick")
+    if options.method == "prototypes":
+        if options.set:
+            raise ValueError(f"--set: expected none with prototypes, which have no recipe, got {options.set}")
+        dataset = data.load(next(iter(profile.recipes.values())).dataset)
+        table = evaluation.prototype_certificates(profile, dataset)
+    else:
+        table = evaluation.certificates_of(_run(options), profile, device=_device(options))
     _write(table, profile, options, "certificates")
     numbers = ["correct", "feature_radius", "radius", "lipschitz", "lipschitz_lower_bound"]
     print(pd.DataFrame(table.groupby("bound")[numbers].mean()).to_string(float_format="%.4g"))
+
+
+def _sandwich(options: argparse.Namespace) -> None:
+    profile, run = load_profile(options.profile or "quick"), _run(options)
+    table = evaluation.sandwich_of(run, profile, device=_device(options))
+    _write(table, profile, options, "sandwich")
+    correct = table[table["correct"]]
+    nearest = correct.assign(ratio=correct["radius"] / correct["norm"])
+    print(pd.DataFrame(nearest.groupby("attack", sort=False)[["radius", "norm", "ratio"]].median()).to_string(float_format="%.4g"))
+    print(f"no certificate of {correct['index'].nunique()} images is broken")
 
 
 def _run(options: argparse.Namespace) -> Run:
@@ -195,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         ("attack", _attack, "every attack of the profile; writes one row per image, attack and eps"),
         ("diagnose", _diagnose, "is the paper's evaluation of this model masked? writes one row per check"),
         ("certify", _certify, "certified radii and Lipschitz bounds; writes one row per image and bound"),
+        ("sandwich", _sandwich, "search for the nearest misclassified images; fails if one lies in a certified ball"),
     ):
         sub = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
         sub.set_defaults(command=command)
@@ -207,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--official", metavar="FILE", help="a released model instead of a method (profile: paper)")
             sub.add_argument("--dataset", help="of the released model: cifar10, cifar100 or svhn")
             sub.add_argument("--examples", type=int, help="with --official: that many test images")
-        if name in ("attack", "certify"):
+        if name in ("attack", "certify", "sandwich"):
             sub.add_argument("--output", help="where to write the table")
     return parser
 

@@ -1,10 +1,22 @@
 """Encoders: images in [0, 1] -> embeddings. Pixel normalisation is their first layer, so that it is counted."""
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from clustr_core.one_lipschitz import (
+    AOLConv2d,
+    CayleyConv2d,
+    MaxMin,
+    OrthogonalPointwise,
+    PadChannels,
+    SLLConv2d,
+    orthogonal_linear,
+)
 
 ImageShape = tuple[int, int, int]
 
@@ -113,6 +125,22 @@ def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
     return nn.Sequential(ResidualBlock(in_channels, channels, stride), ResidualBlock(channels, channels, 1))
 
 
+class LipschitzNet(nn.Module):
+    """A chain of 1-Lipschitz layers, so 1-Lipschitz itself: pixels around grey, no further normalisation.
+
+    ``layers`` is all there is to it; `lipschitz.lipschitz_upper_bound` says what the trained weights make of it.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], embedding_dim: int) -> None:
+        super().__init__()
+        self.embedding_dim = embedding_dim
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch dim"]:
+        """Embeddings."""
+        return self.layers(images)
+
+
 def _small_cnn(image_shape: ImageShape, width: int, dataset: str) -> SmallCNN:
     return SmallCNN(image_shape, width=width)
 
@@ -128,22 +156,75 @@ def _resnet18(image_shape: ImageShape, width: int, dataset: str) -> ResNet18:
     return ResNet18(width=width, mean=mean, std=std)
 
 
-ENCODERS: dict[str, Callable[[ImageShape, int, str], SmallCNN | ResNet18]] = {
+def _lip_mlp(image_shape: ImageShape, width: int, dataset: str) -> LipschitzNet:
+    """Three dense orthogonal layers of width, width and width / 2, MaxMin between them."""
+    _check_even(width)
+    sizes = (math.prod(image_shape), width, width, width // 2)
+    layers = [m for n, out in itertools.pairwise(sizes) for m in (orthogonal_linear(n, out), MaxMin())]
+    return LipschitzNet([_grey(image_shape), nn.Flatten(), *layers[:-1]], sizes[-1])
+
+
+def _lip_cnn(kind: str) -> Callable[[ImageShape, int, str], LipschitzNet]:
+    """Two stages of two convolutions each; images are halved by moving pixels into channels, and channels are mixed and
+    thinned out by orthogonal 1x1 convolutions; then two dense orthogonal layers."""
+
+    def build(image_shape: ImageShape, width: int, dataset: str) -> LipschitzNet:
+        _check_even(width)
+        channels, height, width_px = image_shape
+        if height % 8 or width_px % 8 or 4 * channels > width:
+            raise ValueError(
+                f"image_shape, width: expected sides that are multiples of 8 and a width of at least {4 * channels}, "
+                f"got {image_shape} and {width}"
+            )
+        layers: list[nn.Module] = [_grey(image_shape), nn.PixelUnshuffle(2), PadChannels(width)]
+        for size in (width, 2 * width):
+            layers += [*_convolution(kind, size), *_convolution(kind, size)]
+            layers += [nn.PixelUnshuffle(2), OrthogonalPointwise(4 * size, 2 * width)]
+        flat = 2 * width * (height // 8) * (width_px // 8)
+        dense = [orthogonal_linear(flat, 16 * width), MaxMin(), orthogonal_linear(16 * width, 8 * width)]
+        return LipschitzNet([*layers, nn.Flatten(), *dense], 8 * width)
+
+    return build
+
+
+def _convolution(kind: str, channels: int) -> list[nn.Module]:
+    """A 1-Lipschitz convolution that keeps the shape, with its non-linearity: SLL has its own inside."""
+    if kind == "sll":
+        return [SLLConv2d(channels)]
+    return [AOLConv2d(channels, channels) if kind == "aol" else CayleyConv2d(channels), MaxMin()]
+
+
+def _grey(image_shape: ImageShape) -> Normalize:
+    return Normalize((0.5,) * image_shape[0], (1.0,) * image_shape[0])
+
+
+def _check_even(width: int) -> None:
+    if width % 2:
+        raise ValueError(f"width: expected an even number, since MaxMin sorts pairs, got {width}")
+
+
+Encoder = SmallCNN | ResNet18 | LipschitzNet
+ENCODERS: dict[str, Callable[[ImageShape, int, str], Encoder]] = {
     "small-cnn": _small_cnn,
     "resnet18": _resnet18,
+    "lip-mlp": _lip_mlp,
+    "lip-cnn": _lip_cnn("sll"),
+    "lip-cnn-aol": _lip_cnn("aol"),
+    "lip-cnn-cayley": _lip_cnn("cayley"),
 }
 
 
-def build_encoder(name: str, image_shape: ImageShape, *, width: int, dataset: str = "") -> SmallCNN | ResNet18:
+def build_encoder(name: str, image_shape: ImageShape, *, width: int, dataset: str = "") -> Encoder:
     """A fresh encoder by name, for images of shape (channels, height, width).
 
     Args:
-        name: "small-cnn" (8x8 and 28x28 images) or "resnet18" (the paper's).
-        width: channels of the first layer.
+        name: "small-cnn" (8x8 and 28x28 images) or "resnet18" (the paper's); "lip-mlp" (dense), "lip-cnn" (SLL
+            convolutions), "lip-cnn-aol" or "lip-cnn-cayley", which are 1-Lipschitz.
+        width: channels of the first layer; of "lip-mlp" its units.
         dataset: picks the pixel statistics of "resnet18": SVHN's for "svhn", CIFAR's for other colour images,
             0.5 and 0.5 otherwise.
     Raises:
-        ValueError: if the name is unknown or the width is not positive.
+        ValueError: if the name is unknown, or the width is not positive or does not suit the encoder.
     """
     if name not in ENCODERS:
         raise ValueError(f"encoder: expected one of {sorted(ENCODERS)}, got {name!r}")

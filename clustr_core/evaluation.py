@@ -15,14 +15,33 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from clustr_core import attacks, data, records
+from clustr_core.accuracy import best_bound
 from clustr_core.attacks import AttackResult
-from clustr_core.certify import Bound, certified_radius
+from clustr_core.certify import HARD_BOUNDS, HardBound, certified_radius, margin_radius
+from clustr_core.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.lipschitz import lipschitz_lower_bound, lipschitz_upper_bound
 from clustr_core.paper import paper_pgd, paper_surface
-from clustr_core.recipes import ATTACK_CODE, CERTIFICATE_CODE, CrossEntropy, Profile, Protocol, code_digest, run_folder
-from clustr_core.training import Run, embed_all, load_run
+from clustr_core.prototypes import pixel_prototype_rows
+from clustr_core.recipes import (
+    ATTACK_CODE,
+    CERTIFICATE_CODE,
+    SANDWICH_CODE,
+    CrossEntropy,
+    Profile,
+    Protocol,
+    SandwichBudget,
+    Smoothing,
+    SmoothingBudget,
+    code_digest,
+    run_folder,
+)
+from clustr_core.rounding import embedding_error
+from clustr_core.sandwich import measure_sandwich
+from clustr_core.smoothing import certify_smoothed
+from clustr_core.training import Run, load_run
 
-BOUNDS: tuple[Bound, ...] = ("triangle", "nearest", "pairwise")
+# of a certificate that is vacuous anyway; of one that is meant to hold, all
+BOUNDS: tuple[HardBound, ...] = ("triangle", "nearest", "pairwise")
 BATCH = 256
 # an interrupted measurement loses at most so many examples; a temperature is taken from so many
 CHUNK = 128
@@ -128,18 +147,48 @@ def attacks_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
 
 def certificates_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
     """`certificate_table` of a run on as many images as a profile says; the method comes first."""
-    return named(run.recipe.method, certificate_table(run, examples=profile.certified_examples, **options))
+    budget = {"examples": profile.certified_examples, "smoothing": profile.smoothing}
+    return named(run.recipe.method, certificate_table(run, **budget, **options))
 
 
-def heads_of(run: Run) -> tuple[Head, ...]:
-    """What is measured of a run: cross-entropy also with clusters fitted after training, as "ce-clusters"."""
-    return ("own", "clusters") if isinstance(run.recipe, CrossEntropy) else ("own",)
+def prototype_certificates(profile: Profile, dataset: data.Dataset) -> pd.DataFrame:
+    """The rows of `certificates_of` for the floor that needs no training: nearest prototypes on raw pixels."""
+    per_class = next(iter(profile.recipes.values())).per_class
+    indices = _drawn_order(dataset)[: profile.certified_examples].sort().values
+    return named("prototypes", pixel_prototype_rows(dataset, per_class=per_class, indices=indices))
 
 
-def source_of(run: Run, profile: Profile, method: str) -> Run | None:
-    """The profile's run of a method, to transfer attacks from; None for that run itself, or if there is no such run."""
-    recipe = profile.recipes.get(method)
-    return None if recipe is None or recipe == run.recipe else load_run(run_folder(recipe), expected=recipe)
+def sandwich_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
+    """`sandwich_table` of a run with the budget of a profile; the method comes first."""
+    if profile.sandwich is None:
+        raise ValueError(f"profile {profile.name}: expected an entry sandwich, got none")
+    return named(run.recipe.method, sandwich_table(run, profile.sandwich, **options))
+
+
+def sandwich_table(
+    run: Run,
+    budget: SandwichBudget,
+    *,
+    dataset: data.Dataset | None = None,
+    device: str | torch.device = "cpu",
+) -> pd.DataFrame:
+    """What the attacks that search for the nearest misclassified image find, beside what is certified.
+
+    Certificates are computed in float64, attacks run on the model in float32.
+
+    Returns:
+        the columns of `sandwich.sandwich_rows`: one row for each attack and image.
+    Raises:
+        CertificateBroken: if an attack breaks a certificate; the example is kept in ``counterexamples/`` beside the run.
+        ValueError: if the run is of a method that certifies nothing.
+    """
+    if run.recipe.guarantee != "lipschitz":
+        raise ValueError(f"run: expected a method on a 1-Lipschitz encoder, got {run.recipe.method}")
+    dataset = dataset_of(run, dataset)
+    path = cache_path(run, dataset, "sandwich", asdict(budget), SANDWICH_CODE)
+    if not path.exists():
+        records.write_table(path, _sandwich_rows(run, budget, dataset, device))
+    return records.read_table(path)
 
 
 def named(name: str, table: pd.DataFrame) -> pd.DataFrame:
@@ -151,19 +200,28 @@ def certificate_table(
     run: Run,
     *,
     examples: int | None = None,
+    smoothing: SmoothingBudget | None = None,
     dataset: data.Dataset | None = None,
     device: str | torch.device = "cpu",
 ) -> pd.DataFrame:
-    """Certified radii of a run's cluster classifier: one row for each bound and test image.
+    """Certified radii of a run's classifier: one row for each bound and test image.
 
+    Of an ordinary encoder, those of clusters, fitted afterwards if need be: "triangle", "nearest", "pairwise". Of a
+    1-Lipschitz one, in float64 and less all rounding: "exact" as well, or "margin" for a linear head. Of a base
+    classifier of randomised smoothing: "smoothing".
+
+    Args:
+        smoothing: what the last may spend, on images of its own number.
     Returns:
         columns ``bound index label prediction correct feature_radius radius lipschitz lipschitz_lower_bound``:
         ``feature_radius`` in the embedding space, ``radius`` = feature_radius / lipschitz in pixels of [0, 1].
+        Smoothing has no Lipschitz constant, and the prediction -1 where it abstains.
     """
     dataset = dataset_of(run, dataset)
-    path = cache_path(run, dataset, "certificate", {"examples": examples, "bounds": BOUNDS}, CERTIFICATE_CODE)
+    what = {"examples": examples, "smoothing": asdict(smoothing) if smoothing else None}
+    path = cache_path(run, dataset, "certificate", what, CERTIFICATE_CODE)
     if not path.exists():
-        records.write_table(path, _certificate_rows(run, examples, dataset, device))
+        records.write_table(path, _certificate_rows(run, examples, smoothing, dataset, device))
     return records.read_table(path)
 
 
@@ -297,23 +355,92 @@ def run_attack(
 
 
 def _certificate_rows(
-    run: Run, examples: int | None, dataset: data.Dataset | None, device: str | torch.device
+    run: Run,
+    examples: int | None,
+    smoothing: SmoothingBudget | None,
+    dataset: data.Dataset | None,
+    device: str | torch.device,
 ) -> pd.DataFrame:
-    model = run.cluster_model(device)
+    """One row for each bound and image; where a certificate is meant to hold, everything is computed in float64."""
+    if run.recipe.guarantee == "smoothing":
+        return _smoothing_rows(run, smoothing, dataset, device)
     indices, images, labels = some_test_images(run, dataset, examples)
+    pixels = data.to_float(images.to(device))
+    clustered = run.recipe.clustered or run.recipe.guarantee == "none"
+    model = run.cluster_model(device) if clustered else run.model(device)
+    lower = lipschitz_lower_bound(model.encoder, pixels[:64])
+    error = 0.0
+    if run.recipe.guarantee == "lipschitz":
+        model, pixels = model.double(), pixels.double()
+        error = embedding_error(model.encoder, run.image_shape)
     upper = lipschitz_upper_bound(model.encoder, run.image_shape)
-    lower = lipschitz_lower_bound(model.encoder, data.to_float(images[:64].to(device)))
-    embeddings = embed_all(model.encoder, images)
-    predicted = predictions(model, images, device)
-    rows = {
-        "index": indices,
-        "label": labels,
-        "prediction": predicted,
-        "correct": predicted == labels,
-    }
+    with torch.no_grad():
+        embeddings = torch.cat([model.embed(part) for part in pixels.split(BATCH)])
+        predicted = torch.cat([model(part).argmax(dim=1) for part in pixels.split(BATCH)]).cpu()
+    rows = {"index": indices, "label": labels, "prediction": predicted, "correct": predicted == labels}
     tables = []
-    for bound in BOUNDS:
-        radius = certified_radius(embeddings, model.clusters, bound=bound, rule="soft", neighbours=model.neighbours)
+    for bound, radius in _feature_radii(run, model, embeddings, error).items():
         tables.append(pd.DataFrame({"bound": bound, **rows, "feature_radius": radius.double().cpu()}))
     table = pd.concat(tables, ignore_index=True)
     return table.assign(radius=table["feature_radius"] / upper, lipschitz=upper, lipschitz_lower_bound=lower)
+
+
+def _feature_radii(run: Run, model: nn.Module, embeddings: Tensor, error: float) -> dict[str, Tensor]:
+    """The feature radius of each bound that is valid for the model."""
+    if isinstance(model, LinearClassifier):
+        return {"margin": margin_radius(embeddings, model.linear, embedding_error=error)}
+    assert isinstance(model, ClusterClassifier)
+    options = {"rule": model.rule, "neighbours": model.neighbours, "embedding_error": error}
+    bounds = BOUNDS if run.recipe.guarantee == "none" else HARD_BOUNDS
+    return {bound: certified_radius(embeddings, model.clusters, bound=bound, **options) for bound in bounds}
+
+
+def _smoothing_rows(
+    run: Run, budget: SmoothingBudget | None, dataset: data.Dataset | None, device: str | torch.device
+) -> pd.DataFrame:
+    """Certificates of the smoothed classifier; an image on which it abstains has the prediction -1 and no radius."""
+    assert isinstance(run.recipe, Smoothing)
+    if budget is None:
+        raise ValueError(f"smoothing: expected a budget in the profile for {run.recipe.method}, got none")
+    indices, images, labels = some_test_images(run, dataset, budget.examples)
+    found = certify_smoothed(
+        run.model(device), data.to_float(images.to(device)), indices=indices, noise=run.recipe.noise,
+        samples=budget.samples, selection_samples=budget.selection_samples, failure_prob=budget.failure_prob,
+        progress=True,
+    )  # fmt: skip
+    predicted, radius = found.predictions.cpu(), found.radius.double().cpu()
+    return pd.DataFrame(
+        {
+            "bound": "smoothing",
+            "index": indices,
+            "label": labels,
+            "prediction": predicted,
+            "correct": predicted == labels,
+            "feature_radius": radius,
+            "radius": radius,
+            "lipschitz": float("nan"),
+            "lipschitz_lower_bound": float("nan"),
+        }
+    )
+
+
+def _sandwich_rows(
+    run: Run, budget: SandwichBudget, dataset: data.Dataset, device: str | torch.device
+) -> pd.DataFrame:
+    """The rows of `sandwich_table`, chunk by chunk."""
+    indices, images, labels = some_test_images(run, dataset, budget.examples)
+    table = _certificate_rows(run, budget.examples, None, dataset, device).assign(method=run.recipe.method)
+    radii = torch.tensor(best_bound(table).set_index("index").loc[indices.tolist(), "radius"].tolist())
+    model = run.model(device)
+    sample = data.to_float(dataset.test_images[_drawn_order(dataset)[:CHUNK]].to(device))
+    temperature = attacks.rescaled(model, sample).temperature
+    tables = []
+    for at in tqdm(torch.arange(len(indices)).split(CHUNK), f"{run.recipe.method} sandwich"):
+        pixels = data.to_float(images[at].to(device))
+        tables.append(
+            measure_sandwich(
+                model, pixels, labels[at].to(device), radii[at].to(pixels), budget, indices=indices[at],
+                folder=run.path / "counterexamples", temperature=temperature,
+            )
+        )  # fmt: skip
+    return pd.concat(tables, ignore_index=True)

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from clustr_core.distances import flat_norm, per_item
-from clustr_core.encoders import ImageShape, Normalize, ResidualBlock, ResNet18, SmallCNN
+from clustr_core.encoders import ImageShape, LipschitzNet, Normalize, ResidualBlock, ResNet18, SmallCNN
+from clustr_core.one_lipschitz import (
+    AOLConv2d,
+    AOLLinear,
+    CayleyConv2d,
+    MaxMin,
+    OrthogonalPointwise,
+    PadChannels,
+    SLLConv2d,
+    SLLLinear,
+)
 
 Shapes = dict[nn.Module, torch.Size]
 
@@ -22,7 +32,8 @@ def lipschitz_upper_bound(encoder: nn.Module, image_shape: ImageShape) -> float:
     """A constant L with ||f(x) - f(x')|| <= L ||x - x'|| for all images: the product of the layers' norms.
 
     Affine neighbours (normalisation, convolution, batch norm) are merged before their norm is taken; a residual
-    block counts the sum of its branch and its shortcut; ReLU counts 1. Norms are computed in float64 and rounded up.
+    block counts the sum of its branch and its shortcut; ReLU and MaxMin count 1. The layers of `one_lipschitz` are not
+    trusted: their norms are taken from the weights they really use, like all others. Norms are computed in float64 and rounded up.
 
     Args:
         encoder: in evaluation mode, made of the layers of `clustr_core.encoders` and of common `torch.nn` layers.
@@ -34,9 +45,9 @@ def lipschitz_upper_bound(encoder: nn.Module, image_shape: ImageShape) -> float:
         turned into a bound as `convolution_norm` says.
     """
     check_evaluation_mode(encoder)
-    shapes = _input_shapes(encoder, image_shape)
+    shapes = input_shapes(encoder, image_shape)
     # the float64 norms carry a relative error near 1e-13 a layer
-    return _bound(encoder, shapes) * (1 + 1e-9)
+    return layer_bound(encoder, shapes) * (1 + 1e-9)
 
 
 def check_evaluation_mode(encoder: nn.Module) -> None:
@@ -99,11 +110,13 @@ def lipschitz_lower_bound(
     return float(gain.max())
 
 
-def _input_shapes(encoder: nn.Module, image_shape: ImageShape) -> Shapes:
+def input_shapes(encoder: nn.Module, image_shape: ImageShape) -> Shapes:
     """The input shape of every layer, from one forward pass of a blank image."""
     shapes: Shapes = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        if not inputs:  # the parametrisation of a weight, which sees no image
+            return
         shape = inputs[0].shape[1:]
         if shapes.setdefault(module, shape) != shape:
             raise TypeError(f"encoder: one {type(module).__name__} is used at two sizes, {shapes[module]} and {shape}")
@@ -119,7 +132,12 @@ def _input_shapes(encoder: nn.Module, image_shape: ImageShape) -> Shapes:
     return shapes
 
 
-def _bound(module: nn.Module, shapes: Shapes) -> float:
+def layer_bound(module: nn.Module, shapes: Shapes) -> float:
+    """The Lipschitz bound of one layer, or of a chain, on inputs of the shapes of `input_shapes`.
+
+    Raises:
+        TypeError: for a layer without a known bound.
+    """
     for kind, rule in _RULES.items():
         # a subclass may compute something else: what counts is whose forward it runs
         if isinstance(module, kind) and type(module).forward is kind.forward:
@@ -133,7 +151,7 @@ def _chain(layers: list[nn.Module], shapes: Shapes) -> float:
     while position < len(layers):
         stop = _merged_run(layers, position)
         run = layers[position:stop]
-        total *= _merged_norm(run, shapes) if len(run) > 1 else _bound(run[0], shapes)
+        total *= _merged_norm(run, shapes) if len(run) > 1 else layer_bound(run[0], shapes)
         position = stop
     return total
 
@@ -191,14 +209,41 @@ def _residual_block(block: ResidualBlock, shapes: Shapes) -> float:
 
 def _resnet18(net: ResNet18, shapes: Shapes) -> float:
     stem = _chain([net.normalize, net.conv1, net.bn1], shapes)
-    stages = [_bound(stage, shapes) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
-    return stem * math.prod(stages) * _bound(net.pool, shapes)
+    stages = [layer_bound(stage, shapes) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
+    return stem * math.prod(stages) * layer_bound(net.pool, shapes)
 
 
 def _global_average(pool: nn.AdaptiveAvgPool2d, shapes: Shapes) -> float:
     if pool.output_size not in (1, (1, 1)):
         raise TypeError(f"encoder: expected adaptive pooling to 1 x 1, got {pool.output_size}")
     return 1 / math.sqrt(math.prod(shapes[pool][1:]))
+
+
+def _sll(layer: SLLConv2d | SLLLinear, shapes: Shapes) -> float:
+    """||I - M^T D M|| for every diagonal 0 <= D <= 1 is at most max(1, ||M||^2 - 1), M = diag(t)^(1/2) W."""
+    step, weight = layer.step().detach().double(), layer.weight.detach().double()
+    rows = step.sqrt().reshape(-1, *[1] * (weight.dim() - 1)) * weight
+    return max(1.0, _norm_of(rows, layer, shapes) ** 2 - 1)
+
+
+def _aol(layer: AOLConv2d | AOLLinear, shapes: Shapes) -> float:
+    return _norm_of(layer.effective_weight().detach().double(), layer, shapes)
+
+
+def _cayley(layer: CayleyConv2d, shapes: Shapes) -> float:
+    """This convolution does wrap around, so its blocks at the image's own size are all of it."""
+    height, width = shapes[layer][1:]
+    blocks = layer.blocks(height, width).detach().to(torch.complex128)
+    return float(torch.linalg.matrix_norm(blocks, ord=2).max())
+
+
+def _norm_of(weight: Tensor, layer: nn.Module, shapes: Shapes) -> float:
+    """The norm of a matrix, or of a zero-padded convolution that keeps the size of what the layer was given."""
+    if weight.dim() == 2:
+        return float(torch.linalg.matrix_norm(weight, ord=2))
+    height, width = shapes[layer][1:]
+    padding = weight.shape[2] // 2
+    return convolution_norm(weight, (height, width), (padding, padding))
 
 
 def _average(pool: nn.AvgPool2d, shapes: Shapes) -> float:
@@ -230,6 +275,15 @@ _RULES: dict[type[nn.Module], Callable[..., float]] = {
     nn.BatchNorm1d: lambda m, _: float(_batch_norm_scale(m).abs().max()),
     Normalize: lambda m, _: float(1 / m.std.double().min()),
     nn.ReLU: lambda m, _: 1.0,
+    MaxMin: lambda m, _: 1.0,
+    PadChannels: lambda m, _: 1.0,
+    nn.PixelUnshuffle: lambda m, _: 1.0,
+    SLLConv2d: _sll,
+    SLLLinear: _sll,
+    AOLConv2d: _aol,
+    AOLLinear: _aol,
+    CayleyConv2d: _cayley,
+    OrthogonalPointwise: lambda m, shapes: layer_bound(m.linear, shapes),
     nn.Tanh: lambda m, _: 1.0,
     nn.Identity: lambda m, _: 1.0,
     nn.Flatten: lambda m, _: 1.0,
@@ -239,5 +293,6 @@ _RULES: dict[type[nn.Module], Callable[..., float]] = {
     ResidualBlock: _residual_block,
     ResNet18: _resnet18,
     SmallCNN: lambda m, shapes: _chain(list(m.layers), shapes),
+    LipschitzNet: lambda m, shapes: _chain(list(m.layers), shapes),
     nn.Sequential: lambda m, shapes: _chain(list(m), shapes),
 }

@@ -1,5 +1,6 @@
-"""The magnet loss in both of its forms, consistency and divergence, and the losses that attacks climb."""
+"""The magnet loss in both of its forms, the certificate as a loss, consistency, and the losses that attacks climb."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -73,18 +74,74 @@ def full_magnet_loss(
         that each other cluster of the own class adds exp(0) = 1 to the rivals' sum.
     """
     _check_rows(embeddings, labels)
-    if clusters.num_classes < 2:
-        raise ValueError("clusters: expected at least two classes, got one")
-    if len(labels) and (labels.min() < 0 or labels.max() >= clusters.num_classes):
-        raise ValueError(
-            f"labels: expected classes in 0..{clusters.num_classes - 1}, got {int(labels.min())} to {int(labels.max())}"
-        )
+    _check_classes(labels, clusters)
     variance = embeddings.new_tensor(clusters.shared_variance)
     distances = squared_distances(embeddings, clusters.centroids)
     is_rival = clusters.labels != labels[:, None]
     own_distance = distances.masked_fill(is_rival, torch.inf).amin(dim=1)
     per_example = _hinged(distances, own_distance, is_rival, variance, gap)
     return MagnetLoss(per_example.mean(), per_example, variance)
+
+
+def certificate_loss(
+    embeddings: Float[Tensor, "batch dim"],
+    labels: Int[Tensor, " batch"],
+    clusters: Clusters,
+    *,
+    margin: float,
+    temperature: float,
+) -> Float[Tensor, " batch"]:
+    """The certificate as a loss: tau log(1 + sum_j exp((m - r_j) / tau)) over the rival clusters j of each example.
+
+    r_j = (d_j^2 - d_A^2) / (2 ||mu_j - mu_A||), A the nearest cluster of the example's class, is the signed distance to
+    the bisector of A and j, so with a 1-Lipschitz encoder min_j r_j is the certified radius where the example is
+    classified correctly. The loss is a smooth, slightly larger max(0, m - min_j r_j); gradients reach embeddings and
+    centroids.
+
+    Args:
+        margin: m, the radius asked for, in units of the embedding.
+        temperature: tau, in the same units.
+    Raises:
+        ValueError: if a shape or a label is off, a value is not finite, or ``margin`` or ``temperature`` not positive.
+    Source: this book, chapter 7; r_j is the certificate of Alfarra et al. 2021, Theorem 1.
+    """
+    _check_rows(embeddings, labels)
+    _check_classes(labels, clusters)
+    _check_positive(margin=margin, temperature=temperature)
+    distances = squared_distances(embeddings, clusters.centroids)
+    is_rival = clusters.labels != labels[:, None]
+    own_distance, own = distances.masked_fill(is_rival, torch.inf).min(dim=1)
+    between = squared_distances(clusters.centroids, clusters.centroids)
+    # a rival on top of the own cluster has no bisector: any positive length keeps the loss finite
+    lengths = between.clamp_min(torch.finfo(distances.dtype).tiny).sqrt()[own]
+    short = (margin - (distances - own_distance[:, None]) / (2 * lengths)) / temperature
+    return temperature * _log_one_plus_sum_exp(short.masked_fill(~is_rival, -torch.inf))
+
+
+def margin_cross_entropy(
+    logits: Float[Tensor, "batch class"],
+    labels: Int[Tensor, " batch"],
+    weight: Float[Tensor, "class dim"],
+    *,
+    margin: float,
+    temperature: float,
+) -> Float[Tensor, " batch"]:
+    """Cross-entropy of a linear head that must win by a margin: tau log(1 + sum_j exp((m ||w_y - w_j|| - (g_y - g_j)) / tau)).
+
+    With a 1-Lipschitz encoder (g_y - g_j) / ||w_y - w_j|| is the certified radius against class j.
+
+    Args:
+        weight: of the head, one row a class.
+        margin: m, the radius asked for, in units of the embedding.
+        temperature: tau, in units of the logits.
+    Source: Tsuzuku et al. 2018, algorithm 1 (there one constant for all pairs); Leino et al. 2021 (one for each pair);
+        Prach and Lampert 2022 (the temperature).
+    """
+    _check_positive(margin=margin, temperature=temperature)
+    own = F.one_hot(labels, logits.shape[1]).bool()
+    lengths = (weight[labels][:, None] - weight).square().sum(dim=2).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
+    short = (margin * lengths + logits - logits.gather(1, labels[:, None])) / temperature
+    return temperature * _log_one_plus_sum_exp(short.masked_fill(own, -torch.inf))
 
 
 def consistency_loss(
@@ -162,6 +219,25 @@ def _cluster_of_rows(assignments: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     if (cluster_labels == cluster_labels[0]).all():
         raise ValueError("labels: expected at least two classes in a batch, got one, which has no rival")
     return own, cluster_labels
+
+
+def _log_one_plus_sum_exp(values: Float[Tensor, "batch column"]) -> Float[Tensor, " batch"]:
+    return F.pad(values, (1, 0)).logsumexp(dim=1)
+
+
+def _check_positive(**lengths: float) -> None:
+    for name, length in lengths.items():
+        if not (length > 0 and math.isfinite(length)):
+            raise ValueError(f"{name}: expected a positive number, got {length}")
+
+
+def _check_classes(labels: Tensor, clusters: Clusters) -> None:
+    if clusters.num_classes < 2:
+        raise ValueError("clusters: expected at least two classes, got one")
+    if len(labels) and (labels.min() < 0 or labels.max() >= clusters.num_classes):
+        raise ValueError(
+            f"labels: expected classes in 0..{clusters.num_classes - 1}, got {int(labels.min())} to {int(labels.max())}"
+        )
 
 
 def _check_rows(embeddings: Tensor, labels: Tensor, assignments: Tensor | None = None) -> None:

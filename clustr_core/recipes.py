@@ -18,14 +18,24 @@ from clustr_core import records
 
 Augmentation = Literal["none", "crop", "crop-flip"]
 Optimiser = Literal["adam", "sgd"]
+Schedule = Literal["steps", "triangle"]
+Guarantee = Literal["none", "lipschitz", "smoothing"]
 Norm = Literal["linf", "l2"]
 
+# the encoders whose Lipschitz constant is at most 1 by construction
+ONE_LIPSCHITZ = ("lip-mlp", "lip-cnn", "lip-cnn-aol", "lip-cnn-cayley")
+
 # the modules that decide the weights of a run, and the numbers measured on it
-_MODEL = ("distances", "kernels", "clusters", "ascent", "losses", "encoders", "classifiers", "data")
+_MODEL = (
+    "distances", "kernels", "clusters", "ascent", "losses", "one_lipschitz", "encoders", "classifiers", "data",
+)  # fmt: skip
 TRAINING_CODE = (*_MODEL, "sampling", "training")
 ATTACK_CODE = (*_MODEL, "verdicts", "autoattack", "attacks", "paper", "evaluation")
 EXAMINATION_CODE = (*ATTACK_CODE, "toys", "diagnostics", "examination")
-CERTIFICATE_CODE = (*_MODEL, "evaluation", "lipschitz", "dual", "soft_bounds", "certify")
+CERTIFICATE_CODE = (
+    *_MODEL, "evaluation", "lipschitz", "rounding", "dual", "soft_bounds", "certify", "smoothing", "prototypes",
+)  # fmt: skip
+SANDWICH_CODE = (*ATTACK_CODE, *CERTIFICATE_CODE, "minimum_norm", "sandwich")
 EMBEDDING_CODE = (*_MODEL, "evaluation", "embeddings")
 
 
@@ -36,7 +46,10 @@ class Recipe:
     Args:
         dataset, encoder, width: as `data.load` and `encoders.build_encoder` take them.
         train_examples: train on the first that many only; None for all.
-        augmentation: random crops (4 pixels of padding) and mirror images.
+        augmentation: random crops and mirror images.
+        crop_padding: pixels added on each side before a crop.
+        schedule: "steps" divides the learning rate by ten at the milestones; "triangle" raises it from 0 over the first
+            sixth of the training, holds it until two fifths, and lowers it to 0 at the end.
         milestones: epochs after which the learning rate is divided by ten.
         seed: fixes the initial weights, every batch and every random start.
         snapshots: epochs whose weights are kept beside the final ones (0 is the start).
@@ -45,17 +58,23 @@ class Recipe:
     """
 
     method: ClassVar[str]
+    # what a certificate of the method rests on; whether it decides by clusters; by which rule
+    guarantee: ClassVar[Guarantee] = "none"
+    clustered: ClassVar[bool] = False
+    rule: ClassVar[Literal["soft", "nearest"]] = "soft"
 
     dataset: str = "digits"
     encoder: str = "small-cnn"
     width: int = 32
     train_examples: int | None = None
     augmentation: Augmentation = "none"
+    crop_padding: int = 4
     epochs: int = 20
     batch_size: int = 64
     optimiser: Optimiser = "adam"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
+    schedule: Schedule = "steps"
     milestones: tuple[int, ...] = ()
     seed: int = 111
     snapshots: tuple[int, ...] = ()
@@ -78,6 +97,10 @@ class Recipe:
         for name in ("milestones", "snapshots"):
             if late := [epoch for epoch in getattr(self, name) if not 0 <= epoch <= self.epochs]:
                 raise ValueError(f"{name}: expected epochs in 0..{self.epochs}, got {late}")
+        if self.guarantee == "lipschitz" and self.encoder not in ONE_LIPSCHITZ:
+            raise ValueError(f"encoder: expected one of {ONE_LIPSCHITZ} for {self.method}, got {self.encoder!r}")
+        if self.milestones and self.schedule != "steps":
+            raise ValueError(f"milestones: expected none with schedule {self.schedule!r}, got {self.milestones}")
         for name in _SAME_NETWORK if self.warm_start else ():
             mine, start = getattr(self, name), getattr(self.warm_start, name)
             if mine != start:
@@ -169,6 +192,7 @@ class Clustr(Recipe):
     """
 
     method: ClassVar[str] = "clustr"
+    clustered: ClassVar[bool] = True
 
     clusters_per_batch: int = 12
     per_cluster: int = 20
@@ -210,11 +234,79 @@ class FreeClustr(Clustr):
     replays: int = 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClustrLip(Clustr):
+    """The magnet loss on a 1-Lipschitz encoder, decided by the nearest cluster: what clustering alone buys.
+
+    Source: this book, chapter 7. Deviations from the paper: the encoder, and the nearest rule in place of the soft one.
+    """
+
+    method: ClassVar[str] = "clustr-lip"
+    guarantee: ClassVar[Guarantee] = "lipschitz"
+    rule: ClassVar[Literal["soft", "nearest"]] = "nearest"
+
+    encoder: str = "lip-mlp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClustrCert(Recipe):
+    """The certificate itself as the loss, on a 1-Lipschitz encoder with clusters that are learnt along with it.
+
+    Args:
+        margin: the certified radius asked for, in pixels of [0, 1] (the loss's m).
+        temperature: how sharply radii below the margin are told from those above, in the same units (the loss's tau).
+    Source: this book, chapter 7: `losses.certificate_loss`.
+    """
+
+    method: ClassVar[str] = "clustr-cert"
+    guarantee: ClassVar[Guarantee] = "lipschitz"
+    clustered: ClassVar[bool] = True
+    rule: ClassVar[Literal["soft", "nearest"]] = "nearest"
+
+    encoder: str = "lip-mlp"
+    margin: float = 0.5
+    temperature: float = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class LipschitzMargin(Recipe):
+    """A 1-Lipschitz encoder with a linear head of orthonormal rows, trained for its margin: the rival without clusters.
+
+    Args:
+        margin: the certified radius asked for, in pixels of [0, 1].
+        temperature: what logits are divided by in the cross-entropy, in the same units.
+    Source: Tsuzuku et al. 2018 (the margin is taken off the label's logit); Leino et al. 2021 (a Lipschitz constant for
+        each pair of classes); Prach and Lampert 2022 (the temperature).
+    """
+
+    method: ClassVar[str] = "lip-linear"
+    guarantee: ClassVar[Guarantee] = "lipschitz"
+
+    encoder: str = "lip-mlp"
+    margin: float = 0.5
+    temperature: float = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smoothing(Recipe):
+    """Cross-entropy on images with Gaussian noise: the base classifier of randomised smoothing.
+
+    Args:
+        noise: its standard deviation, in pixels of [0, 1]; the same in training and in the certificate.
+    Source: Cohen et al. 2019.
+    """
+
+    method: ClassVar[str] = "smoothing"
+    guarantee: ClassVar[Guarantee] = "smoothing"
+
+    noise: float = 0.25
+
+
 METHODS: dict[str, type[Recipe]] = {
     kind.method: kind
     for kind in (
         CrossEntropy, AdversarialTraining, Trades, FreeAdversarialTraining, FastAdversarialTraining,
-        Clustr, ClustrQTrades, FreeClustr,
+        Clustr, ClustrQTrades, FreeClustr, ClustrLip, ClustrCert, LipschitzMargin, Smoothing,
     )
 }  # fmt: skip
 
@@ -222,6 +314,7 @@ _POSITIVE = {
     "width", "train_examples", "epochs", "batch_size", "learning_rate", "per_class", "kmeans_starts",
     "kmeans_iterations", "neighbours", "eps", "step_size", "steps", "clusters_per_batch", "per_cluster",
     "consistency_weight", "training_neighbours", "gap", "trades_weight", "start_scale", "replays",
+    "crop_padding", "margin", "temperature", "noise",
 }  # fmt: skip
 
 
@@ -330,6 +423,62 @@ class Examination:
                 raise ValueError(f"{item.name}: expected a positive number, got {getattr(self, item.name)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SandwichBudget:
+    """What each attack that searches for the nearest misclassified image may spend.
+
+    Args:
+        examples: how many test images, in an order drawn once; None for all.
+        steps, restarts: of fmn, ddn, and of PGD inside the certified balls (under each of its two losses).
+        points: random directions on the sphere of the certified radius.
+        apgd_eps: radii, in units of pixels in [0, 1], at which AutoAttack's APGD is run; none leaves it out.
+    Raises:
+        ValueError: if a number is not positive.
+    """
+
+    examples: int | None = None
+    steps: int = 100
+    restarts: int = 1
+    points: int = 1000
+    apgd_eps: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        _check_budget(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothingBudget:
+    """What the certificate of randomised smoothing may spend.
+
+    Args:
+        examples: how many test images, in an order drawn once; None for all.
+        samples, selection_samples: noisy copies of an image for the bound, and for the choice of the class.
+        failure_prob: with which a certificate may be wrong.
+    Raises:
+        ValueError: if a number is not positive, or the probability not below 1.
+    """
+
+    examples: int | None = None
+    samples: int = 1000
+    selection_samples: int = 100
+    failure_prob: float = 0.001
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        _check_budget(self)
+        if self.failure_prob >= 1:
+            raise ValueError(f"failure_prob: expected less than 1, got {self.failure_prob}")
+
+
+def _check_budget(budget: SandwichBudget | SmoothingBudget) -> None:
+    for item in fields(budget):
+        value = getattr(budget, item.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not number > 0:
+                raise ValueError(f"{item.name}: expected a positive number, got {number}")
+
+
 @dataclass(frozen=True)
 class Profile:
     """A scale at which the whole book is computed: its runs, its measurements, its chapters' parameters."""
@@ -339,6 +488,8 @@ class Profile:
     attacks: dict[str, Protocol]
     certified_examples: int | None = None
     examination: Examination | None = None
+    sandwich: SandwichBudget | None = None
+    smoothing: SmoothingBudget | None = None
     chapters: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -347,6 +498,25 @@ class Profile:
             if protocol.attack == "transfer" and protocol.source not in self.recipes:
                 expected = sorted(self.recipes)
                 raise ValueError(f"attacks.{name}.source: expected one of {expected}, got {protocol.source!r}")
+
+
+    @property
+    def ordinary(self) -> dict[str, Recipe]:
+        """The methods without a guarantee: the paper's, and what it is compared with."""
+        return {name: recipe for name, recipe in self.recipes.items() if recipe.guarantee == "none"}
+
+    @property
+    def lipschitz(self) -> dict[str, Recipe]:
+        """The methods on 1-Lipschitz encoders, which certify."""
+        return {name: recipe for name, recipe in self.recipes.items() if recipe.guarantee == "lipschitz"}
+
+    @property
+    def attacked(self) -> dict[str, Recipe]:
+        """The methods that attacks are run on: all but smoothing, whose base classifier is not what it certifies."""
+        return self.ordinary | self.lipschitz
+
+
+_BUDGETS = {"examination": Examination, "sandwich": SandwichBudget, "smoothing": SmoothingBudget}
 
 
 def run_key(recipe: Recipe) -> str:
@@ -398,8 +568,8 @@ def load_profile(name: str | Path) -> Profile:
     """The profile ``profiles/<name>.yaml`` of the book's root, or a YAML file by its path.
 
     Keys: ``shared`` (fields of every recipe), ``methods`` (the fields of each; ``warm_start`` names another method),
-    ``attacks`` (a `Protocol` each), ``certified_examples``, ``examination`` (an `Examination`), ``chapters``
-    (parameters of each notebook). Fractions such as 8/255 are numbers.
+    ``attacks`` (a `Protocol` each), ``certified_examples``, ``examination``, ``sandwich`` and ``smoothing`` (an
+    `Examination`, a `SandwichBudget`, a `SmoothingBudget`), ``chapters`` (parameters of each notebook). Fractions such as 8/255 are numbers.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -411,7 +581,7 @@ def load_profile(name: str | Path) -> Profile:
         raise FileNotFoundError(f"profile: expected one of {known} or a YAML file, got {name}")
     content = _mapping(_read_yaml(path), path.name)
     parts = ("shared", "methods", "attacks", "chapters")
-    known = [*parts, "certified_examples", "examination"]
+    known = [*parts, "certified_examples", *_BUDGETS]
     if unknown := sorted(set(content) - set(known), key=str):
         raise ValueError(f"{path.name}: unknown key {unknown}, expected some of {known}")
     shared, methods, attacks, chapters = (_mapping(content.get(key), f"{path.name}: {key}") for key in parts)
@@ -420,12 +590,14 @@ def load_profile(name: str | Path) -> Profile:
     examples = _value(content.get("certified_examples"), int | None, where)
     if examples is not None and examples < 1:
         raise ValueError(f"{where}: expected a positive number, got {examples}")
-    where = f"{path.name}: examination"
-    asked = content.get("examination")
-    examination = None if asked is None else _build(Examination, _mapping(asked, where), where)
+    budgets = {
+        key: _build(kind, _mapping(content[key], f"{path.name}: {key}"), f"{path.name}: {key}")
+        for key, kind in _BUDGETS.items()
+        if content.get(key) is not None
+    }
     recipes = _recipes(methods, shared, path.name)
     try:
-        return Profile(path.stem, recipes, protocols, examples, examination, chapters)
+        return Profile(path.stem, recipes, protocols, examples, chapters=chapters, **budgets)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 

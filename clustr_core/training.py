@@ -21,15 +21,28 @@ from clustr_core import data, records
 from clustr_core.ascent import maximise, random_point
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier, Rule, cluster_logits
 from clustr_core.clusters import Clusters, fit_clusters
+from clustr_core.distances import squared_distances
 from clustr_core.encoders import build_encoder
-from clustr_core.losses import consistency_loss, cross_entropy, full_magnet_loss, kl_divergence, magnet_loss
+from clustr_core.losses import (
+    certificate_loss,
+    consistency_loss,
+    cross_entropy,
+    full_magnet_loss,
+    kl_divergence,
+    magnet_loss,
+    margin_cross_entropy,
+)
+from clustr_core.one_lipschitz import bake
 from clustr_core.recipes import (
     AdversarialTraining,
     Clustr,
+    ClustrCert,
     ClustrQTrades,
     FreeAdversarialTraining,
     FreeClustr,
+    LipschitzMargin,
     Recipe,
+    Smoothing,
     Trades,
     recipe_from_dict,
     recipe_to_dict,
@@ -59,14 +72,20 @@ class Run:
 
     def model(self, device: str | torch.device = "cpu") -> LinearClassifier | ClusterClassifier:
         """The classifier as its method defines it, in evaluation mode."""
-        if isinstance(self.recipe, Clustr):
+        if self.recipe.clustered:
             return self.cluster_model(device)
         net = _new_network(self.recipe, self.image_shape, self.num_classes)
         net.load_state_dict(_prefixed(self._weights(), "network."))
-        return net.to(device).eval()
+        assert isinstance(net, LinearClassifier)
+        return bake(net).to(device).eval()
 
-    def cluster_model(self, device: str | torch.device = "cpu", *, rule: Rule = "soft") -> ClusterClassifier:
-        """The run's encoder with clusters of its training embeddings, whatever the method, in evaluation mode."""
+    def cluster_model(self, device: str | torch.device = "cpu", *, rule: Rule | None = None) -> ClusterClassifier:
+        """The run's encoder with clusters of its training embeddings, whatever the method, in evaluation mode.
+
+        Args:
+            rule: None for the method's own, which is "soft" for a method without clusters.
+        """
+        rule = rule or self.recipe.rule
         tensors = self._weights()
         encoder = build_encoder(
             self.recipe.encoder, self.image_shape, width=self.recipe.width, dataset=self.recipe.dataset
@@ -74,7 +93,7 @@ class Run:
         encoder.load_state_dict(_prefixed(tensors, "network.encoder."))
         clusters = Clusters(**_prefixed(tensors, "clusters."))
         neighbours = self.recipe.neighbours if rule == "soft" else None
-        return ClusterClassifier(encoder, clusters, rule=rule, neighbours=neighbours).to(device).eval()
+        return bake(ClusterClassifier(encoder, clusters, rule=rule, neighbours=neighbours)).to(device).eval()
 
     def encoder_at(self, epoch: int, device: str | torch.device = "cpu") -> nn.Module:
         """The encoder as it was after ``epoch`` epochs, for the epochs in ``recipe.snapshots``.
@@ -86,7 +105,7 @@ class Run:
             raise ValueError(f"epoch: expected one of the snapshots {self.recipe.snapshots}, got {epoch}")
         net = _new_network(self.recipe, self.image_shape, self.num_classes)
         net.load_state_dict(load_file(_snapshot_path(self.path, epoch)))
-        return net.encoder.to(device).eval()
+        return bake(net.encoder).to(device).eval()
 
     def _weights(self) -> dict[str, Tensor]:
         try:
@@ -99,9 +118,8 @@ class Run:
 class _State:
     """All that an epoch changes."""
 
-    network: LinearClassifier
+    network: LinearClassifier | ClusterClassifier
     optimiser: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator
     images_sha256: str
     perturbation: Tensor | None
@@ -111,9 +129,9 @@ class _State:
 
 @dataclass(frozen=True)
 class Step:
-    """What an objective sees of one batch. ``clusters`` and ``assignments`` are there for cluster methods only."""
+    """What an objective sees of one batch. ``clusters`` and ``assignments`` are there for the magnet loss only."""
 
-    network: LinearClassifier
+    network: LinearClassifier | ClusterClassifier
     images: Float[Tensor, "batch channel height width"]
     labels: Int[Tensor, " batch"]
     generator: torch.Generator
@@ -193,6 +211,29 @@ def _(recipe: ClustrQTrades, step: Step) -> Terms:
     return Terms(magnet + recipe.consistency_weight * inconsistency(moved), magnet)
 
 
+@objective.register
+def _(recipe: ClustrCert, step: Step) -> Terms:
+    assert isinstance(step.network, ClusterClassifier)
+    embeddings, clusters = step.network.embed(step.images), step.network.clusters
+    size = {"margin": recipe.margin, "temperature": recipe.temperature}
+    return Terms(certificate_loss(embeddings, step.labels, clusters, **size))
+
+
+@objective.register
+def _(recipe: LipschitzMargin, step: Step) -> Terms:
+    assert isinstance(step.network, LinearClassifier)
+    head = step.network.linear.weight
+    logits = torch.nn.functional.linear(step.network.embed(step.images), head, step.network.linear.bias)
+    size = {"margin": recipe.margin, "temperature": recipe.temperature}
+    return Terms(margin_cross_entropy(logits, step.labels, head, **size))
+
+
+@objective.register
+def _(recipe: Smoothing, step: Step) -> Terms:
+    noise = torch.empty_like(step.images).normal_(generator=step.generator)
+    return Terms(cross_entropy(step.network(step.images + recipe.noise * noise), step.labels))
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; each submodule's own mode afterwards."""
@@ -234,7 +275,7 @@ def fit(
     dataset = dataset or data.load(recipe.dataset)
     images = dataset.train_images[: recipe.train_examples].to(device)
     labels = dataset.train_labels[: recipe.train_examples].to(device)
-    state = _new_state(recipe, dataset, images, start)
+    state = _new_state(recipe, dataset, images, labels, start)
     if (folder / CHECKPOINT).exists():
         _load_checkpoint(folder / CHECKPOINT, recipe, state)
         log.info("%s: going on after epoch %d", folder, state.epoch)
@@ -290,7 +331,10 @@ def _train_epoch(recipe: Recipe, state: _State, images: Tensor, labels: Tensor) 
         0,
         torch.zeros(len(images), dtype=torch.bool),
     )
-    for batch in sampler:
+    for number, batch in enumerate(sampler):
+        rate = learning_rate(recipe, state.epoch + (number + 0.5) / len(sampler))
+        for group in state.optimiser.param_groups:
+            group["lr"] = rate
         indices = batch.indices.to(images.device)
         pixels = data.to_float(_augmented(recipe, images[indices], state.generator))
         assignments = None if batch.assignments is None else batch.assignments.to(images.device)
@@ -306,12 +350,22 @@ def _train_epoch(recipe: Recipe, state: _State, images: Tensor, labels: Tensor) 
             count += len(terms.loss)
         touched[batch.indices] = True
     loss, magnet_mean = (totals / count).tolist()
-    row = {"epoch": state.epoch + 1, "loss": loss, "learning_rate": state.schedule.get_last_lr()[0]}
+    row = {"epoch": state.epoch + 1, "loss": loss, "learning_rate": learning_rate(recipe, state.epoch + 0.5)}
     if clusters is not None:
         coverage = float(touched.float().mean())
         row |= {"magnet": magnet_mean, "variance": clusters.shared_variance, "coverage": coverage}
-    state.schedule.step()
     return row
+
+
+def learning_rate(recipe: Recipe, epoch: float) -> float:
+    """The learning rate at a time in epochs, which may lie within one."""
+    if recipe.schedule == "triangle":
+        progress = epoch / recipe.epochs
+        return recipe.learning_rate * min(6 * progress, 1.0, (1 - progress) / 0.6)
+    rate = recipe.learning_rate
+    for _ in range(sum(milestone <= epoch for milestone in recipe.milestones)):
+        rate *= 0.1
+    return rate
 
 
 def _replays(recipe: Recipe, state: _State, pixels: Tensor) -> Iterator[Tensor]:
@@ -364,28 +418,39 @@ def _cluster(recipe: Recipe, embeddings: Tensor, labels: Tensor, seed: int) -> t
 def _augmented(recipe: Recipe, images: Tensor, generator: torch.Generator) -> Tensor:
     if recipe.augmentation == "none":
         return images
-    return data.random_crop_flip(images, generator=generator, flip=recipe.augmentation == "crop-flip")
+    flip = recipe.augmentation == "crop-flip"
+    return data.random_crop_flip(images, generator=generator, padding=recipe.crop_padding, flip=flip)
 
 
-def _new_network(recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int) -> LinearClassifier:
-    """The recipe's encoder with a linear head, initialised from its seed; cluster methods leave the head unused."""
+def _new_network(
+    recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int
+) -> LinearClassifier | ClusterClassifier:
+    """The recipe's encoder, initialised from its seed, with what is trained along: a linear head, which the magnet loss
+    leaves unused, or learnable centroids, still at 0."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
-        return LinearClassifier(encoder, encoder.embedding_dim, num_classes)
+        if not isinstance(recipe, ClustrCert):
+            orthonormal = isinstance(recipe, LipschitzMargin)
+            return LinearClassifier(encoder, encoder.embedding_dim, num_classes, orthonormal=orthonormal)
+        labels = torch.arange(num_classes).repeat_interleave(recipe.per_class)
+        blank = Clusters(torch.zeros(len(labels), encoder.embedding_dim), labels, torch.ones(len(labels)))
+        return ClusterClassifier(encoder, blank, rule=recipe.rule, learnable=True)
 
 
-def _new_state(recipe: Recipe, dataset: data.Dataset, images: Tensor, start: Run | None) -> _State:
+def _new_state(recipe: Recipe, dataset: data.Dataset, images: Tensor, labels: Tensor, start: Run | None) -> _State:
     network = _new_network(recipe, dataset.image_shape, dataset.num_classes)
     if start is not None:
         network.load_state_dict(_prefixed(load_file(start.path / WEIGHTS), "network."))
     network.to(images.device)
+    if isinstance(network, ClusterClassifier) and start is None:
+        clusters, _ = _cluster(recipe, embed_all(network.encoder, images), labels, recipe.seed)
+        network.centroids.data.copy_(clusters.centroids)
     trained = network.encoder if isinstance(recipe, Clustr) else network
     optimiser = _optimiser(recipe, trained)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(recipe.milestones), gamma=0.1)
     generator = torch.Generator(images.device).manual_seed(recipe.seed)
     digest = records.digest(images.cpu().numpy().tobytes())
-    return _State(network, optimiser, schedule, generator, digest, _no_perturbation(recipe, images))
+    return _State(network, optimiser, generator, digest, _no_perturbation(recipe, images))
 
 
 def _no_perturbation(recipe: Recipe, images: Tensor) -> Tensor | None:
@@ -408,9 +473,9 @@ def _save_progress(folder: Path, recipe: Recipe, state: _State) -> None:
     """The snapshot, if this epoch is one, and the checkpoint: one safetensors file that holds all a resume needs."""
     if state.epoch in recipe.snapshots:
         with records.written_whole(_snapshot_path(folder, state.epoch)) as temporary:
-            save_file(state.network.state_dict(), temporary)
+            save_file(_network_tensors(state.network), temporary)
     packed = state.optimiser.state_dict()
-    tensors = {f"network.{name}": tensor for name, tensor in state.network.state_dict().items()}
+    tensors = {f"network.{name}": tensor for name, tensor in _network_tensors(state.network).items()}
     for index, slots in packed["state"].items():
         tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in slots.items() if tensor is not None}
     tensors["generator"] = state.generator.get_state()
@@ -422,7 +487,6 @@ def _save_progress(folder: Path, recipe: Recipe, state: _State) -> None:
         "epoch": state.epoch,
         "history": state.history,
         "param_groups": packed["param_groups"],
-        "schedule": _plain(state.schedule.state_dict()),
     }
     with records.written_whole(folder / CHECKPOINT) as temporary:
         save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
@@ -446,9 +510,6 @@ def _load_checkpoint(path: Path, recipe: Recipe, state: _State) -> None:
         index, _, slot = name.partition(".")
         slots.setdefault(int(index), {})[slot] = tensor
     state.optimiser.load_state_dict({"state": slots, "param_groups": facts["param_groups"]})
-    schedule = facts["schedule"]
-    schedule["milestones"] = state.schedule.state_dict()["milestones"]
-    state.schedule.load_state_dict(schedule)
     state.generator.set_state(tensors["generator"])
     if state.perturbation is not None:
         state.perturbation.copy_(tensors["perturbation"])
@@ -457,8 +518,8 @@ def _load_checkpoint(path: Path, recipe: Recipe, state: _State) -> None:
 
 def _finish(folder: Path, recipe: Recipe, state: _State, dataset: data.Dataset, images: Tensor, labels: Tensor) -> None:
     """Cluster the final embeddings and write the run; run.json comes last and says that it is whole."""
-    clusters, _ = _cluster(recipe, embed_all(state.network.encoder, images), labels, recipe.seed)
-    tensors = {f"network.{name}": tensor for name, tensor in state.network.state_dict().items()}
+    clusters = _final_clusters(recipe, state.network, images, labels)
+    tensors = {f"network.{name}": tensor for name, tensor in _network_tensors(state.network).items()}
     parts = {"centroids": clusters.centroids, "labels": clusters.labels, "variance": clusters.variance}
     tensors |= {f"clusters.{name}": tensor.contiguous() for name, tensor in parts.items()}
     with records.written_whole(folder / WEIGHTS) as temporary:
@@ -475,16 +536,28 @@ def _finish(folder: Path, recipe: Recipe, state: _State, dataset: data.Dataset, 
     records.write_json(folder / DONE, content)
 
 
+def _final_clusters(recipe: Recipe, network: nn.Module, images: Tensor, labels: Tensor) -> Clusters:
+    """k-means of the final embeddings; learnt centroids stay where they are, and only their variance is measured."""
+    embeddings = embed_all(network.encoder, images)
+    if not isinstance(network, ClusterClassifier):
+        return _cluster(recipe, embeddings, labels, recipe.seed)[0]
+    centroids = network.centroids.detach().clone()
+    rival = network.labels != labels[:, None]
+    own = squared_distances(embeddings, centroids).masked_fill(rival, torch.inf).amin(dim=1)
+    return Clusters(centroids, network.labels.clone(), (own.sum() / max(len(own) - 1, 1)).expand(len(centroids)).clone())
+
+
+def _network_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Everything that makes the network, laid out as a file wants it."""
+    return {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+
+
 def _snapshot_path(folder: Path, epoch: int) -> Path:
     return folder / "snapshots" / f"epoch-{epoch:04d}.safetensors"
 
 
 def _prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if isinstance(value, int | float | list | bool | None)}
 
 
 def _other_recipe(path: Path, found: Recipe, expected: Recipe) -> str:

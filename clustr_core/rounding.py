@@ -1,0 +1,89 @@
+"""How far floating point can carry an embedding from the one that the mathematics means: a bound, not an estimate."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from clustr_core.encoders import ImageShape, LipschitzNet, Normalize
+from clustr_core.lipschitz import Shapes, convolution_norm, input_shapes, layer_bound
+from clustr_core.one_lipschitz import MaxMin, OrthogonalPointwise, PadChannels, SLLConv2d
+
+# layers that move numbers and change none
+_EXACT = (MaxMin, PadChannels, nn.Flatten, nn.Identity, nn.PixelUnshuffle, nn.ReLU)
+
+
+def embedding_error(encoder: nn.Module, image_shape: ImageShape) -> float:
+    """A bound E on ||fl(f(x)) - f(x)|| for all images in [0, 1], f being computed in the dtype of its weights.
+
+    A sum of n products is off by at most gamma_n = n u / (1 - n u) times the sum of their absolute values, u half the
+    dtype's eps, whatever the order of summation. So a layer W x + b adds gamma_n (|| |W| || ||x|| + ||b||), and passes on
+    what it is given times its Lipschitz constant. Far from tight: the worst case of all roundings at once.
+
+    Two embeddings enter a certificate, that of the image and that of the perturbed image, so it pays 2 E.
+
+    Raises:
+        TypeError: for an encoder with a layer without such a bound.
+    Source: Higham 2002, chapter 3, theorem 3.1 and equation 3.13.
+    """
+    layers = list(encoder.layers) if isinstance(encoder, LipschitzNet) else [encoder]
+    shapes = input_shapes(encoder, image_shape)
+    size, error = math.sqrt(math.prod(image_shape)), 0.0
+    for layer in layers:
+        if not isinstance(layer, _EXACT):
+            size, error = _through(layer, shapes, size, error)
+    return error * (1 + 1e-9)
+
+
+def _through(layer: nn.Module, shapes: Shapes, size: float, error: float) -> tuple[float, float]:
+    """Bounds on the norm of what a layer returns, and on its error, from those of what it is given."""
+    if isinstance(layer, Normalize):
+        # pixels in [0, 1]: the farthest that one can be from the mean
+        farthest = torch.maximum(layer.mean, 1 - layer.mean).double() / layer.std.double()
+        size = float(farthest.max()) * math.sqrt(math.prod(shapes[layer]))
+        return size, error * float(1 / layer.std.double().min()) + _gamma(2, layer.mean) * size
+    if isinstance(layer, SLLConv2d):
+        return _through_sll(layer, shapes, size, error)
+    weight, bias, places = _affine(layer, shapes)
+    lipschitz = layer_bound(layer, shapes)
+    shift = float(bias.double().norm()) * math.sqrt(places)
+    local = _gamma(weight[0].numel() + 1, weight) * (_absolute_norm(weight) * (size + error) + shift)
+    return lipschitz * size + shift, lipschitz * error + local
+
+
+def _through_sll(layer: SLLConv2d, shapes: Shapes, size: float, error: float) -> tuple[float, float]:
+    """x - W^T (t relu(W x + b)): the inner sum's error, carried out by the absolute weights, and that of the outer sum."""
+    height, width = shapes[layer][1:]
+    padding = (layer.kernel_size // 2,) * 2
+    absolute = layer.weight.detach().double().abs()
+    out = layer.step().detach().double().reshape(-1, 1, 1, 1) * absolute
+    inwards, outwards = (convolution_norm(part, (height, width), padding) for part in (absolute, out))
+    shift = float(layer.bias.detach().double().norm()) * math.sqrt(height * width)
+    inner = inwards * (size + error) + shift
+    wrong = _gamma(absolute[0].numel() + 2, layer.weight) * inner
+    local = outwards * wrong + _gamma(len(absolute) * layer.kernel_size**2 + 2, layer.weight) * (
+        size + error + outwards * (inner + wrong)
+    )
+    lipschitz = layer_bound(layer, shapes)
+    return lipschitz * size + outwards * shift, lipschitz * error + local
+
+
+def _affine(layer: nn.Module, shapes: Shapes) -> tuple[Tensor, Tensor, int]:
+    """Weight and bias of a dense or pointwise layer, and at how many places it is applied."""
+    linear = layer.linear if isinstance(layer, OrthogonalPointwise) else layer
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"encoder: no bound on the rounding of the layer {type(layer).__name__} is known")
+    places = math.prod(shapes[layer][1:]) if isinstance(layer, OrthogonalPointwise) else 1
+    weight = linear.weight.detach()
+    bias = linear.bias.detach() if linear.bias is not None else weight.new_zeros(1)
+    return weight, bias, places
+
+
+def _absolute_norm(weight: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(weight.double().abs(), ord=2))
+
+
+def _gamma(terms: int, like: Tensor) -> float:
+    """n u / (1 - n u)."""
+    spread = terms * torch.finfo(like.dtype).eps / 2
+    return spread / (1 - spread)
