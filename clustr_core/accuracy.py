@@ -108,6 +108,23 @@ def best_bound(certificates: pd.DataFrame) -> pd.DataFrame:
     return certificates.loc[ranks == ranks.groupby(certificates["method"]).transform("max")]
 
 
+def broken_certificates(attacks: pd.DataFrame, certificates: pd.DataFrame, *, pixels: int) -> pd.DataFrame:
+    """Successes of attacks at images that were certified there: there must be none.
+
+    A ball of L2 radius eps lies in the certified one if eps is at most the radius, an L-infinity ball if eps
+    sqrt(pixels) is.
+
+    Args:
+        attacks: of `measure`, with the column ``method``.
+        certificates: of `certificates_of`, of the same methods; the best bound of each counts.
+        pixels: of an image, channels counted one by one.
+    """
+    reach = attacks["eps"] * attacks["norm"].map({"l2": 1.0, "linf": pixels**0.5})
+    broken = attacks.assign(reach=reach).loc[attacks["correct"] & ~attacks["robust"]]
+    radii = best_bound(certificates)[["method", "index", "radius"]]
+    return broken.merge(radii, on=["method", "index"]).query("reach <= radius")
+
+
 def certified_accuracy(table: pd.DataFrame, radii: list[float], *, column: str = "radius") -> pd.DataFrame:
     """Share of test images that are classified correctly and certified at each radius, with its 95 % interval.
 

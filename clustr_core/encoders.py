@@ -165,24 +165,24 @@ def _lip_mlp(image_shape: ImageShape, width: int, dataset: str) -> LipschitzNet:
 
 
 def _lip_cnn(kind: str) -> Callable[[ImageShape, int, str], LipschitzNet]:
-    """Two stages of two convolutions each; images are halved by moving pixels into channels, and channels are mixed and
-    thinned out by orthogonal 1x1 convolutions; then two dense orthogonal layers."""
+    """Patches of 4 x 4 pixels become channels; four convolutions; 2 x 2 of the places become channels, which an
+    orthogonal 1x1 convolution mixes and thins out; two dense orthogonal layers."""
 
     def build(image_shape: ImageShape, width: int, dataset: str) -> LipschitzNet:
         _check_even(width)
         channels, height, width_px = image_shape
-        if height % 8 or width_px % 8 or 4 * channels > width:
+        if height % 8 or width_px % 8 or 16 * channels > width:
             raise ValueError(
-                f"image_shape, width: expected sides that are multiples of 8 and a width of at least {4 * channels}, "
+                f"image_shape, width: expected sides that are multiples of 8 and a width of at least {16 * channels}, "
                 f"got {image_shape} and {width}"
             )
-        layers: list[nn.Module] = [_grey(image_shape), nn.PixelUnshuffle(2), PadChannels(width)]
-        for size in (width, 2 * width):
-            layers += [*_convolution(kind, size), *_convolution(kind, size)]
-            layers += [nn.PixelUnshuffle(2), OrthogonalPointwise(4 * size, 2 * width)]
-        flat = 2 * width * (height // 8) * (width_px // 8)
-        dense = [orthogonal_linear(flat, 16 * width), MaxMin(), orthogonal_linear(16 * width, 8 * width)]
-        return LipschitzNet([*layers, nn.Flatten(), *dense], 8 * width)
+        layers: list[nn.Module] = [_grey(image_shape), nn.PixelUnshuffle(4), PadChannels(width)]
+        for _ in range(4):
+            layers += _convolution(kind, width)
+        layers += [nn.PixelUnshuffle(2), OrthogonalPointwise(4 * width, width // 2), nn.Flatten()]
+        flat = width // 2 * (height // 8) * (width_px // 8)
+        layers += [orthogonal_linear(flat, flat), MaxMin(), orthogonal_linear(flat, 4 * width)]
+        return LipschitzNet(layers, 4 * width)
 
     return build
 

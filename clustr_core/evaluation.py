@@ -191,6 +191,17 @@ def sandwich_table(
     return records.read_table(path)
 
 
+def heads_of(run: Run) -> tuple[Head, ...]:
+    """What is measured of a run: cross-entropy also with clusters fitted after training, as "ce-clusters"."""
+    return ("own", "clusters") if isinstance(run.recipe, CrossEntropy) else ("own",)
+
+
+def source_of(run: Run, profile: Profile, method: str) -> Run | None:
+    """The profile's run of a method, to transfer attacks from; None for that run itself, or if there is no such run."""
+    recipe = profile.recipes.get(method)
+    return None if recipe is None or recipe == run.recipe else load_run(run_folder(recipe), expected=recipe)
+
+
 def named(name: str, table: pd.DataFrame) -> pd.DataFrame:
     """The table with a first column ``method``."""
     return pd.DataFrame({"method": name, **table})

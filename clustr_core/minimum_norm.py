@@ -107,9 +107,9 @@ def fmn(
     cube), drawn for the whole batch, so that an example's fate does not depend on the others'. Weights get no
     gradients; the model's mode is left as it is, and should be evaluation.
 
-    What is found is tightened at the end: `HALVINGS` bisections of the segment from the image, which ask only for
-    predictions. Then it is judged once more in the whole batch, where rounding may differ; a point that is not
-    confirmed is led on along its segment, by at most 2.1 %, and given up if that does not help.
+    What a run finds is tightened: `HALVINGS` bisections of the segment from the image, which ask only for predictions.
+    At the end it is judged once more in the whole batch, where rounding may differ; a point that is not confirmed is
+    led on along its segment, by at most 2.1 %, and given up if that does not help.
 
     Args:
         restarts: runs; as many as there are classes head for each wrong class once.
@@ -225,7 +225,8 @@ def random_search(
     for noise in _directions(images, points, generator) if len(active) else ():
         found, norms = _try(model, images[active], labels[active], reach[active], noise[:, active])
         _keep(best, shortest, active, found, norms)
-    return _tightened(model, images, labels, best, wrong, shortest.isfinite(), torch.zeros_like(labels))
+    best, shortest = _bisected(model, images, labels, best, shortest)
+    return _confirmed(model, images, labels, best, wrong, shortest.isfinite(), torch.zeros_like(labels))
 
 
 def tightened(model: Model, images: Images, labels: Int[Tensor, " batch"], result: AttackResult) -> MinimumNorm:
@@ -239,7 +240,9 @@ def tightened(model: Model, images: Images, labels: Int[Tensor, " batch"], resul
     check_inputs(images, labels, norm="l2", eps=1.0)
     images, labels = images.detach(), labels.to(images.device)
     wrong = judge(model, images, labels)
-    return _tightened(model, images, labels, result.adversarial, wrong, result.success, result.gradients)
+    lengths = flat_norm(result.adversarial - images).masked_fill(~result.success | wrong, torch.inf)
+    points, _ = _bisected(model, images, labels, result.adversarial, lengths)
+    return _confirmed(model, images, labels, points, wrong, result.success, result.gradients)
 
 
 def smallest(first: MinimumNorm, second: MinimumNorm) -> MinimumNorm:
@@ -264,9 +267,9 @@ def check_radius(radius: Tensor, images: Tensor) -> None:
             f"radius: expected floating, one for each of {len(images)} images, "
             f"got {radius.dtype} of shape {list(radius.shape)}"
         )
-    if not ((radius >= 0) & radius.isfinite()).all():
-        bad = radius[~((radius >= 0) & radius.isfinite())]
-        raise ValueError(f"radius: expected finite values of at least 0, got {bad[0].item():.4g}")
+    refused = radius[~((radius >= 0) & radius.isfinite())]
+    if len(refused):
+        raise ValueError(f"radius: expected finite values of at least 0, got {refused[0].item():.4g}")
 
 
 def _fmn_radius(now: Standing) -> Float[Tensor, " batch"]:
@@ -319,10 +322,10 @@ def _search(
         if restart:
             start = _random_start(images, eps, generator)
             run = replace(descent, loss=_towards(descent.loss, rivals[active, (restart - 1) % rivals.shape[1]]))
-        found, norms = _one_run(model, images[active], labels[active], start[active], run, eps[active], steps)
-        _keep(best, shortest, active, found, norms)
+        on = (model, images[active], labels[active])
+        _keep(best, shortest, active, *_bisected(*on, *_one_run(*on, start[active], run, eps[active], steps)))
         gradients[active] += steps
-    return _tightened(model, images, labels, best, wrong, shortest.isfinite(), gradients)
+    return _confirmed(model, images, labels, best, wrong, shortest.isfinite(), gradients)
 
 
 def _one_run(
@@ -443,38 +446,46 @@ def _towards(loss: AttackLoss, targets: Int[Tensor, " active"]) -> AttackLoss:
     return targeted
 
 
-def _tightened(
-    model: Model, images: Images, labels: Tensor, points: Images, wrong: Tensor, found: Tensor, gradients: Tensor
-) -> MinimumNorm:
-    """Bisect what was found, confirm it in the whole batch, and measure it."""
-    found = found & ~wrong
-    if found.any():
-        points, found = _confirmed(model, images, labels, _bisected(model, images, labels, points), found)
-    adversarial = points.where(_mask(found), images)
-    norm = flat_norm(adversarial.double() - images.double()).masked_fill(~found & ~wrong, torch.inf)
-    return MinimumNorm(adversarial, norm, ~wrong, gradients)
+def _bisected(
+    model: Model, images: Images, labels: Tensor, points: Images, norms: Float[Tensor, " batch"]
+) -> tuple[Images, Float[Tensor, " batch"]]:
+    """The misclassified end of what is left of each segment after `HALVINGS` halvings towards the image, and its norm.
 
-
-def _bisected(model: Model, images: Images, labels: Tensor, points: Images) -> Images:
-    """The misclassified end of what is left of each segment after `HALVINGS` halvings towards the image."""
-    low, high = images.new_zeros(len(images)), images.new_ones(len(images))
-    for _ in range(HALVINGS):
+    Where the norm is infinite, the point is not misclassified, and stays.
+    """
+    found = norms.isfinite()
+    low, high = torch.zeros_like(norms), torch.ones_like(norms)
+    for _ in range(HALVINGS if found.any() else 0):
         middle = (low + high) / 2
-        broken = judge(model, _along(images, points, middle), labels)
-        low, high = low.where(broken, middle), middle.where(broken, high)
-    return _along(images, points, high)
+        broken = judge(model, _along(images, points, middle), labels) | ~found
+        low, high = low.where(broken, middle), middle.where(broken & found, high)
+    drawn_in = _along(images, points, high)
+    return drawn_in, flat_norm(drawn_in - images).masked_fill(~found, torch.inf)
 
 
 def _confirmed(
+    model: Model, images: Images, labels: Tensor, points: Images, wrong: Tensor, found: Tensor, gradients: Tensor
+) -> MinimumNorm:
+    """What is misclassified in this very batch, measured in float64."""
+    found = found & ~wrong
+    points = points.where(_mask(found), images)
+    if found.any():
+        points, found = _led_on(model, images, labels, points, found)
+    norm = flat_norm(points.double() - images.double()).masked_fill(~found & ~wrong, torch.inf)
+    return MinimumNorm(points, norm, ~wrong, gradients)
+
+
+def _led_on(
     model: Model, images: Images, labels: Tensor, points: Images, found: Tensor
 ) -> tuple[Images, Bool[Tensor, " batch"]]:
-    """Points that are misclassified in this very batch, some of them led on a little, and which those are."""
+    """Points led on along their segments until the batch confirms them, and which it confirms; the others go back."""
     for stretch in STRETCHES:
         lost = found & ~judge(model, points, labels)
         if not lost.any():
             return points, found
         points = _along(images, points, torch.where(lost, 1 + stretch, 1.0).to(images))
-    return points, found & judge(model, points, labels)
+    found = found & judge(model, points, labels)
+    return points.where(_mask(found), images), found
 
 
 def _along(images: Images, points: Images, share: Float[Tensor, " batch"]) -> Images:

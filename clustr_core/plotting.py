@@ -30,7 +30,8 @@ class Look:
 
 _COLOURS = sns.color_palette("colorblind").as_hex()
 CLASS_COLOURS = [_COLOURS[c] for c in (0, 1, 2, 4, 8, 9)]
-# by family: no defence in grey, an adversary without clusters in blue to pink, clusters in orange, green and red
+# by family: no defence in grey, an adversary without clusters in blue to pink, clusters in orange, green and red; what
+# certifies, which is drawn apart from the rest, in black for the book's own and in colours for its rivals
 LOOKS = {
     "ce": Look(_COLOURS[7], ":", "s"),
     "ce-clusters": Look("0.25", ":", "v"),
@@ -41,6 +42,11 @@ LOOKS = {
     "clustr": Look(_COLOURS[1], "--", "^"),
     "clustr-qtrades": Look(_COLOURS[2], "-.", "D"),
     "free-clustr": Look(_COLOURS[3], "-", "*"),
+    "clustr-cert": Look("black", "-", "o"),
+    "clustr-lip": Look(_COLOURS[5], "--", "^"),
+    "lip-linear": Look(_COLOURS[0], "-.", "D"),
+    "smoothing": Look(_COLOURS[2], ":", "s"),
+    "prototypes": Look("0.55", "--", "v"),
 }
 BOUND_LOOKS = {
     "triangle": Look(_COLOURS[7], ":", "s"),
@@ -58,6 +64,19 @@ METHOD_NAMES = {
     "clustr": "ClusTR",
     "clustr-qtrades": "ClusTR+QTRADES",
     "free-clustr": "free ClusTR",
+    "clustr-cert": "ClusTR-cert",
+    "clustr-lip": "ClusTR-lip",
+    "lip-linear": "1-Lipschitz linear head",
+    "smoothing": "randomised smoothing",
+    "prototypes": "prototypes on raw pixels",
+}
+SANDWICH_LOOKS = {
+    "clean": Look("0.55", ":", ""),
+    "apgd": Look(_COLOURS[2], "-.", "D"),
+    "ddn": Look(_COLOURS[1], "--", "^"),
+    "fmn": Look(_COLOURS[0], ":", "s"),
+    "worst case": Look(_COLOURS[3], "--", ""),
+    "certified": Look("black", "-", ""),
 }
 # two evaluations of the same models
 PROTOCOL_LOOKS = {
@@ -347,6 +366,29 @@ def draw_protocol_gaps(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlim(-0.03, 1.03)
     axes.grid(visible=False, axis="y")
+
+
+def draw_sandwich(axes: Axes, table: pd.DataFrame) -> None:
+    """`sandwich.sandwich_curve`: what is certified as an area, what attacks leave as lines above it, up to clean."""
+    for column, look in SANDWICH_LOOKS.items():
+        rows = table.loc[table["column"] == column]
+        if column == "certified":
+            axes.fill_between(rows["at"], rows["accuracy"], color="0.85", linewidth=0)
+        every = max(len(rows) // 6, 1)
+        style = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker or None, "markersize": 4.5}
+        if len(rows):
+            axes.plot(rows["at"], rows["accuracy"], markevery=every, label=column, **style)
+    axes.set(ylim=(-0.02, 1.02), xlabel="$L_2$ radius")
+
+
+def draw_tightness(axes: Axes, table: pd.DataFrame) -> None:
+    """Certified radius (``radius``) against the smallest adversarial norm found (``norm``), one dot an image, and the
+    diagonal that no dot may cross."""
+    top = 1.05 * float(table["norm"].max())
+    axes.fill_between([0, top], [0, top], top, color="0.92", linewidth=0, zorder=0)
+    axes.plot([0, top], [0, top], color="black", linewidth=1.2)
+    axes.scatter(table["norm"], table["radius"], s=9, alpha=0.5, color=_COLOURS[0], linewidth=0, rasterized=True)
+    axes.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel="smallest adversarial norm found")
 
 
 def draw_history(axes: Axes, table: pd.DataFrame, y: str) -> None:

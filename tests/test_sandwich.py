@@ -31,7 +31,7 @@ from clustr_core.sandwich import (
     violations,
 )
 
-BUDGET = SandwichBudget(steps=30, restarts=4, points=60)
+BUDGET = SandwichBudget(steps=20, restarts=5, points=60)
 COLUMNS = ["attack", "index", "label", "correct", "radius", "norm", "gradients"]
 
 
@@ -79,7 +79,8 @@ def a_table(norms, radii, correct=None, attacks=("fmn",)):
 @pytest.mark.parametrize("problem", [linear, nearest])
 def test_a_true_certificate_holds_and_is_tight(problem, tmp_path):
     model, images, labels, radii = problem()
-    rows = measured((model, images, labels, radii), tmp_path)
+    budget = SandwichBudget(steps=50, restarts=5, points=60)
+    rows = measured((model, images, labels, radii), tmp_path, budget=budget)
     assert list(rows.columns) == COLUMNS
     assert rows["attack"].unique().tolist() == ["fmn", "ddn", "pgd", "random"]
     assert rows.groupby("attack")["index"].apply(list).tolist() == [list(range(100, 100 + len(images)))] * 4
@@ -91,11 +92,11 @@ def test_a_true_certificate_holds_and_is_tight(problem, tmp_path):
         found = right.loc[right["attack"] == attack]
         ratio = found["norm"] / found["radius"]
         assert ratio.min() >= 1 - 1e-9
-        assert ratio.median() <= 1.001
-    assert right.query("attack == 'fmn'")["gradients"].eq(30 * 4).all()
-    assert right.query("attack == 'pgd'")["gradients"].eq(2 * 30 * 4).all()
-    # nothing lies inside a certified ball
-    assert right.loc[right["attack"].isin(["pgd", "random"]), "norm"].min() >= right["radius"].min()
+        assert ratio.max() <= 1.001
+    assert right.query("attack == 'fmn'")["gradients"].eq(50 * 5).all()
+    assert right.query("attack == 'pgd'")["gradients"].eq(2 * 50 * 5).all()
+    # nothing lies inside a certified ball, but for the rounding of its radius
+    assert (right["norm"] >= right["radius"] * (1 - 1e-12)).all()
     assert not list(tmp_path.iterdir())
 
 
@@ -131,9 +132,11 @@ def test_random_search_catches_a_certificate_that_is_far_too_large(tmp_path):
 
 
 def test_the_worst_of_all_attacks_is_the_one_that_is_kept(tmp_path):
+    model, images, labels, radii = linear()
+    budget = SandwichBudget(steps=10, restarts=2, points=10)
     with pytest.raises(CertificateBroken):
-        measured(linear(), tmp_path, scale=1.2)
-    rows = sandwich_rows(*linear()[:3], 1.2 * linear()[3], BUDGET, indices=100 + torch.arange(12))
+        measured((model, images, labels, radii), tmp_path, scale=1.2, budget=budget)
+    rows = sandwich_rows(model, images, labels, 1.2 * radii, budget, indices=100 + torch.arange(12))
     (path,) = tmp_path.iterdir()
     found, worst = load_counterexample(path), violations(rows).iloc[0]
     assert (found.attack, found.index) == (worst["attack"], worst["index"])
@@ -152,21 +155,19 @@ def test_a_full_disk_does_not_hide_a_broken_certificate(tmp_path, monkeypatch):
 
 def test_apgd_reports_the_distance_it_needs(tmp_path):
     model, images, labels, radii = linear(8, torch.float32)
-    eps = (0.15, 0.05, 0.1)
+    eps = tuple((1.01 * radii.sort().values[[6, 2, 4]]).tolist())
     rows = measured((model, images, labels, radii), tmp_path, budget=SandwichBudget(apgd_eps=eps), attacks=["apgd"])
-    rows, right = rows.set_index("index"), rows["correct"].to_numpy()
+    right, found = torch.tensor(rows["correct"].tolist()), torch.tensor(rows["norm"].tolist())
     assert right.sum() == 6
-    found = torch.from_numpy(rows["norm"].to_numpy())
-    for each in eps:
-        alone = autoattack(model, images, labels, norm="l2", eps=each, parts=["apgd-ce", "apgd-t"])
-        assert torch.equal(found <= each, alone.success)
-    reached = (radii < 0.149) & torch.from_numpy(right)
+    alone = autoattack(model, images, labels, norm="l2", eps=eps[2], parts=["apgd-ce", "apgd-t"])
+    assert torch.equal(found <= eps[2], alone.success)
+    reached = (radii < max(eps)) & right
     assert 1 < reached.sum() < 6
     assert torch.equal(found[right].isfinite(), reached[right])
     ratio = found[reached] / radii[reached]
     assert ratio.min() >= 1 - 1e-4
-    assert ratio.max() <= 1.05
-    assert (rows["gradients"][right] > 0).all()
+    assert ratio.max() <= 1.2
+    assert (rows.query("correct")["gradients"] > 0).all()
 
 
 def test_apgd_does_without_its_targeted_part_below_four_classes(tmp_path, monkeypatch):
@@ -193,16 +194,18 @@ def test_logits_far_apart_are_cooled_for_cross_entropy(tmp_path):
     model, images = cluster_model(0, 1, "nearest", variance=1e-5, classes=4), some_images(30)
     labels = labelled(model, images)
     radii = certified_radius(model.embed(images), model.clusters, bound="exact")
-    rows = measured((model, images, labels, radii), tmp_path, attacks=["ddn"])
-    assert (rows["norm"] / rows["radius"]).median() <= 1.01
-    hot = measured((model, images, labels, radii), tmp_path, attacks=["ddn"], temperature=1.0)
-    assert (hot["norm"] / hot["radius"]).median() > 1.01
+    options = {"budget": SandwichBudget(steps=60, restarts=1), "attacks": ["ddn"]}
+    rows = measured((model, images, labels, radii), tmp_path, **options)
+    assert rows["norm"].lt(1.5 * rows["radius"]).all()
+    hot = measured((model, images, labels, radii), tmp_path, **options, temperature=1e-3)
+    assert (hot["norm"] == math.inf).sum() > 10
     with pytest.raises(ValueError, match="temperature: expected a positive number, got 0"):
         measured((model, images, labels, radii), tmp_path, temperature=0.0)
 
 
 def test_seeds_repeat(tmp_path):
-    once, again = (measured(nearest(), tmp_path, seed=3) for _ in range(2))
+    budget = SandwichBudget(steps=5, restarts=2, points=10)
+    once, again = (measured(nearest(), tmp_path, budget=budget, seed=3) for _ in range(2))
     pd.testing.assert_frame_equal(once, again)
 
 
@@ -292,7 +295,7 @@ def test_a_curve_by_hand():
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_the_chain_holds_wherever_no_certificate_is_broken(data):
     n = data.draw(st.integers(1, 6))
     radii = data.draw(st.lists(st.floats(0, 1), min_size=n, max_size=n))

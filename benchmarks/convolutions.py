@@ -1,0 +1,95 @@
+"""Which 1-Lipschitz convolution buys the most certified accuracy for a CPU minute: SLL, AOL or Cayley.
+
+    python -m benchmarks.convolutions --dataset folder:data/cifar10-jpeg --minutes 2      (about 15 minutes)
+
+One network, one loss, one budget of CPU time (process time on one thread, one job after the other); only the
+convolution differs. Each kind is trained at every learning rate and the better one is kept, so that none is judged by
+another's. Writes results/convolutions.csv.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from clustr_core import data, evaluation, records
+from clustr_core.accuracy import best_bound, certified_accuracy
+from clustr_core.recipes import ClustrCert
+from clustr_core.training import fit
+
+KINDS = {"SLL": "lip-cnn", "AOL": "lip-cnn-aol", "Cayley": "lip-cnn-cayley"}
+RADII = (36 / 255, 72 / 255, 108 / 255)
+RATES = (1e-2, 2e-3)
+
+
+def epochs_within(recipe: ClustrCert, dataset: data.Dataset, seconds: float) -> int:
+    """How many epochs fit into so much CPU time, from the time of one on a tenth of the images; at least one."""
+    share = replace(recipe, epochs=1, train_examples=max(len(dataset.train_labels) // 10, 2 * recipe.batch_size))
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.process_time()
+        fit(share, dataset=dataset, folder=Path(folder), device="cpu", progress=False)
+        spent = (time.process_time() - start) * len(dataset.train_labels) / share.train_examples
+    return max(1, round(seconds / spent))
+
+
+def measured(recipe: ClustrCert, dataset: data.Dataset, examples: int) -> dict[str, float]:
+    """What one training takes and gives."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.process_time()
+        run = fit(recipe, dataset=dataset, folder=Path(folder), device="cpu", progress=False)
+        seconds = time.process_time() - start
+        table = evaluation.named(recipe.method, evaluation.certificate_table(run, examples=examples, dataset=dataset))
+    best = best_bound(table)
+    at = certified_accuracy(best, list(RADII))["certified_accuracy"]
+    return {
+        "cpu_seconds": seconds,
+        "clean_accuracy": best["correct"].mean(),
+        **{f"certified_{round(255 * r)}_255": share for r, share in zip(RADII, at, strict=True)},
+        "lipschitz": best["lipschitz"].iloc[0],
+        "lipschitz_lower_bound": best["lipschitz_lower_bound"].iloc[0],
+    }
+
+
+def comparison(
+    dataset: data.Dataset, *, width: int, minutes: float, examples: int, rates: Sequence[float] = RATES
+) -> pd.DataFrame:
+    """One row for each convolution, at its better learning rate."""
+    rows = []
+    for kind, encoder in KINDS.items():
+        tried = []
+        for rate in rates:
+            recipe = ClustrCert(
+                dataset=dataset.name, encoder=encoder, width=width, epochs=1, batch_size=256, learning_rate=rate,
+                schedule="triangle", augmentation="crop-flip", crop_padding=2, margin=0.5, temperature=0.15,
+            )  # fmt: skip
+            epochs = epochs_within(recipe, dataset, 60 * minutes)
+            found = measured(replace(recipe, epochs=epochs), dataset, examples)
+            tried.append({"convolution": kind, "epochs": epochs, "learning_rate": rate, **found})
+        rows.append(max(tried, key=lambda row: row["certified_36_255"]))
+    setting = {"width": width, "minutes": minutes, "examples": examples, "torch": torch.__version__}
+    return pd.DataFrame(rows).assign(dataset=dataset.name, **setting)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="folder:data/cifar10-jpeg")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--examples", type=int, default=2000)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    table = comparison(
+        data.load(options.dataset), width=options.width, minutes=options.minutes, examples=options.examples
+    )
+    records.write_table(records.home() / "results" / "convolutions.csv", table)
+    print(table.to_string(index=False, float_format="%.3f"))
+
+
+if __name__ == "__main__":
+    main()
