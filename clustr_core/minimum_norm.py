@@ -240,7 +240,7 @@ def tightened(model: Model, images: Images, labels: Int[Tensor, " batch"], resul
     check_inputs(images, labels, norm="l2", eps=1.0)
     images, labels = images.detach(), labels.to(images.device)
     wrong = judge(model, images, labels)
-    lengths = flat_norm(result.adversarial - images).masked_fill(~result.success | wrong, torch.inf)
+    lengths = flat_norm(result.adversarial - images).masked_fill(~result.success, torch.inf)
     points, _ = _bisected(model, images, labels, result.adversarial, lengths)
     return _confirmed(model, images, labels, points, wrong, result.success, result.gradients)
 

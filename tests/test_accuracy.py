@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 
 from clustr_core.accuracy import (
+    best_bound,
     binomial_interval,
     both_protocols,
+    broken_certificates,
     certified_accuracy,
     four_columns,
     on_common_images,
@@ -157,18 +159,21 @@ def test_one_protocol_alone_is_refused(attack):
         both_protocols(STUDY[STUDY["attack"] == attack])
 
 
-def radii(method, **of_images):
+def radii(method, bound="pairwise", **of_images):
     rows = [
-        {"method": method, "bound": "pairwise", "index": int(image[1:]), "correct": image != "i5", "radius": radius}
+        {"method": method, "bound": bound, "index": int(image[1:]), "correct": image != "i5", "radius": radius}
         for image, radius in of_images.items()
     ]
     return pd.DataFrame([*rows, {**rows[0], "bound": "triangle", "radius": 9.0}])
 
 
 def test_the_four_columns_stand_on_one_set_of_images():
-    """At 0.1 the common images are 3, 4 and 5; 0 to 2 count in no column, however large their radius."""
-    certificates = radii("clustr", i0=1.0, i3=0.2, i4=0.05, i5=1.0)
-    found = four_columns(STUDY.assign(method="clustr"), certificates, eps=0.1).set_index("column")
+    """At 0.1 the common images are 3, 4 and 5; 0 to 2 count in no column, however large their radius.
+
+    An L-infinity ball of 0.1 in four pixels reaches 0.2 in L2: image 4's certificate falls short of it.
+    """
+    certificates = radii("clustr", i0=1.0, i3=0.201, i4=0.199, i5=1.0)
+    found = four_columns(STUDY.assign(method="clustr"), certificates, eps=0.1, pixels=4).set_index("column")
     assert found["accuracy"].round(6).to_dict() == {
         "clean": 0.666667, "paper": 0.666667, "correct": 0.0, "certified": 0.333333,
     }  # fmt: skip
@@ -177,14 +182,101 @@ def test_the_four_columns_stand_on_one_set_of_images():
     assert found["accuracy"].between(found["low"], found["high"]).all()
 
 
+def in_l2(table):
+    return table[table["attack"] != "paper"].assign(norm="l2")
+
+
+@pytest.mark.parametrize(
+    ("pixels", "norm", "certified"),
+    [(1, "linf", 2), (4, "linf", 1), (9, "linf", 0), (1, "l2", 2), (4, "l2", 2), (9, "l2", 2)],
+)
+def test_a_certificate_is_of_an_l2_ball(pixels, norm, certified):
+    """Radii of 0.25 and 0.15 at eps 0.1: in L-infinity they are asked for 0.1, 0.2 and 0.3."""
+    table = (in_l2(STUDY) if norm == "l2" else STUDY).assign(method="clustr")
+    certificates = radii("clustr", i3=0.25, i4=0.15, i5=1.0)
+    found = four_columns(table, certificates, eps=0.1, pixels=pixels, norm=norm).set_index("column")["accuracy"]
+    assert found["certified"] == pytest.approx(certified / 3)
+
+
+def test_l2_has_no_paper_protocol():
+    """Rows of the other norm count for nothing: in L2 images 3, 4 and 5 are common, and only image 3 falls."""
+    l2 = in_l2(STUDY.query("loss != 'margin'"))
+    both = pd.concat([STUDY, l2]).assign(method="clustr")
+    certificates = radii("clustr", i3=0.1, i4=0.3, i5=1.0)
+    found = four_columns(both, certificates, eps=0.1, pixels=4, norm="l2").set_index("column")
+    assert found["accuracy"].round(6).to_dict() == {"clean": 0.666667, "correct": 0.333333, "certified": 0.666667}
+    assert found["examples"].tolist() == [3, 3, 3]
+    linf = four_columns(both, certificates, eps=0.1, pixels=4).set_index("column")["accuracy"]
+    assert linf.round(6).to_dict() == {"clean": 0.666667, "paper": 0.666667, "correct": 0.0, "certified": 0.333333}
+
+
+def test_only_the_best_bound_is_what_is_certified():
+    attacked = pd.concat([STUDY.assign(method=name) for name in ("clustr-cert", "lip-linear")])
+    weak = radii("clustr-cert", i3=0.1, i4=0.1, i5=0.1)
+    strong = radii("clustr-cert", bound="exact", i3=0.3, i4=0.1, i5=0.3)
+    linear = radii("lip-linear", bound="margin", i3=0.3, i4=0.3, i5=0.3)
+    found = four_columns(attacked, pd.concat([strong, weak, linear]), eps=0.1, pixels=4)
+    certified = found.query("column == 'certified'").set_index("method")["accuracy"]
+    assert certified.to_dict() == pytest.approx({"clustr-cert": 1 / 3, "lip-linear": 2 / 3})
+
+
 def test_a_certificate_of_fitted_clusters_is_not_one_of_the_network_without_them():
     attacked = pd.concat([STUDY.assign(method=name) for name in ("ce", "ce-clusters", "pgd-at")])
     certificates = pd.concat([radii(name, i3=0.2, i4=0.2, i5=0.2) for name in ("ce", "pgd-at")])
-    found = four_columns(attacked, certificates, eps=0.1)
+    found = four_columns(attacked, certificates, eps=0.1, pixels=4)
     assert found.query("column == 'certified'")["method"].tolist() == ["ce-clusters"]
     assert found.groupby("method").size().to_dict() == {"ce": 3, "ce-clusters": 4, "pgd-at": 3}
 
 
+def test_a_method_with_a_guarantee_or_with_clusters_keeps_its_name():
+    kept = ("clustr", "clustr-qtrades", "free-clustr", "clustr-lip", "clustr-cert", "lip-linear", "smoothing")
+    attacked = pd.concat([STUDY.assign(method=name) for name in kept])
+    certificates = pd.concat([radii(name, bound="margin", i3=0.2, i4=0.2, i5=0.2) for name in (*kept, "prototypes")])
+    found = four_columns(attacked, certificates, eps=0.1, pixels=4)
+    # prototypes were never attacked
+    assert set(found.query("column == 'certified'")["method"]) == set(kept)
+    assert (found.groupby("method").size() == 4).all()
+
+
 def test_four_columns_at_an_eps_without_both_protocols_are_refused():
     with pytest.raises(ValueError, match="expected the attack 'paper' and another one"):
-        four_columns(STUDY.assign(method="clustr"), radii("clustr", i3=0.2), eps=0.3)
+        four_columns(STUDY.assign(method="clustr"), radii("clustr", i3=0.2), eps=0.3, pixels=4)
+
+
+def test_the_best_bound_of_each_method():
+    bounds = {
+        "a": ("triangle", "nearest", "pairwise"),
+        "b": ("exact", "triangle"),
+        "c": ("margin",),
+        "d": ("smoothing",),
+    }
+    table = pd.concat([radii(m, bound=b, i1=1.0, i2=2.0).iloc[:-1] for m, each in bounds.items() for b in each])
+    table = table.sample(frac=1, random_state=0, ignore_index=True)
+    before = table.copy()
+    found = best_bound(table)
+    assert found.groupby("method")["bound"].unique().str.join(" ").to_dict() == {
+        "a": "pairwise", "b": "exact", "c": "margin", "d": "smoothing",
+    }  # fmt: skip
+    assert found.groupby("method")["index"].apply(sorted).tolist() == [[1, 2]] * 4
+    pd.testing.assert_frame_equal(found, table.loc[found.index])
+    pd.testing.assert_frame_equal(table, before)
+
+
+def test_a_broken_certificate_is_an_attack_that_succeeds_inside_its_ball():
+    """Image 2 falls at 0.2 and image 3 at 0.1; image 5 is wrong when clean, and breaks nothing."""
+    attacked = study(
+        e1={("pgd", "ce"): (range(6), {0, 1, 2, 4}), ("cell-walk", "cells"): (range(6), {0, 1, 2, 3, 4})},
+        e2={("pgd", "ce"): (range(6), {0, 1})},
+    ).assign(method="m")
+    held = radii("m", i2=0.39, i3=0.19, i4=0.39, i5=9.0)
+    assert broken_certificates(attacked, held, pixels=4).empty
+    for image, radius, eps in (("i2", 0.4, 0.2), ("i3", 0.2, 0.1), ("i4", 0.5, 0.2)):
+        broken = broken_certificates(attacked, radii("m", **{image: radius}), pixels=4)
+        assert broken[["method", "attack", "index", "eps"]].to_numpy().tolist() == [["m", "pgd", int(image[1:]), eps]]
+    # in L2 the ball itself counts, whatever the pixels
+    l2 = attacked.assign(norm="l2")
+    assert broken_certificates(l2, radii("m", i2=0.199, i3=0.099, i4=0.199), pixels=4).empty
+    assert len(broken_certificates(l2, radii("m", i2=0.2, i3=0.1, i4=0.2), pixels=4)) == 3
+    # another method's certificate, a weaker bound of the same one
+    assert broken_certificates(attacked, radii("other", i3=9.0), pixels=4).empty
+    assert broken_certificates(attacked, radii("m", i3=0.1), pixels=4).empty

@@ -15,7 +15,7 @@ from clustr_core import minimum_norm
 from clustr_core.attacks import pgd, rescaled
 from clustr_core.certify import certified_radius, linear_radius
 from clustr_core.losses import margin_loss
-from clustr_core.minimum_norm import MinimumNorm, ddn, fmn, pgd_within, random_search, smallest, tightened
+from clustr_core.minimum_norm import MinimumNorm, Standing, ddn, fmn, pgd_within, random_search, smallest, tightened
 from clustr_core.verdicts import AttackResult
 
 
@@ -134,6 +134,39 @@ def test_no_weaker_than_foolbox(ours, theirs):
     assert ratio.median() <= 1.01
     assert ratio.max() <= 1.25
     assert found.isfinite().all()
+
+
+def test_fmn_looks_for_the_border_from_both_sides():
+    broken, shortest = torch.tensor([True, True, False, False]), torch.tensor([0.99, 0.5, 0.7, math.inf]).double()
+    eps, norm, distance = (torch.full((4,), value).double() for value in (1.0, 0.6, 0.2))
+    for cosine, gamma in ((1.0, 0.05), (0.0, 0.001)):
+        found = minimum_norm._fmn_radius(Standing(eps, norm, broken, shortest, distance, cosine))
+        expected = [min(1 - gamma, 0.99), 0.5, 1 + gamma, 0.8 * 1.05]
+        torch.testing.assert_close(found, torch.tensor(expected).double())
+
+
+def test_ddn_walks_on_spheres():
+    seen = []
+
+    def bright(images):
+        seen.append(images.detach())
+        x = images.mean(dim=(1, 2, 3)) - 0.7
+        return torch.stack([torch.zeros_like(x), x], dim=1)
+
+    images = torch.full((1, *SHAPE), 0.5, dtype=torch.float64)
+    ddn(bright, images, torch.tensor([0]), steps=25)
+    # two looks at the clean image, then the path, which begins at it, and its bisection
+    walked = lengths(torch.cat(seen[2:28]) - images, "l2")
+    assert walked[0] == 0
+    expected = [1.05]
+    while len(expected) < 25:
+        expected.append(expected[-1] * (0.95 if expected[-1] > 0.2 * 4 else 1.05))
+    torch.testing.assert_close(walked[1:], torch.tensor(expected).double())
+
+
+def test_the_last_point_is_judged_too():
+    model, images, labels, radii = linear_problem(2)
+    assert pgd_within(model, images, labels, radius=1.02 * radii, steps=1).norm.isfinite().all()
 
 
 def test_a_curved_border_is_crossed():

@@ -14,15 +14,23 @@ from clustr_core import recipes
 from clustr_core.recipes import (
     ATTACKS,
     METHODS,
+    ONE_LIPSCHITZ,
     AdversarialTraining,
     Clustr,
+    ClustrCert,
+    ClustrLip,
     ClustrQTrades,
     CrossEntropy,
     FastAdversarialTraining,
     FreeAdversarialTraining,
     FreeClustr,
+    LipschitzMargin,
+    Profile,
     Protocol,
     Recipe,
+    SandwichBudget,
+    Smoothing,
+    SmoothingBudget,
     Trades,
     load_profile,
     override,
@@ -44,6 +52,8 @@ methods:
 attacks:
   linf: {norm: linf, eps: [8/255, 0.1], steps: 5}
 certified_examples: 64
+sandwich: {steps: 7, apgd_eps: [1/4, 0.5]}
+smoothing: {examples: 9, failure_prob: 1/100}
 chapters:
   03-training: {shown_examples: 64}
 """
@@ -72,12 +82,15 @@ def test_a_profile_is_what_its_file_says(profile):
     assert qtrades == ClustrQTrades(width=8)
     assert found.attacks == {"linf": Protocol(norm="linf", eps=(8 / 255, 0.1), steps=5)}
     assert found.certified_examples == 64
+    assert found.sandwich == SandwichBudget(steps=7, apgd_eps=(0.25, 0.5))
+    assert found.smoothing == SmoothingBudget(examples=9, failure_prob=0.01)
     assert found.chapters == {"03-training": {"shown_examples": 64}}
 
 
 def test_an_empty_profile_is_empty(profile):
     found = profile("")
     assert (found.recipes, found.attacks, found.certified_examples, found.chapters) == ({}, {}, None, {})
+    assert (found.examination, found.sandwich, found.smoothing) == (None, None, None)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
@@ -158,6 +171,30 @@ def test_every_profile_of_the_book_loads_and_survives_json(path, monkeypatch):
         ("methods: {ce: [", r"mine\.yaml: expected YAML, got "),
         ("certified_examples: 0", r"mine\.yaml: certified_examples: expected a positive number, got 0"),
         ("certified_examples: all", r"mine\.yaml: certified_examples: expected a number or a fraction, got 'all'"),
+        (
+            "methods: {ce: {schedule: cosine}}",
+            r"methods\.ce: schedule: expected one of \('steps', 'triangle'\), got 'cosine'",
+        ),
+        (
+            "methods: {ce: {schedule: triangle, milestones: [3]}}",
+            r"methods\.ce: milestones: expected none with schedule 'triangle', got \(3,\)",
+        ),
+        ("methods: {ce: {crop_padding: 0}}", r"methods\.ce: crop_padding: expected a positive number, got 0"),
+        (
+            "methods: {clustr-cert: {encoder: small-cnn}}",
+            r"methods\.clustr-cert: encoder: expected one of \('lip-mlp', .*\) for clustr-cert, got 'small-cnn'",
+        ),
+        # a method that promises nothing has no margin
+        ("methods: {clustr-lip: {margin: 1}}", r"methods\.clustr-lip: unknown key \['margin'\]"),
+        ("methods: {smoothing: {noise: 0}}", r"methods\.smoothing: noise: expected a positive number, got 0"),
+        ("sandwich: {points: 0}", r"mine\.yaml: sandwich: points: expected a positive number, got 0"),
+        ("sandwich: {apgd_eps: [0.5, -1]}", r"mine\.yaml: sandwich: apgd_eps: expected a positive number, got -1"),
+        ("sandwich: {step: 3}", r"mine\.yaml: sandwich: unknown key \['step'\]"),
+        ("sandwich: [3]", r"mine\.yaml: sandwich: expected keys with values, got \[3\]"),
+        ("smoothing: {samples: 2.5}", r"mine\.yaml: smoothing: samples: expected a whole number, got 2\.5"),
+        ("smoothing: {samples: -2}", r"mine\.yaml: smoothing: samples: expected a positive number, got -2"),
+        ("smoothing: {failure_prob: 1}", r"mine\.yaml: smoothing: failure_prob: expected less than 1, got 1"),
+        ("smoothing: {failure_prob: 0}", r"mine\.yaml: smoothing: failure_prob: expected a positive number, got 0"),
     ],
 )
 def test_what_a_profile_cannot_say(profile, as_installed, text, message):
@@ -183,7 +220,7 @@ def test_sizes_must_be_positive(as_installed, name, value):
 
 
 def test_every_choice_must_be_a_known_one(as_installed):
-    for name in ("augmentation", "optimiser"):
+    for name in ("augmentation", "optimiser", "schedule"):
         with pytest.raises(ValueError, match=f"{name}: expected one of"):
             CrossEntropy(**{name: "other"})
 
@@ -215,6 +252,78 @@ def test_the_constants_of_the_papers():
     for kind in (free, FreeClustr()):
         assert (kind.eps, kind.step_size, kind.replays) == (8 / 255, 8 / 255, 8)
     assert FreeClustr().gap == Clustr().gap == 12.5
+
+
+# guarantees
+
+
+def test_what_each_method_promises_and_by_what_it_decides():
+    facts = {kind.method: (kind.guarantee, kind.clustered, kind.rule) for kind in METHODS.values()}
+    nothing = {"ce", "pgd-at", "trades", "free-at", "fast-at"}
+    assert facts == {
+        **dict.fromkeys(nothing, ("none", False, "soft")),
+        **dict.fromkeys(("clustr", "clustr-qtrades", "free-clustr"), ("none", True, "soft")),
+        **dict.fromkeys(("clustr-lip", "clustr-cert"), ("lipschitz", True, "nearest")),
+        "lip-linear": ("lipschitz", False, "soft"),
+        "smoothing": ("smoothing", False, "soft"),
+    }
+    # of the method, not of a run: no field, so in no run's name
+    names = {name for kind in METHODS.values() for name in recipe_to_dict(kind())}
+    assert not names & {"guarantee", "clustered", "rule"}
+
+
+@pytest.mark.parametrize("kind", METHODS.values())
+def test_a_lipschitz_guarantee_needs_an_encoder_that_has_one(kind, as_installed):
+    for encoder in ("small-cnn", "resnet18", "vgg"):
+        if kind.guarantee == "lipschitz":
+            with pytest.raises(ValueError, match=f"encoder: expected one of .* for {kind.method}, got '{encoder}'"):
+                kind(encoder=encoder)
+        else:
+            assert kind(encoder=encoder).encoder == encoder
+    for encoder in ONE_LIPSCHITZ:
+        assert kind(encoder=encoder).encoder == encoder
+    assert (kind().encoder in ONE_LIPSCHITZ) == (kind.guarantee == "lipschitz")
+
+
+def test_milestones_belong_to_steps(as_installed):
+    assert CrossEntropy(schedule="triangle").milestones == ()
+    assert CrossEntropy(schedule="steps", milestones=(2,)).schedule == "steps"
+    with pytest.raises(ValueError, match=r"milestones: expected none with schedule 'triangle', got \(2,\)"):
+        CrossEntropy(schedule="triangle", milestones=(2,))
+
+
+def test_a_profile_tells_its_methods_apart():
+    every = {name: kind() for name, kind in METHODS.items()}
+    profile = Profile("every", every, {})
+    assert set(profile.ordinary) == {
+        "ce", "pgd-at", "trades", "free-at", "fast-at", "clustr", "clustr-qtrades", "free-clustr",
+    }  # fmt: skip
+    assert set(profile.lipschitz) == {"clustr-lip", "clustr-cert", "lip-linear"}
+    assert profile.attacked == {**profile.ordinary, **profile.lipschitz}
+    assert set(every) - set(profile.attacked) == {"smoothing"}
+    assert all(found[name] is every[name] for found in (profile.ordinary, profile.lipschitz) for name in found)
+    bare = Profile("bare", {}, {})
+    assert (bare.ordinary, bare.lipschitz, bare.attacked) == ({}, {}, {})
+
+
+def test_budgets(as_installed):
+    assert SandwichBudget() == SandwichBudget(examples=None, steps=100, restarts=1, points=1000, apgd_eps=())
+    assert SmoothingBudget().failure_prob == 0.001
+    for kind in (SandwichBudget, SmoothingBudget):
+        for item in fields(kind):
+            bad = (-1.0,) if item.name == "apgd_eps" else -1
+            with pytest.raises(ValueError, match=f"{item.name}: expected a positive number, got -1"):
+                kind(**{item.name: bad})
+    for value in (math.nan, 1.0, 2.0):
+        with pytest.raises(ValueError, match=r"failure_prob: expected (a positive number|less than 1), got"):
+            SmoothingBudget(failure_prob=value)
+
+
+def test_the_defaults_of_what_certifies():
+    cert, linear = ClustrCert(), LipschitzMargin()
+    assert (cert.margin, cert.temperature) == (linear.margin, linear.temperature) == (0.5, 0.25)
+    assert Smoothing().noise == 0.25
+    assert ClustrLip().gap == Clustr().gap
 
 
 # protocols
@@ -292,8 +401,9 @@ def test_a_warm_start_of_another_network_is_refused(changes):
 
 @pytest.mark.parametrize("kind", METHODS.values())
 def test_a_recipe_survives_json(kind):
-    recipe = kind(epochs=3, milestones=(1, 2), warm_start=CrossEntropy(seed=4, train_examples=9))
-    assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
+    start = CrossEntropy(seed=4, train_examples=9, encoder=kind().encoder)
+    for recipe in (kind(epochs=3, milestones=(1, 2), warm_start=start), kind(schedule="triangle", crop_padding=2)):
+        assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
 
 
 @pytest.mark.parametrize(
@@ -311,14 +421,14 @@ def test_what_is_no_recipe(content, message):
         recipe_from_dict(content)
 
 
-def others(item):
+def others(kind, item):
     """Another value for a field of a recipe."""
     default = item.default
-    special = {"dataset": "mnist5k", "encoder": "resnet18", "augmentation": "crop", "optimiser": "sgd"}
+    encoder = "lip-cnn" if kind.guarantee == "lipschitz" else "resnet18"
+    special = {"dataset": "mnist5k", "encoder": encoder, "augmentation": "crop", "optimiser": "sgd"}
+    special |= {"schedule": "triangle", "warm_start": CrossEntropy(encoder=kind().encoder)}
     if item.name in special:
         return special[item.name]
-    if item.name == "warm_start":
-        return CrossEntropy()
     if isinstance(default, tuple):
         return (7,)
     return default / 2 + 0.5 if isinstance(default, float) else (default or 0) + 1
@@ -326,8 +436,8 @@ def others(item):
 
 @pytest.mark.parametrize("kind", METHODS.values())
 def test_every_field_changes_the_name_of_a_run(kind):
-    changed = [kind(**{item.name: others(item)}) for item in fields(kind)]
-    changed.append(kind(warm_start=CrossEntropy(epochs=21)))
+    changed = [kind(**{item.name: others(kind, item)}) for item in fields(kind)]
+    changed.append(kind(warm_start=CrossEntropy(epochs=21, encoder=kind().encoder)))
     keys = [run_key(recipe) for recipe in (kind(), *changed)]
     assert len(set(keys)) == len(keys)
     assert keys == [run_key(recipe) for recipe in (kind(), *changed)]
@@ -389,6 +499,24 @@ def test_changed_attack_code_is_another_measurement(package, module):
     assert recipes.code_digest(recipes.ATTACK_CODE) != before
 
 
+def digests_after(path):
+    """The digests of certificates and of sandwiches once a file does something else."""
+    path.write_text(path.read_text() + "\nextra = 1\n")
+    recipes.code_digest.cache_clear()
+    return recipes.code_digest(recipes.CERTIFICATE_CODE), recipes.code_digest(recipes.SANDWICH_CODE)
+
+
+CERTIFYING = ["lipschitz", "rounding", "one_lipschitz", "certify", "dual", "soft_bounds", "smoothing", "prototypes"]
+
+
+@pytest.mark.parametrize("module", [*CERTIFYING, "minimum_norm", "sandwich", "autoattack", "verdicts", "ascent"])
+def test_changed_certificate_code_is_another_certificate_and_another_sandwich(package, module):
+    before = recipes.code_digest(recipes.CERTIFICATE_CODE), recipes.code_digest(recipes.SANDWICH_CODE)
+    certificate, sandwich = digests_after(package / f"{module}.py")
+    assert (certificate != before[0]) == (module in (*CERTIFYING, "ascent"))
+    assert sandwich != before[1]
+
+
 @pytest.mark.parametrize("module", ["verdicts", "autoattack", "attacks", "paper"])
 def test_a_certificate_does_not_depend_on_attacks(package, module):
     before = recipes.code_digest(recipes.CERTIFICATE_CODE)
@@ -407,8 +535,11 @@ def test_comments_and_docstrings_do_not_count(package):
 
 @pytest.mark.parametrize(
     "module",
-    ["plotting", "cli", "accuracy", "evaluation", "certify", "recipes", "verdicts", "autoattack", "attacks", "paper"],
-)
+    [
+        "plotting", "cli", "accuracy", "evaluation", "certify", "recipes", "verdicts", "autoattack", "attacks", "paper",
+        "lipschitz", "rounding", "smoothing", "prototypes", "minimum_norm", "sandwich",
+    ],
+)  # fmt: skip
 def test_other_code_does_not_count(package, module):
     before = run_key(CrossEntropy())
     assert key_after(package / f"{module}.py", "return ", "return None or ") == before
