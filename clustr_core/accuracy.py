@@ -85,7 +85,9 @@ def four_columns(
         ValueError: if the two protocols do not meet at eps.
     """
     here = attacks.loc[(attacks["norm"] == norm) & ((attacks["eps"] - eps).abs() < 1e-6)]
-    both = both_protocols(here) if norm == "linf" else robust_accuracy(on_common_images(here)).assign(protocol="correct")
+    both = (
+        both_protocols(here) if norm == "linf" else robust_accuracy(on_common_images(here)).assign(protocol="correct")
+    )
     both = both.rename(columns={"robust_accuracy": "accuracy"})
     both["column"] = both["protocol"].where(both["eps"] > 0, "clean")
     seen = on_common_images(here)[["method", "index"]].drop_duplicates()
@@ -153,9 +155,7 @@ def binomial_interval(successes: int, trials: int, *, confidence: float = 0.95) 
 # what a certificate's rows are called in a table of attacks: without a guarantee of its own, a method's certificate is
 # that of the cluster rule
 _OF_CLUSTERS = {
-    name: f"{name}-clusters"
-    for name, recipe in METHODS.items()
-    if recipe.guarantee == "none" and not recipe.clustered
+    name: f"{name}-clusters" for name, recipe in METHODS.items() if recipe.guarantee == "none" and not recipe.clustered
 }
 
 

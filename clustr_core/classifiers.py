@@ -76,9 +76,7 @@ class LinearClassifier(nn.Module):
         orthonormal: the rows of the head are orthonormal, which makes it 1-Lipschitz and each pair of rows sqrt(2) apart.
     """
 
-    def __init__(
-        self, encoder: nn.Module, embedding_dim: int, num_classes: int, *, orthonormal: bool = False
-    ) -> None:
+    def __init__(self, encoder: nn.Module, embedding_dim: int, num_classes: int, *, orthonormal: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
         self.linear = (orthogonal_linear if orthonormal else nn.Linear)(embedding_dim, num_classes)

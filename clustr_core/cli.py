@@ -150,7 +150,11 @@ def _sandwich(options: argparse.Namespace) -> None:
     _write(table, profile, options, "sandwich")
     correct = table[table["correct"]]
     nearest = correct.assign(ratio=correct["radius"] / correct["norm"])
-    print(pd.DataFrame(nearest.groupby("attack", sort=False)[["radius", "norm", "ratio"]].median()).to_string(float_format="%.4g"))
+    print(
+        pd.DataFrame(nearest.groupby("attack", sort=False)[["radius", "norm", "ratio"]].median()).to_string(
+            float_format="%.4g"
+        )
+    )
     print(f"no certificate of {correct['index'].nunique()} images is broken")
 
 

@@ -435,9 +435,7 @@ def _smoothing_rows(
     )
 
 
-def _sandwich_rows(
-    run: Run, budget: SandwichBudget, dataset: data.Dataset, device: str | torch.device
-) -> pd.DataFrame:
+def _sandwich_rows(run: Run, budget: SandwichBudget, dataset: data.Dataset, device: str | torch.device) -> pd.DataFrame:
     """The rows of `sandwich_table`, chunk by chunk."""
     indices, images, labels = some_test_images(run, dataset, budget.examples)
     table = _certificate_rows(run, budget.examples, None, dataset, device).assign(method=run.recipe.method)

@@ -15,7 +15,7 @@ from clustr_core.distances import flat_norm, per_item
 from clustr_core.losses import cross_entropy, dlr_loss
 from clustr_core.verdicts import AttackResult, Model, check_logits, judge, warn_unless_logits
 
-# by how much eps shrinks on the wrong side of the border and grows on the right one: the papers' value
+# by how much eps shrinks at a misclassified point and grows at any other: the papers' value
 GAMMA, LAST_GAMMA = 0.05, 0.001
 LAST_SHARE = 0.01
 HALVINGS = 16
@@ -95,7 +95,7 @@ def fmn(
 ) -> MinimumNorm:
     """The fast minimum-norm attack: gradient steps in a ball whose radius looks for the border by itself.
 
-    On the wrong side of the border eps <- min((1 - gamma) eps, smallest norm so far). On the right side
+    At a misclassified point eps <- min((1 - gamma) eps, smallest norm so far). At any other
     eps <- (1 + gamma) eps if the border was crossed before, else (1 + 0.05) (norm + |loss| / ||gradient||).
     Then x <- project(x + share eps gradient / ||gradient||), share from 1 to 0.01 and gamma from 0.05 to 0.001 along
     half a cosine. Where the gradient is 0, the point stays.
@@ -142,8 +142,8 @@ def ddn(
 ) -> MinimumNorm:
     """The decoupled direction and norm attack: gradient steps on a sphere that shrinks and grows by 5 %.
 
-    eps <- 0.95 eps on the wrong side of the border and 1.05 eps on the right one, from eps = 1 on, and each point is
-    put on the sphere of radius eps around the image, then into [0, 1].
+    eps <- 0.95 eps at a misclassified point and 1.05 eps at any other, from eps = 1 on, and each point is put on the
+    sphere of radius eps around the image, then into [0, 1].
 
     Args:
         loss: "ce" is the paper's; it loses its gradient where logits lie tens of nats apart, so that such a model needs

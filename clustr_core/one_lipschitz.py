@@ -42,9 +42,7 @@ class OrthogonalPointwise(nn.Module):
         super().__init__()
         self.linear = orthogonal_linear(in_channels, out_channels)
 
-    def forward(
-        self, images: Float[Tensor, "batch channel height width"]
-    ) -> Float[Tensor, "batch out height width"]:
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch out height width"]:
         """The image with its channels mixed."""
         return F.conv2d(images, self.linear.weight[:, :, None, None], self.linear.bias)
 
@@ -157,9 +155,7 @@ class AOLConv2d(nn.Module):
         overlap = F.conv2d(columns, columns, padding=self.kernel_size - 1).abs().sum(dim=(1, 2, 3))
         return self.weight * _inverse_root(overlap)[:, None, None]
 
-    def forward(
-        self, images: Float[Tensor, "batch channel height width"]
-    ) -> Float[Tensor, "batch out height width"]:
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch out height width"]:
         """The convolved image."""
         return F.conv2d(images, self.effective_weight(), self.bias, padding=self.kernel_size // 2)
 

@@ -429,7 +429,8 @@ class SandwichBudget:
 
     Args:
         examples: how many test images, in an order drawn once; None for all.
-        steps, restarts: of fmn, ddn, and of PGD inside the certified balls (under each of its two losses).
+        steps, restarts: of fmn, ddn, and of PGD inside the certified balls (under each of its two losses); the r-th
+            restart of fmn and ddn heads for the r-th likeliest wrong class.
         points: random directions on the sphere of the certified radius.
         apgd_eps: radii, in units of pixels in [0, 1], at which AutoAttack's APGD is run; none leaves it out.
     Raises:
@@ -498,7 +499,6 @@ class Profile:
             if protocol.attack == "transfer" and protocol.source not in self.recipes:
                 expected = sorted(self.recipes)
                 raise ValueError(f"attacks.{name}.source: expected one of {expected}, got {protocol.source!r}")
-
 
     @property
     def ordinary(self) -> dict[str, Recipe]:

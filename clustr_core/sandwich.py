@@ -26,6 +26,7 @@ from clustr_core.minimum_norm import (
     smallest,
     tightened,
 )
+from clustr_core.recipes import SandwichBudget
 from clustr_core.records import written_whole
 from clustr_core.verdicts import AttackResult, Model, judge
 
@@ -40,22 +41,6 @@ ROUNDING = 1e-5
 
 class CertificateBroken(RuntimeError):
     """A misclassified image lies inside a certified ball, or a curve is above one that bounds it."""
-
-
-@dataclass(frozen=True)
-class SandwichBudget:
-    """What each attack may spend.
-
-    Args:
-        steps, restarts: of fmn, ddn, and of PGD inside the certified balls (under each of its two losses).
-        points: random directions on the sphere of the certified radius.
-        apgd_eps: radii, in units of pixels in [0, 1], at which AutoAttack's APGD is run; none leaves "apgd" out.
-    """
-
-    steps: int = 100
-    restarts: int = 1
-    points: int = 1000
-    apgd_eps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -544,7 +544,9 @@ def _final_clusters(recipe: Recipe, network: nn.Module, images: Tensor, labels: 
     centroids = network.centroids.detach().clone()
     rival = network.labels != labels[:, None]
     own = squared_distances(embeddings, centroids).masked_fill(rival, torch.inf).amin(dim=1)
-    return Clusters(centroids, network.labels.clone(), (own.sum() / max(len(own) - 1, 1)).expand(len(centroids)).clone())
+    return Clusters(
+        centroids, network.labels.clone(), (own.sum() / max(len(own) - 1, 1)).expand(len(centroids)).clone()
+    )
 
 
 def _network_tensors(network: nn.Module) -> dict[str, Tensor]:

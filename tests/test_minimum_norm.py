@@ -78,11 +78,11 @@ def holds(model, images, labels, result):
 )
 def test_the_closed_form_of_a_linear_model_is_found_and_never_undercut(attack, loss, classes, dtype):
     model, images, labels, radii = linear_problem(classes, dtype=dtype)
-    result = attack(model, images, labels, steps=60, restarts=classes, loss=loss)
+    result = attack(model, images, labels, steps=40, restarts=classes, loss=loss)
     ratio = result.norm / radii
     assert (ratio >= 1 - (1e-12 if dtype == torch.float64 else 1e-4)).all()
     assert (ratio <= 1.01).all()
-    assert (result.gradients == 60 * classes).all()
+    assert (result.gradients == 40 * classes).all()
     holds(model, images, labels, result)
 
 
@@ -94,7 +94,7 @@ def test_the_exact_certificate_of_nearest_centroids_is_found_and_never_undercut(
     keep = (radii > 1e-3) & (radii < 0.25)
     assert keep.sum() >= 20
     images, labels, radii = images[keep], labels[keep], radii[keep]
-    once, each = (attack(model, images, labels, steps=60, restarts=n, loss="margin").norm / radii for n in (1, 5))
+    once, each = (attack(model, images, labels, steps=45, restarts=n, loss="margin").norm / radii for n in (1, 5))
     assert (once >= 1).all()
     assert (each >= 1).all()
     assert (each <= 1.001).all()
@@ -283,12 +283,12 @@ def test_restarts_keep_the_smallest():
     model, images = mlp(3), some_noise()
     labels = labelled(model, images)
     for attack in (fmn, ddn):
-        found = [attack(model, images, labels, steps=15, restarts=n) for n in (1, 2, 11)]
+        found = [attack(model, images, labels, steps=10, restarts=n) for n in (1, 2, 11)]
         for fewer, more in pairwise(found):
             # up to the halvings: the smaller one before them need not be the smaller one after
             assert (more.norm <= fewer.norm * (1 + 1e-2)).all()
         assert found[2].norm.mean() < found[0].norm.mean()
-        assert [result.gradients.unique().tolist() for result in found] == [[15], [30], [165]]
+        assert [result.gradients.unique().tolist() for result in found] == [[10], [20], [110]]
 
 
 def test_gradients_are_counted():

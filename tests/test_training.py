@@ -19,31 +19,38 @@ from disk import contents, files_of_at_most
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrize
 
 from clustr_core import data, records, training
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier, cluster_logits
-from clustr_core.clusters import fit_clusters
+from clustr_core.clusters import Clusters, fit_clusters
 from clustr_core.encoders import build_encoder
-from clustr_core.losses import cross_entropy, full_magnet_loss, magnet_loss
+from clustr_core.losses import certificate_loss, cross_entropy, full_magnet_loss, magnet_loss, margin_cross_entropy
 from clustr_core.recipes import (
     METHODS,
     AdversarialTraining,
     Clustr,
+    ClustrCert,
+    ClustrLip,
     ClustrQTrades,
     CrossEntropy,
     FastAdversarialTraining,
     FreeAdversarialTraining,
     FreeClustr,
+    LipschitzMargin,
+    Smoothing,
     Trades,
     recipe_to_dict,
     run_folder,
 )
 from clustr_core.sampling import ShuffledBatches
-from clustr_core.training import Step, embed_all, evaluating, fit, load_run, objective
+from clustr_core.training import Step, embed_all, evaluating, fit, learning_rate, load_run, objective
 
 SMALL = {"width": 4, "train_examples": 150}
 START = CrossEntropy(epochs=1, **SMALL)
 RESNET = {"encoder": "resnet18", "width": 2, "train_examples": 120}
+LIPSCHITZ = {"encoder": "lip-mlp", "width": 8, "train_examples": 150}
+CONVOLUTIONAL = {"encoder": "lip-cnn", "width": 16, "train_examples": 120}
 RECIPES = {
     "ce, sgd, crop, milestones": CrossEntropy(
         epochs=4, optimiser="sgd", learning_rate=0.05, weight_decay=1e-3, milestones=(1, 3), augmentation="crop",
@@ -67,6 +74,17 @@ RECIPES = {
     "free-clustr, warm start": FreeClustr(
         epochs=3, per_cluster=4, eps=0.1, step_size=0.06, replays=2, warm_start=START, milestones=(2,), **SMALL
     ),
+    "clustr-lip, triangle": ClustrLip(epochs=3, per_cluster=4, schedule="triangle", snapshots=(0, 3), **LIPSCHITZ),
+    "clustr-cert, triangle, crop of one pixel": ClustrCert(
+        epochs=3, schedule="triangle", learning_rate=0.01, augmentation="crop", crop_padding=1, snapshots=(0, 2, 3),
+        **LIPSCHITZ,
+    ),
+    "clustr-cert, convolutions, sgd, decay": ClustrCert(
+        epochs=3, optimiser="sgd", weight_decay=1e-3, per_class=1, **CONVOLUTIONAL
+    ),
+    "lip-linear, triangle": LipschitzMargin(epochs=3, schedule="triangle", learning_rate=0.01, snapshots=(1,), **LIPSCHITZ),
+    "lip-linear, convolutions": LipschitzMargin(epochs=3, milestones=(2,), **CONVOLUTIONAL),
+    "smoothing, batch norm": Smoothing(epochs=3, noise=0.3, **RESNET),
 }  # fmt: skip
 STEADY = ("model.safetensors", "history.csv", "checkpoint.safetensors")
 CE = CrossEntropy(epochs=2, **SMALL)
@@ -254,6 +272,56 @@ def test_milestones_divide_the_learning_rate_by_ten(train):
     assert rates == pytest.approx([0.05, 0.005, 0.005, 0.0005])
 
 
+@pytest.mark.parametrize("milestones", [(), (3,), (1, 4), (4, 1), (2, 2), (0,), (0, 6), (6,)])
+def test_steps_are_those_of_torchs_scheduler(milestones):
+    recipe = CrossEntropy(epochs=6, learning_rate=0.3, milestones=milestones)
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones), gamma=0.1)
+    for epoch in range(6):
+        (theirs,) = scheduler.get_last_lr()
+        # the same at every batch of an epoch
+        for within in (0.0, 0.01, 0.5, 0.999):
+            assert learning_rate(recipe, epoch + within) == pytest.approx(theirs, rel=1e-12)
+        optimiser.step()
+        scheduler.step()
+
+
+def test_the_triangle_rises_holds_and_falls():
+    recipe = CrossEntropy(epochs=30, learning_rate=0.5, schedule="triangle")
+    shape = {0: 0, 2.5: 0.5, 5: 1, 8: 1, 12: 1, 16.5: 0.75, 21: 0.5, 29.1: 0.05, 30: 0}
+    assert [learning_rate(recipe, t) for t in shape] == pytest.approx([0.5 * share for share in shape.values()])
+    rates = [learning_rate(recipe, t / 100) for t in range(3001)]
+    assert max(rates) == 0.5
+    # no jump anywhere
+    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) < 0.5 * 0.0021
+    # in shares of the training, however long it is
+    assert learning_rate(replace(recipe, epochs=3), 0.25) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_every_step_is_taken_at_the_rate_of_its_time(recipe, train, monkeypatch):
+    """The middle of its share of the epoch; all replays of a batch at one."""
+    rates = []
+    for kind in (torch.optim.Adam, torch.optim.SGD):
+        real = kind.step
+
+        def step(self, *args, real=real, **options):
+            rates.append({group["lr"] for group in self.param_groups})
+            return real(self, *args, **options)
+
+        monkeypatch.setattr(kind, "step", step)
+    run = train(replace(recipe, warm_start=None))
+    replays = getattr(recipe, "replays", 1)
+    assert len(rates) % (recipe.epochs * replays) == 0
+    batches = len(rates) // recipe.epochs // replays
+    times = [e + (n + 0.5) / batches for e in range(recipe.epochs) for n in range(batches) for _ in range(replays)]
+    assert rates == [{learning_rate(recipe, time)} for time in times]
+    assert batches > 1
+    middle = [learning_rate(recipe, epoch + 0.5) for epoch in range(recipe.epochs)]
+    assert run.history["learning_rate"].tolist() == pytest.approx(middle, rel=1e-12)
+    assert (len({*map(tuple, rates)}) > recipe.epochs) == (recipe.schedule == "triangle")
+
+
 def test_models_of_a_run(train, digits):
     linear, clustered = train(CE), train(RECIPES["clustr, warm start"])
     images = data.to_float(digits.test_images[:20])
@@ -333,6 +401,7 @@ def test_examples_beyond_the_slice_are_never_touched(train, digits, home, monkey
         (FreeAdversarialTraining(epochs=2, batch_size=50, replays=4, **RESNET), 12),
         (FastAdversarialTraining(epochs=2, batch_size=50, **RESNET), 3),
         (FreeClustr(epochs=2, per_cluster=4, replays=2, **RESNET), 6),
+        (Smoothing(epochs=2, batch_size=50, **RESNET), 3),
     ],
     ids=lambda value: getattr(value, "method", None),
 )
@@ -359,6 +428,10 @@ LEARNING = {"width": 8, "train_examples": 500, "learning_rate": 5e-3}
         FreeAdversarialTraining(epochs=3, eps=0.05, step_size=0.05, replays=3, **LEARNING),
         FastAdversarialTraining(epochs=6, eps=0.05, step_size=0.06, **LEARNING),
         FreeClustr(epochs=3, per_cluster=6, eps=0.05, step_size=0.05, replays=3, **LEARNING),
+        ClustrLip(epochs=8, per_cluster=6, schedule="triangle", **LEARNING | {"width": 16}),
+        ClustrCert(epochs=8, schedule="triangle", **LEARNING | {"width": 16, "learning_rate": 0.02}),
+        LipschitzMargin(epochs=8, schedule="triangle", **LEARNING | {"width": 16, "learning_rate": 0.02}),
+        Smoothing(epochs=6, **LEARNING),
     ],
     ids=lambda recipe: recipe.method,
 )
@@ -514,7 +587,7 @@ def test_trades_steps_with_the_gradient_of_its_formula_alone(step):
 def free_state(recipe, digits):
     """A state before its first epoch, with its images and labels."""
     images, labels = digits.train_images[:150], digits.train_labels[:150]
-    return training._new_state(recipe, digits, images, None), images, labels
+    return training._new_state(recipe, digits, images, labels, None), images, labels
 
 
 FREE = {"eps": 0.05, "step_size": 0.02, "replays": 4, "optimiser": "sgd", "learning_rate": 0.05} | SMALL
@@ -575,6 +648,9 @@ def test_free_clustr_moves_weights_and_perturbation_by_the_magnet_loss(digits, m
 
         def __init__(self, batch):
             self.batch, self.told = batch, []
+
+        def __len__(self):
+            return 1
 
         def __iter__(self):
             return iter([self.batch])
@@ -648,7 +724,7 @@ def test_clustr_steps_with_the_magnet_loss_and_cross_entropy_with_its_own(step):
 def test_an_epochs_clusters_come_without_a_graph_and_draw_seeds_by_the_full_loss(digits):
     recipe = Clustr(per_cluster=4, gap=9.0, **SMALL)
     images, labels = digits.train_images[:150], digits.train_labels[:150]
-    state = training._new_state(recipe, digits, images, None)
+    state = training._new_state(recipe, digits, images, labels, None)
     clusters, sampler = training._clusters_and_sampler(recipe, state, images, labels)
     assert not clusters.centroids.requires_grad
     assert not clusters.variance.requires_grad
@@ -777,7 +853,13 @@ def test_the_dataset_must_be_the_recipes(train, digits, home):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoder": "vgg"}, r"encoder: expected one of \['resnet18', 'small-cnn'\], got 'vgg'"),
+        (
+            {"encoder": "vgg"},
+            r"encoder: expected one of \['lip-cnn', 'lip-cnn-aol', 'lip-cnn-cayley', 'lip-mlp', 'resnet18', 'small-cnn'\], "
+            r"got 'vgg'",
+        ),
+        ({"encoder": "lip-mlp", "width": 7}, "width: expected an even number, since MaxMin sorts pairs, got 7"),
+        ({"encoder": "lip-cnn", "width": 2}, r"image_shape, width: expected .* a width of at least \d+, got"),
         ({"dataset": "imagenet"}, r"name: expected one of .* got 'imagenet'"),
         ({"per_class": 50}, r"labels: class \d has \d+ examples, fewer than per_class=50"),
     ],
