@@ -106,7 +106,7 @@ def best_bound(certificates: pd.DataFrame) -> pd.DataFrame:
         certificates: of `certificates_of`.
     """
     order = {bound: rank for rank, bound in enumerate((*HARD_BOUNDS, "margin", "smoothing"))}
-    ranks = certificates["bound"].map(order)
+    ranks = certificates["bound"].map(lambda bound: order[bound])
     return certificates.loc[ranks == ranks.groupby(certificates["method"]).transform("max")]
 
 
@@ -121,7 +121,7 @@ def broken_certificates(attacks: pd.DataFrame, certificates: pd.DataFrame, *, pi
         certificates: of `certificates_of`, of the same methods; the best bound of each counts.
         pixels: of an image, channels counted one by one.
     """
-    reach = attacks["eps"] * attacks["norm"].map({"l2": 1.0, "linf": pixels**0.5})
+    reach = attacks["eps"] * attacks["norm"].map(lambda norm: pixels**0.5 if norm == "linf" else 1.0)
     broken = attacks.assign(reach=reach).loc[attacks["correct"] & ~attacks["robust"]]
     radii = best_bound(certificates)[["method", "index", "radius"]]
     return broken.merge(radii, on=["method", "index"]).query("reach <= radius")

@@ -48,8 +48,8 @@ def certified_radius(
     The soft rule has bounds of its own, "soft-global" to "soft-dual": see `soft_bounds.soft_radius`.
 
     Negative radii become 0. The radius is lowered by a bound on the rounding of this computation, in the inputs'
-    dtype; for the rounding inside the encoder there is ``embedding_error``. Embeddings are taken in chunks: beyond them, the centroids and
-    the answer, memory does not grow with the batch.
+    dtype; for the rounding inside the encoder there is ``embedding_error``. Embeddings are taken in chunks: beyond
+    them, the centroids and the answer, memory does not grow with the batch.
 
     Args:
         lipschitz: an upper bound on the encoder's L2 Lipschitz constant, for pixels in [0, 1].
@@ -57,12 +57,12 @@ def certified_radius(
             the nearest rule, sigma^2 log k is then subtracted from each (d_j^2 - d_i^2) / 2, k the size of the rival's
             class. The bounds "soft-..." are always of the soft rule.
         neighbours: only that many nearest centroids vote: sigma^2 log max(1, min(k, neighbours - 1)) is subtracted.
-        embedding_error: how far an embedding may be from the exact one (`rounding.embedding_error`). Twice that is taken
-            off the feature radius: once for the image, once for what it is moved to.
+        embedding_error: how far an embedding may be from the exact one (`rounding.embedding_error`). Twice that is
+            taken off the feature radius: once for the image, once for what it is moved to.
     Raises:
         ValueError: for fewer than two classes, an embedding that is not finite, ``lipschitz`` not positive,
-            ``embedding_error`` negative, an unknown ``bound`` or ``rule``, unequal variances where the rule needs one sigma^2, or ``neighbours`` with a
-            bound "soft-...", which needs every vote.
+            ``embedding_error`` negative, an unknown ``bound`` or ``rule``, unequal variances where the rule needs one
+            sigma^2, or ``neighbours`` with a bound "soft-...", which needs every vote.
     Source: Alfarra et al. 2021, Theorem 1 ("nearest"); "triangle" is folklore; "pairwise", "exact" and the soft rule's
         are this book's (chapters 1 and 2).
     """

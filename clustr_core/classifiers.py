@@ -73,7 +73,7 @@ class LinearClassifier(nn.Module):
     """An encoder and a linear head: images in [0, 1] -> logits.
 
     Args:
-        orthonormal: the rows of the head are orthonormal, which makes it 1-Lipschitz and each pair of rows sqrt(2) apart.
+        orthonormal: the rows of the head are orthonormal: it is 1-Lipschitz, and each pair of rows sqrt(2) apart.
     """
 
     def __init__(self, encoder: nn.Module, embedding_dim: int, num_classes: int, *, orthonormal: bool = False) -> None:

@@ -148,14 +148,14 @@ def _sandwich(options: argparse.Namespace) -> None:
     profile, run = load_profile(options.profile or "quick"), _run(options)
     table = evaluation.sandwich_of(run, profile, device=_device(options))
     _write(table, profile, options, "sandwich")
-    correct = table[table["correct"]]
+    correct = table.loc[table["correct"]]
     nearest = correct.assign(ratio=correct["radius"] / correct["norm"])
     print(
         pd.DataFrame(nearest.groupby("attack", sort=False)[["radius", "norm", "ratio"]].median()).to_string(
             float_format="%.4g"
         )
     )
-    print(f"no certificate of {correct['index'].nunique()} images is broken")
+    print(f"no certificate of {len(set(correct['index']))} images is broken")
 
 
 def _run(options: argparse.Namespace) -> Run:

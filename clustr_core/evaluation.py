@@ -179,7 +179,7 @@ def sandwich_table(
     Returns:
         the columns of `sandwich.sandwich_rows`: one row for each attack and image.
     Raises:
-        CertificateBroken: if an attack breaks a certificate; the example is kept in ``counterexamples/`` beside the run.
+        CertificateBroken: if an attack breaks a certificate; the example is kept in the run's ``counterexamples/``.
         ValueError: if the run is of a method that certifies nothing.
     """
     if run.recipe.guarantee != "lipschitz":

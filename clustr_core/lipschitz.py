@@ -33,7 +33,8 @@ def lipschitz_upper_bound(encoder: nn.Module, image_shape: ImageShape) -> float:
 
     Affine neighbours (normalisation, convolution, batch norm) are merged before their norm is taken; a residual
     block counts the sum of its branch and its shortcut; ReLU and MaxMin count 1. The layers of `one_lipschitz` are not
-    trusted: their norms are taken from the weights they really use, like all others. Norms are computed in float64 and rounded up.
+    trusted: their norms are taken from the weights they really use, like all others. Norms are computed in float64 and
+    rounded up.
 
     Args:
         encoder: in evaluation mode, made of the layers of `clustr_core.encoders` and of common `torch.nn` layers.

@@ -126,7 +126,9 @@ def margin_cross_entropy(
     margin: float,
     temperature: float,
 ) -> Float[Tensor, " batch"]:
-    """Cross-entropy of a linear head that must win by a margin: tau log(1 + sum_j exp((m ||w_y - w_j|| - (g_y - g_j)) / tau)).
+    """Cross-entropy of a linear head that must win by a margin, over the classes j other than the label's y.
+
+    tau log(1 + sum_j exp((m ||w_y - w_j|| - (g_y - g_j)) / tau))
 
     With a 1-Lipschitz encoder (g_y - g_j) / ||w_y - w_j|| is the certified radius against class j.
 

@@ -161,7 +161,7 @@ class AOLConv2d(nn.Module):
 
 
 class AOLLinear(nn.Module):
-    """diag(s) W x + b with s_i = (sum_j |W W^T|_ij)^(-1/2): the transpose of AOL's bound, for few rows and many columns.
+    """diag(s) W x + b with s_i = (sum_j |W W^T|_ij)^(-1/2): AOL's bound transposed, for few rows and many columns.
 
     Source: Prach and Lampert 2022, theorem 1, applied to W^T.
     """

@@ -384,7 +384,7 @@ def draw_sandwich(axes: Axes, table: pd.DataFrame) -> None:
 def draw_tightness(axes: Axes, table: pd.DataFrame) -> None:
     """Certified radius (``radius``) against the smallest adversarial norm found (``norm``), one dot an image, and the
     diagonal that no dot may cross."""
-    top = 1.05 * float(table["norm"].max())
+    top = 1.05 * table["norm"].to_numpy(dtype=float).max()
     axes.fill_between([0, top], [0, top], top, color="0.92", linewidth=0, zorder=0)
     axes.plot([0, top], [0, top], color="black", linewidth=1.2)
     axes.scatter(table["norm"], table["radius"], s=9, alpha=0.5, color=_COLOURS[0], linewidth=0, rasterized=True)

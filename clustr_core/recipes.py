@@ -569,7 +569,8 @@ def load_profile(name: str | Path) -> Profile:
 
     Keys: ``shared`` (fields of every recipe), ``methods`` (the fields of each; ``warm_start`` names another method),
     ``attacks`` (a `Protocol` each), ``certified_examples``, ``examination``, ``sandwich`` and ``smoothing`` (an
-    `Examination`, a `SandwichBudget`, a `SmoothingBudget`), ``chapters`` (parameters of each notebook). Fractions such as 8/255 are numbers.
+    `Examination`, a `SandwichBudget`, a `SmoothingBudget`), ``chapters`` (parameters of each notebook). Fractions such
+    as 8/255 are numbers.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -17,8 +17,8 @@ def embedding_error(encoder: nn.Module, image_shape: ImageShape) -> float:
     """A bound E on ||fl(f(x)) - f(x)|| for all images in [0, 1], f being computed in the dtype of its weights.
 
     A sum of n products is off by at most gamma_n = n u / (1 - n u) times the sum of their absolute values, u half the
-    dtype's eps, whatever the order of summation. So a layer W x + b adds gamma_n (|| |W| || ||x|| + ||b||), and passes on
-    what it is given times its Lipschitz constant. Far from tight: the worst case of all roundings at once.
+    dtype's eps, whatever the order of summation. So a layer W x + b adds gamma_n (|| |W| || ||x|| + ||b||), and passes
+    on what it is given times its Lipschitz constant. Far from tight: the worst case of all roundings at once.
 
     Two embeddings enter a certificate, that of the image and that of the perturbed image, so it pays 2 E.
 
@@ -52,9 +52,9 @@ def _through(layer: nn.Module, shapes: Shapes, size: float, error: float) -> tup
 
 
 def _through_sll(layer: SLLConv2d, shapes: Shapes, size: float, error: float) -> tuple[float, float]:
-    """x - W^T (t relu(W x + b)): the inner sum's error, carried out by the absolute weights, and that of the outer sum."""
+    """x - W^T (t relu(W x + b)): the inner sum's error, carried out by absolute weights, and the outer sum's own."""
     height, width = shapes[layer][1:]
-    padding = (layer.kernel_size // 2,) * 2
+    padding = (layer.kernel_size // 2, layer.kernel_size // 2)
     absolute = layer.weight.detach().double().abs()
     out = layer.step().detach().double().reshape(-1, 1, 1, 1) * absolute
     inwards, outwards = (convolution_norm(part, (height, width), padding) for part in (absolute, out))

@@ -536,7 +536,9 @@ def _finish(folder: Path, recipe: Recipe, state: _State, dataset: data.Dataset, 
     records.write_json(folder / DONE, content)
 
 
-def _final_clusters(recipe: Recipe, network: nn.Module, images: Tensor, labels: Tensor) -> Clusters:
+def _final_clusters(
+    recipe: Recipe, network: LinearClassifier | ClusterClassifier, images: Tensor, labels: Tensor
+) -> Clusters:
     """k-means of the final embeddings; learnt centroids stay where they are, and only their variance is measured."""
     embeddings = embed_all(network.encoder, images)
     if not isinstance(network, ClusterClassifier):
