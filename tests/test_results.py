@@ -6,19 +6,37 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from clustr_core.accuracy import both_protocols, four_columns, robust_accuracy, robust_accuracy_by_loss
+from clustr_core.accuracy import (
+    best_bound,
+    both_protocols,
+    broken_certificates,
+    certified_accuracy,
+    robust_accuracy,
+    robust_accuracy_by_loss,
+)
+from clustr_core.certify import HARD_BOUNDS
 from clustr_core.diagnostics import CHECKS, verdict
 from clustr_core.paper import PAPER_RESTARTS, PAPER_STEPS
-from clustr_core.plotting import METHOD_NAMES
-from clustr_core.recipes import load_profile
+from clustr_core.recipes import Profile, load_profile
 from clustr_core.records import read_table
+from clustr_core.sandwich import ATTACKS, check_chain, check_sandwich, sandwich_curve
+from tools.first_page import CERTIFYING, certified_lines, columns_of, pixels_of, protocol_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = sorted(path.name for path in (ROOT / "results").iterdir() if path.is_dir())
 
 
+def profile_of(name: str) -> Profile:
+    return load_profile(ROOT / "profiles" / f"{name}.yaml")
+
+
 def rows(profile: str, kind: str) -> pd.DataFrame:
-    methods = load_profile(ROOT / "profiles" / f"{profile}.yaml").recipes
+    wanted = profile_of(profile)
+    methods = {
+        "attacks": [*wanted.attacked],
+        "certificates": [*wanted.recipes, "prototypes"],
+        "sandwich": [*wanted.lipschitz],
+    }.get(kind, [*wanted.ordinary])
     tables = [read_table(ROOT / "results" / profile / f"{kind}-{method}.csv") for method in methods]
     return pd.concat(tables, ignore_index=True)
 
@@ -38,7 +56,7 @@ def test_rows_cover_the_whole_profile(profile: str) -> None:
     """Every method, attack, norm, eps and loss of the profile, on the same images for all methods."""
     wanted = load_profile(ROOT / "profiles" / f"{profile}.yaml")
     attacks = rows(profile, "attacks")
-    names = [*wanted.recipes, "ce-clusters"]
+    names = [*wanted.attacked, "ce-clusters"]
     found = attacks.groupby(["method", "attack", "norm", "eps", "loss"])["index"].agg(lambda s: tuple(sorted(s)))
     expected = {
         (method, protocol.attack, protocol.norm, round(eps, 6), loss)
@@ -78,13 +96,56 @@ def test_rows_are_possible(profile: str) -> None:
     both = clusters.merge(smallest, on=["method", "index"])
     assert len(both)
     assert (both["radius"] <= both["broken_at"]).all()
-    assert (certificates["lipschitz_lower_bound"] <= certificates["lipschitz"]).all()
+    bounded = certificates.dropna(subset=["lipschitz"])
+    assert (bounded["lipschitz_lower_bound"] <= bounded["lipschitz"]).all()
+
+
+@pytest.mark.parametrize("profile", PUBLISHED)
+def test_certificates_are_on_a_ladder_and_1_lipschitz(profile: str) -> None:
+    certificates = rows(profile, "certificates")
+    keys = ["method", "index"]
+    wide = certificates[certificates["bound"].isin(HARD_BOUNDS)].pivot_table(
+        index=keys, columns="bound", values="radius"
+    )
+    for lower, upper in (("triangle", "nearest"), ("nearest", "pairwise")):
+        assert (wide[lower] <= wide[upper] * (1 + 1e-6) + 1e-9).all()
+    exact = wide.dropna(subset=["exact"])
+    assert set(exact.index.unique("method")) == {"clustr-cert", "clustr-lip", "prototypes"}
+    assert (exact["pairwise"] <= exact["exact"] * (1 + 1e-6) + 1e-9).all()
+    held = certificates[certificates["method"].isin(list(profile_of(profile).lipschitz))]
+    assert (held["lipschitz"] <= 1 + 1e-5).all()
+    assert (held["lipschitz_lower_bound"] > 0.3).all()
+
+
+@pytest.mark.parametrize("profile", PUBLISHED)
+def test_no_attack_of_the_book_breaks_a_certified_example(profile: str) -> None:
+    """Those of chapter 6 at every eps, and those that search for the nearest misclassified image."""
+    attacks, certificates = rows(profile, "attacks"), rows(profile, "certificates")
+    lipschitz = list(profile_of(profile).lipschitz)
+    mine = attacks[attacks["method"].isin(lipschitz)]
+    within = mine.merge(best_bound(certificates)[["method", "index", "radius"]], on=["method", "index"])
+    reach = within["eps"].where(within["norm"] == "l2", within["eps"] * pixels_of(profile) ** 0.5)
+    # there are balls inside certified ones, so that something is checked
+    assert (within["correct"] & (reach <= within["radius"])).sum() > 100
+    assert broken_certificates(mine, certificates, pixels=pixels_of(profile)).empty
+    found = rows(profile, "sandwich")
+    for method in lipschitz:
+        own = found[found["method"] == method]
+        assert set(own["attack"]) == set(ATTACKS)
+        check_sandwich(own)
+        check_chain(sandwich_curve(own, [0.0, 0.1, 0.25, 0.5, 1.0, 2.0]))
+    radii = best_bound(certificates).set_index(["method", "index"])["radius"]
+    certified = found[found["correct"]].set_index(["method", "index"])
+    # pandas keeps what a sandwich was measured beside: the radii of the table of certificates
+    shared = certified.index.intersection(radii.index).unique()
+    beside = certified["radius"].groupby(level=[0, 1]).first().loc[shared]
+    assert (beside - radii.loc[shared]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("profile", PUBLISHED)
 def test_findings_cover_every_method_and_follow_their_thresholds(profile: str) -> None:
     findings = rows(profile, "diagnostics")
-    methods = {*load_profile(ROOT / "profiles" / f"{profile}.yaml").recipes, "ce-clusters"}
+    methods = {*profile_of(profile).ordinary, "ce-clusters"}
     assert set(findings["method"]) == methods == set(rows(profile, "ablations")["method"])
     assert (findings["flagged"] == (findings["value"] > findings["threshold"])).all()
     assert (
@@ -112,17 +173,31 @@ def test_the_papers_protocol_spends_gradients_on_little_but_what_stays_unbroken(
 
 
 def curves(profile: str) -> pd.DataFrame:
-    return both_protocols(rows(profile, "attacks").query("attack != 'autoattack'"))
-
-
-def columns_of(profile: str) -> pd.DataFrame:
-    """The four columns at the eps of AutoAttack."""
-    at = load_profile(ROOT / "profiles" / f"{profile}.yaml").attacks["autoattack"].eps[0]
-    return four_columns(rows(profile, "attacks"), rows(profile, "certificates"), eps=at).assign(profile=profile)
+    ordinary = [*profile_of(profile).ordinary, "ce-clusters"]
+    found = rows(profile, "attacks")
+    return both_protocols(found[(found["attack"] != "autoattack") & found["method"].isin(ordinary)])
 
 
 def pgd_rows(profile: str) -> pd.DataFrame:
-    return rows(profile, "attacks").query("attack == 'pgd' and method != 'ce-clusters'")
+    ordinary = list(profile_of(profile).ordinary)
+    found = rows(profile, "attacks")
+    return found[(found["attack"] == "pgd") & found["method"].isin(ordinary)]
+
+
+def radii_of(profile: str) -> list[float]:
+    return profile_of(profile).chapters.get("07-certified", {}).get("radii", [0.14, 0.28, 0.5])
+
+
+def certified_curves(name: str) -> pd.DataFrame:
+    """Of each study at the radii that were drawn."""
+    shown = [*CERTIFYING, "clustr"]
+    parts = []
+    for study in dict.fromkeys([name, "cpu", "cpu-cifar10"]):
+        grid = [2 * radii_of(study)[-1] * i / 60 for i in range(61)]
+        best = best_bound(rows(study, "certificates"))
+        best = best[best["method"].isin(shown)]
+        parts.append(certified_accuracy(best, grid).assign(profile=study))
+    return pd.concat(parts)
 
 
 @pytest.mark.parametrize("profile", [name for name in PUBLISHED if (ROOT / "figures" / name).is_dir()])
@@ -141,12 +216,23 @@ def test_figures_are_drawn_from_the_rows(profile: str, label: str, derive) -> No
     assert_frame_equal(sorted_rows(derive(profile)), sorted_rows(drawn), check_dtype=False, rtol=1e-6)
 
 
+def test_the_figure_of_certificates_is_drawn_from_the_rows() -> None:
+    drawn = read_table(ROOT / "figures/quick/fig-certified-accuracy.csv")
+    keys = ["profile", "method", "at"]
+    left, right = (table.sort_values(keys).reset_index(drop=True) for table in (certified_curves("quick"), drawn))
+    assert_frame_equal(left[sorted(left)], right[sorted(left)], check_dtype=False, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(("profile", "examples"), [("cpu", 256), ("cpu-cifar10", 256)])
 def test_numbers_on_the_first_page_are_those_of_the_rows(profile: str, examples: int) -> None:
     page = (ROOT / "index.md").read_text()
-    found = columns_of(profile).set_index(["method", "column"])
-    assert set(found["examples"]) == {examples}
-    for method in found.index.unique("method"):
-        three = [found.loc[(method, name)] for name in ("clean", "paper", "correct")]
-        cells = [f"{100 * r.accuracy:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in three]
-        assert f"| {METHOD_NAMES[method]} | {' | '.join(cells)} |" in page
+    assert set(columns_of(profile)["examples"]) == {examples}
+    for line in protocol_lines(profile):
+        assert line in page
+
+
+@pytest.mark.parametrize("profile", ["quick", "cpu", "cpu-cifar10"])
+def test_certificates_on_the_first_page_are_those_of_the_rows(profile: str) -> None:
+    page = (ROOT / "index.md").read_text()
+    for line in certified_lines(profile, radii_of(profile)):
+        assert line in page
