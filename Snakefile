@@ -110,6 +110,7 @@ rule certify:
     params:
         code=code_digest(CERTIFICATE_CODE),
         examples=PROFILE.certified_examples,
+        dataset=sorted({recipe.dataset for recipe in PROFILE.recipes.values()}),
         smoothing=asdict(PROFILE.smoothing) if PROFILE.smoothing else None,
     threads: 1
     shell:

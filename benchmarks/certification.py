@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from clustr_core import records
-from clustr_core.certify import HARD_BOUNDS, Bound, certified_radius, linear_radius
+from clustr_core.certify import HARD_BOUNDS, Bound, certified_radius, margin_radius
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.clusters import fit_clusters
 from clustr_core.encoders import build_encoder
@@ -58,7 +58,7 @@ class Method:
 def cost_table(
     *,
     encoder: str = "lip-cnn",
-    width: int = 16,
+    width: int = 64,
     per_class: int = 2,
     base_width: int = 8,
     images: int = 64,
@@ -129,8 +129,7 @@ def _of_linear_head(network: nn.Module, dim: int, batch: Tensor) -> Method:
 
     def margins() -> Tensor:
         embeddings = _forward(network, batch)
-        predicted = head.linear(embeddings).argmax(dim=1)
-        return linear_radius(head.linear.weight, head.linear.bias, embeddings, predicted)
+        return margin_radius(embeddings, head.linear)
 
     return Method("linear-margin", margins, len(batch), network)
 
@@ -198,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    setting = setting_of(given.profile) if given.profile else {"encoder": "lip-cnn", "width": 16, "per_class": 2}
+    setting = setting_of(given.profile) if given.profile else {"encoder": "lip-cnn", "width": 64, "per_class": 2}
     setting |= {"images": given.images, "samples": given.samples, "rounds": given.rounds}
     table = cost_table(**setting)
     print(table.to_string(index=False))

@@ -111,8 +111,9 @@ def best_bound(certificates: pd.DataFrame) -> pd.DataFrame:
 
 
 def broken_certificates(attacks: pd.DataFrame, certificates: pd.DataFrame, *, pixels: int) -> pd.DataFrame:
-    """Successes of attacks at images that were certified there: there must be none.
+    """Images that an attack led to another class inside a ball in which they were certified: there must be none.
 
+    What counts is the model's own verdict on the image that the attack ended with, whatever the attack calls a success.
     A ball of L2 radius eps lies in the certified one if eps is at most the radius, an L-infinity ball if eps
     sqrt(pixels) is.
 
@@ -122,7 +123,8 @@ def broken_certificates(attacks: pd.DataFrame, certificates: pd.DataFrame, *, pi
         pixels: of an image, channels counted one by one.
     """
     reach = attacks["eps"] * attacks["norm"].map(lambda norm: pixels**0.5 if norm == "linf" else 1.0)
-    broken = attacks.assign(reach=reach).loc[attacks["correct"] & ~attacks["robust"]]
+    led_away = attacks["adversarial_prediction"] != attacks["label"]
+    broken = attacks.assign(reach=reach).loc[attacks["correct"] & led_away]
     radii = best_bound(certificates)[["method", "index", "radius"]]
     return broken.merge(radii, on=["method", "index"]).query("reach <= radius")
 

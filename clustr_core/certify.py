@@ -13,7 +13,6 @@ from clustr_core.classifiers import ClusterClassifier, Rule, cluster_logits
 from clustr_core.clusters import Clusters
 from clustr_core.distances import squared_distances
 from clustr_core.dual import least_norm
-from clustr_core.encoders import LipschitzNet
 from clustr_core.lipschitz import check_evaluation_mode, lipschitz_upper_bound
 from clustr_core.soft_bounds import SoftBound, soft_radius
 
@@ -102,10 +101,10 @@ def certify(
 ) -> Float[Tensor, " batch"]:
     """`certified_radius` of a whole model: its rule, its neighbours, and a sound Lipschitz bound of its encoder.
 
-    Of a `LipschitzNet` the rounding inside the encoder is bounded too and taken off (`rounding.embedding_error`). In
-    float32 that bound is no small thing, some hundredths of a pixel's range; in float64 (``model.double()``,
-    ``images.double()``) it is next to nothing, so that is how the book certifies. Of ordinary encoders, whose
-    certificate is vacuous anyway, it is not subtracted.
+    Where the rounding inside the encoder is bounded (`rounding.embedding_error`: 1-Lipschitz encoders, chains of dense
+    layers), it is taken off too. In float32 that bound is no small thing: some tenths for a convolutional encoder. In
+    float64 (``model.double()``, ``images.double()``) it is next to nothing, so that is how the book certifies. Of other
+    encoders the certificate is one of real numbers, and says nothing about rounding.
 
     Args:
         bound: None picks the largest that is valid for the model: "exact", and of the soft rule with all centroids
@@ -121,12 +120,15 @@ def certify(
     check_evaluation_mode(model.encoder)
     if not ((images >= 0) & (images <= 1)).all():
         raise ValueError(f"images: expected pixels in [0, 1], got {images.min():.4g} to {images.max():.4g}")
+    if images.dim() != 4:
+        raise ValueError(f"images: expected shape [batch, channel, height, width], got {list(images.shape)}")
     channels, height, width = images.shape[1:]
     if lipschitz is None:
         lipschitz = lipschitz_upper_bound(model.encoder, (channels, height, width))
-    error = 0.0
-    if isinstance(model.encoder, LipschitzNet):
+    try:
         error = rounding.embedding_error(model.encoder, (channels, height, width))
+    except TypeError:  # an encoder whose rounding nothing is known of
+        error = 0.0
     with torch.no_grad():
         embeddings = model.embed(images)
     options = {"lipschitz": lipschitz, "embedding_error": error, "rule": model.rule, "neighbours": model.neighbours}
@@ -150,17 +152,20 @@ def margin_radius(
     Lowered, as `certified_radius` is, by bounds on the rounding of the logits and of the embeddings.
 
     Raises:
-        ValueError: for fewer than two classes, ``lipschitz`` not positive or ``embedding_error`` negative.
+        ValueError: for fewer than two classes, an embedding that is not finite, ``lipschitz`` not positive or
+            ``embedding_error`` negative.
     Source: Tsuzuku et al. 2018; Leino et al. 2021, definition 2 (a constant for each pair of classes).
     """
     _check_encoder(lipschitz, embedding_error)
     if head.out_features < 2:
         raise ValueError(f"head: expected at least two classes, got {head.out_features}")
+    if not embeddings.isfinite().all():
+        raise ValueError("embeddings: expected finite values, got NaN or infinity")
     weight = head.weight.detach()
-    logits = head(embeddings).detach()
-    predicted = logits.argmax(dim=1)
-    radius = linear_radius(weight, head.bias.detach(), embeddings, predicted)
-    size = weight.norm(dim=1).amax() * embeddings.norm(dim=1) + head.bias.detach().abs().amax()
+    bias = head.bias.detach() if head.bias is not None else weight.new_zeros(head.out_features)
+    predicted = (embeddings @ weight.T + bias).argmax(dim=1)
+    radius = linear_radius(weight, bias, embeddings, predicted)
+    size = weight.norm(dim=1).amax() * embeddings.norm(dim=1) + bias.abs().amax()
     shortest = squared_distances(weight, weight).fill_diagonal_(torch.inf).amin().sqrt()
     slack = 4 * _relative_rounding(embeddings) * size / shortest
     return (radius - slack - 2 * embedding_error).clamp_min(0) / lipschitz
@@ -282,6 +287,8 @@ def _exact(
         offsets = gaps[active].gather(2, rival[:, None, None].expand(-1, mine.shape[1], 1)).squeeze(2)
         normals = (centroids[rival][:, None] - centroids[mine]).masked_fill(offsets.isneginf()[:, :, None], 0)
         found = least_norm(normals, offsets.masked_fill(offsets.isneginf(), 0)).to(pairwise)
+        # where a square has overflowed nothing is known
+        found = found.nan_to_num(nan=0.0, posinf=0.0)
         best[active] = best[active].minimum(found.maximum(lower[active]))
     return best.clamp_min(0)
 
@@ -343,6 +350,11 @@ def _check(embeddings: Tensor, clusters: Clusters, bound: str, rule: str, neighb
         raise ValueError(f"rule: expected one of {get_args(Rule)}, got {rule!r}")
     if neighbours is not None and neighbours < 1:
         raise ValueError(f"neighbours: expected a positive number or None, got {neighbours}")
+    votes = bound in SOFT_BOUNDS or rule == "soft" or neighbours is not None
+    if votes and (clusters.variance != clusters.variance[0]).any():
+        # however little they differ: the quadratic terms then no longer cancel
+        low, high = clusters.variance.min().item(), clusters.variance.max().item()
+        raise ValueError(f"clusters: expected one shared variance, got values from {low:.9g} to {high:.9g}")
     if clusters.num_classes < 2:
         raise ValueError("clusters: expected at least two classes, got one, which nothing can be told apart from")
     if not embeddings.isfinite().all():

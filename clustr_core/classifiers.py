@@ -133,11 +133,15 @@ class ClusterClassifier(nn.Module):
         self.register_buffer("labels", clusters.labels.clone())
         self.register_buffer("variance", clusters.variance.clone())
         self._clusters: Clusters | None = None
+        self._parts: tuple[Tensor, Tensor, Tensor] | tuple[()] = ()
 
     @property
     def clusters(self) -> Clusters:
         """The clusters, on the module's device; rebuilt (and checked) only after the module has moved."""
-        if self._clusters is None or self._clusters.centroids is not self.centroids:
+        parts = (self.centroids, self.labels, self.variance)
+        # learnable centroids stay one parameter when the module moves, so the others have to tell
+        if self._clusters is None or any(mine is not theirs for mine, theirs in zip(parts, self._parts, strict=True)):
+            self._parts = parts
             self._clusters = Clusters(self.centroids, self.labels, self.variance)
         return self._clusters
 

@@ -145,7 +145,14 @@ def _certify(options: argparse.Namespace) -> None:
 
 
 def _sandwich(options: argparse.Namespace) -> None:
-    profile, run = load_profile(options.profile or "quick"), _run(options)
+    profile, recipe = load_profile(options.profile or "quick"), _recipe(options)
+    if recipe.guarantee != "lipschitz":
+        raise ValueError(
+            f"--method: expected one of {', '.join(profile.lipschitz)}, which certify, got {recipe.method}"
+        )
+    run = _run(options)
+    # a certificate in float64 is held against a model in float32, which TF32 is not
+    torch.backends.cudnn.allow_tf32 = False
     table = evaluation.sandwich_of(run, profile, device=_device(options))
     _write(table, profile, options, "sandwich")
     correct = table.loc[table["correct"]]

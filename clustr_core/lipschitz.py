@@ -140,10 +140,18 @@ def layer_bound(module: nn.Module, shapes: Shapes) -> float:
         TypeError: for a layer without a known bound.
     """
     for kind, rule in _RULES.items():
-        # a subclass may compute something else: what counts is whose forward it runs
-        if isinstance(module, kind) and type(module).forward is kind.forward:
+        if computes(module, kind):
             return rule(module, shapes)
     raise TypeError(f"encoder: no Lipschitz bound is known for the layer {type(module).__name__}")
+
+
+def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what a kind of layer computes: it is one, and neither a subclass nor an attribute of
+    its own nor a hook puts something else in place of that."""
+    if not isinstance(module, kind) or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    names = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
+    return all(name not in vars(module) and getattr(type(module), name) is getattr(kind, name) for name in names)
 
 
 def _chain(layers: list[nn.Module], shapes: Shapes) -> float:
@@ -159,11 +167,11 @@ def _chain(layers: list[nn.Module], shapes: Shapes) -> float:
 
 def _merged_run(layers: list[nn.Module], start: int) -> int:
     """End of the longest run [Normalize] convolution [batch norm] that begins at ``start``."""
-    stop = start + (isinstance(layers[start], Normalize) and start + 1 < len(layers))
-    if not isinstance(layers[stop], nn.Conv2d):
+    stop = start + (computes(layers[start], Normalize) and start + 1 < len(layers))
+    if not computes(layers[stop], nn.Conv2d):
         return start + 1
     stop += 1
-    return stop + (stop < len(layers) and isinstance(layers[stop], nn.BatchNorm2d))
+    return stop + (stop < len(layers) and computes(layers[stop], nn.BatchNorm2d))
 
 
 def _merged_norm(run: list[nn.Module], shapes: Shapes) -> float:
@@ -274,7 +282,7 @@ _RULES: dict[type[nn.Module], Callable[..., float]] = {
     nn.Linear: lambda m, _: float(torch.linalg.matrix_norm(m.weight.detach().double(), ord=2)),
     nn.BatchNorm2d: lambda m, _: float(_batch_norm_scale(m).abs().max()),
     nn.BatchNorm1d: lambda m, _: float(_batch_norm_scale(m).abs().max()),
-    Normalize: lambda m, _: float(1 / m.std.double().min()),
+    Normalize: lambda m, _: float(1 / m.std.double().abs().min()),
     nn.ReLU: lambda m, _: 1.0,
     MaxMin: lambda m, _: 1.0,
     PadChannels: lambda m, _: 1.0,
@@ -293,7 +301,7 @@ _RULES: dict[type[nn.Module], Callable[..., float]] = {
     nn.MaxPool2d: _max,
     ResidualBlock: _residual_block,
     ResNet18: _resnet18,
-    SmallCNN: lambda m, shapes: _chain(list(m.layers), shapes),
-    LipschitzNet: lambda m, shapes: _chain(list(m.layers), shapes),
+    SmallCNN: lambda m, shapes: layer_bound(m.layers, shapes),
+    LipschitzNet: lambda m, shapes: layer_bound(m.layers, shapes),
     nn.Sequential: lambda m, shapes: _chain(list(m), shapes),
 }

@@ -113,7 +113,7 @@ def certificate_loss(
     own_distance, own = distances.masked_fill(is_rival, torch.inf).min(dim=1)
     between = squared_distances(clusters.centroids, clusters.centroids)
     # a rival on top of the own cluster has no bisector: any positive length keeps the loss finite
-    lengths = between.clamp_min(torch.finfo(distances.dtype).tiny).sqrt()[own]
+    lengths = between.clamp_min(torch.finfo(distances.dtype).eps).sqrt()[own]
     short = (margin - (distances - own_distance[:, None]) / (2 * lengths)) / temperature
     return temperature * _log_one_plus_sum_exp(short.masked_fill(~is_rival, -torch.inf))
 

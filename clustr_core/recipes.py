@@ -90,7 +90,7 @@ class Recipe:
             value = getattr(self, item.name)
             if get_origin(item.type) is Literal and value not in get_args(item.type):
                 raise ValueError(f"{item.name}: expected one of {get_args(item.type)}, got {value!r}")
-            if item.name in _POSITIVE and value is not None and not value > 0:
+            if item.name in _POSITIVE and value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{item.name}: expected a positive number, got {value}")
             if item.type in (int, int | None) and value is not None and type(value) is not int:
                 raise ValueError(f"{item.name}: expected a whole number, got {value!r}")
@@ -101,6 +101,8 @@ class Recipe:
             raise ValueError(f"encoder: expected one of {ONE_LIPSCHITZ} for {self.method}, got {self.encoder!r}")
         if self.milestones and self.schedule != "steps":
             raise ValueError(f"milestones: expected none with schedule {self.schedule!r}, got {self.milestones}")
+        if self.warm_start and self.guarantee == "lipschitz" and self.warm_start.method != self.method:
+            raise ValueError(f"warm_start: expected a recipe of {self.method} itself, got {self.warm_start.method}")
         for name in _SAME_NETWORK if self.warm_start else ():
             mine, start = getattr(self, name), getattr(self.warm_start, name)
             if mine != start:
@@ -476,8 +478,10 @@ def _check_budget(budget: SandwichBudget | SmoothingBudget) -> None:
     for item in fields(budget):
         value = getattr(budget, item.name)
         for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not number > 0:
+            if number is not None and not 0 < number < math.inf:
                 raise ValueError(f"{item.name}: expected a positive number, got {number}")
+        if item.type in (int, int | None) and value is not None and type(value) is not int:
+            raise ValueError(f"{item.name}: expected a whole number, got {value!r}")
 
 
 @dataclass(frozen=True)

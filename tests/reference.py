@@ -110,6 +110,40 @@ def full_magnet_loss(
     return losses
 
 
+def certificate_loss(
+    embeddings: Sequence[Vector],
+    labels: Sequence[int],
+    centroids: Sequence[Vector],
+    cluster_labels: Sequence[int],
+    margin: float,
+    temperature: float,
+) -> list[float]:
+    """tau log(1 + sum_j exp((m - r_j) / tau)), r_j the signed distance to the bisector of own cluster and rival."""
+    losses = []
+    for z, label in zip(embeddings, labels, strict=True):
+        d2 = [squared_distance(z, mu) for mu in centroids]
+        own = min((j for j, c in enumerate(cluster_labels) if c == label), key=d2.__getitem__)
+        radii = [
+            (d2[j] - d2[own]) / (2 * math.sqrt(squared_distance(centroids[j], centroids[own])))
+            for j, c in enumerate(cluster_labels)
+            if c != label
+        ]
+        losses.append(temperature * logsumexp([0.0, *((margin - r) / temperature for r in radii)]))
+    return losses
+
+
+def margin_cross_entropy(
+    logits: Sequence[Vector], labels: Sequence[int], weight: Sequence[Vector], margin: float, temperature: float
+) -> list[float]:
+    """tau log(1 + sum_j exp((m ||w_y - w_j|| - (g_y - g_j)) / tau)) over the other classes j."""
+    losses = []
+    for g, y in zip(logits, labels, strict=True):
+        lengths = [math.sqrt(squared_distance(weight[y], row)) for row in weight]
+        short = [(margin * lengths[j] - (g[y] - g[j])) / temperature for j in range(len(g)) if j != y]
+        losses.append(temperature * logsumexp([0.0, *short]))
+    return losses
+
+
 def shared_variance(embeddings: Sequence[Vector], assignments: Sequence[int], centroids: Sequence[Vector]) -> float:
     """sigma^2 = sum_n ||z_n - mu(n)||^2 / (N - 1)."""
     total = math.fsum(squared_distance(z, centroids[a]) for z, a in zip(embeddings, assignments, strict=True))

@@ -12,7 +12,7 @@ PROFILE = """
 shared: {dataset: digits}
 methods:
   ce: {width: 8}
-  clustr-lip: {encoder: lip-cnn, width: 12, per_class: 3}
+  clustr-lip: {encoder: lip-cnn, width: 48, per_class: 3}
 """
 METHODS = [
     "encoder", "clusters-nearest", "clusters-pairwise", "clusters-exact", "linear-margin", "smoothing-20",
@@ -52,7 +52,7 @@ def test_multiply_adds_are_counted(table):
     assert found["clusters-nearest"] == found["clusters-pairwise"] == pytest.approx(encoder + 20 * 64 + between)
     assert found["clusters-exact"] >= found["clusters-pairwise"]
     # the logits once for the class, once more for the margin
-    assert found["linear-margin"] == encoder + 2 * 10 * 64
+    assert found["linear-margin"] == pytest.approx(encoder + 2 * 10 * 64 + 10 * 10 * 64 / 6)
     assert found["pixels-nearest"] == pytest.approx(20 * 3072 * (1 + 20 / 6))
     assert found["smoothing-20"] % 120 == 0
     assert found["smoothing-100000-by-proportion"] == pytest.approx(found["smoothing-20"] * 100_100 / 120)
@@ -76,7 +76,7 @@ def test_the_table_is_written_with_its_setting(tiny_book, capsys):
     certification.main(["--profile", "tiny", "--images", "3", "--samples", "11", "--rounds", "1"])
     written = records.read_table(tiny_book / "results/certification-cost.csv")
     assert set(written["encoder"]) == {"lip-cnn"}
-    for name, value in {"width": 12, "per_class": 3, "images": 3, "samples": 11, "rounds": 1, "threads": 1}.items():
+    for name, value in {"width": 48, "per_class": 3, "images": 3, "samples": 11, "rounds": 1, "threads": 1}.items():
         assert set(written[name]) == {value}
     assert "smoothing-11" in written["method"].tolist()
     assert dict(zip(written["method"], written["forwards"], strict=True))["smoothing-11"] == 111

@@ -9,7 +9,7 @@ from torch import nn
 
 from clustr_core import certify as certify_module
 from clustr_core import theory
-from clustr_core.certify import certified_radius, certify
+from clustr_core.certify import certified_radius, certify, linear_radius, margin_radius
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
 from clustr_core.clusters import Clusters
 
@@ -313,3 +313,143 @@ def test_certify_refuses_what_has_no_certificate(as_installed):
     strange = ClusterClassifier(nn.Sequential(nn.Flatten(), nn.Softmax(dim=1)), model.clusters, rule="nearest")
     with pytest.raises(TypeError, match="no Lipschitz bound is known for the layer Softmax"):
         certify(strange, images)
+
+
+def test_prototypes_on_raw_pixels_are_certified_as_they_are():
+    """A reshape is an isometry, and moves no number: L is 1 and nothing is lost to rounding."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.rand(12, 1, 2, 2, generator=g, dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1, 2])
+    clusters = Clusters(torch.rand(4, 4, generator=g, dtype=torch.float64), labels, torch.ones(4).double())
+    model = ClusterClassifier(nn.Flatten(), clusters, rule="nearest")
+    truth, nearest = theory.exact_nearest_rule_distance(images.flatten(1), clusters)
+    for bound in (*BOUNDS, "exact", None):
+        radius = certify(model, images, bound=bound)
+        expected = certified_radius(images.flatten(1), clusters, bound=bound or "exact")
+        torch.testing.assert_close(radius, expected, rtol=1e-8, atol=0)
+        assert (radius <= truth).all()
+    torch.testing.assert_close(radius, truth, rtol=1e-7, atol=1e-9)
+    # straight to the border: on this side of it, and on the other
+    own = model(images).argmax(dim=1)
+    for share, changed in ((1 - 1e-7, False), (1 + 1e-7, True)):
+        moved = images.flatten(1) + share * (nearest - images.flatten(1)) * (radius / truth)[:, None]
+        assert ((nearest_logits(moved, clusters).argmax(dim=1) != own) == changed).all()
+
+
+# the linear head
+
+
+def linear_head(seed, classes=4, dim=5, points=8, dtype=torch.float64, offset=0.0):
+    g = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(dim, classes, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(classes, dim, generator=g))
+        linear.bias.copy_(torch.randn(classes, generator=g))
+    return linear, (offset + torch.randn(points, dim, generator=g)).to(dtype)
+
+
+def closed_form(linear, z, lipschitz=1.0):
+    """min_j (g_c - g_j) / (L ||w_c - w_j||) by loops, of the head's own numbers in double precision."""
+    rows, bias = linear.weight.detach().double().tolist(), linear.bias.detach().double().tolist()
+    radii, classes = [], []
+    for point in z.double().tolist():
+        g = [math.fsum(a * b for a, b in zip(row, point, strict=True)) + b0 for row, b0 in zip(rows, bias, strict=True)]
+        c = max(range(len(g)), key=g.__getitem__)
+        lengths = [math.sqrt(reference.squared_distance(rows[c], row)) for row in rows]
+        radii.append(min((g[c] - g[j]) / (lipschitz * lengths[j]) for j in range(len(g)) if j != c))
+        classes.append(c)
+    return torch.tensor(radii, dtype=torch.float64), torch.tensor(classes)
+
+
+@given(SEEDS, st.integers(2, 6), st.integers(1, 8), st.floats(0.05, 20))
+@settings(max_examples=40, deadline=None)
+def test_the_margin_radius_is_the_closed_form(seed, classes, dim, lipschitz):
+    linear, z = linear_head(seed, classes, dim)
+    expected, predicted = closed_form(linear, z, lipschitz)
+    found = margin_radius(z, linear, lipschitz=lipschitz)
+    assert not found.requires_grad
+    assert (found <= expected).all()
+    shortest = torch.pdist(linear.weight.detach()).min().item()
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-10, abs=1e-12 / shortest / lipschitz)
+    # of the class that the head predicts, the distance of the linear classifier
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    torch.testing.assert_close(linear_radius(weight, bias, z, predicted), expected * lipschitz, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
+@pytest.mark.parametrize("dim", [1, 2, 64])
+def test_the_margin_radius_in_single_precision_never_exceeds_the_truth(dim, offset):
+    worst, best = 0.0, 0.0
+    for seed in range(20):
+        linear, z = linear_head(seed, 4, dim, points=30, dtype=torch.float32, offset=offset)
+        if torch.pdist(linear.weight.detach()).min() < 0.1:
+            continue
+        truth, _ = closed_form(linear, z)
+        radius = margin_radius(z, linear).double()
+        assert (radius <= truth).all()
+        positive = truth > 0.5
+        worst = max(worst, float((radius / truth)[positive].max()))
+        best = max(best, float((radius / truth)[positive].min()))
+    assert worst < 1
+    assert best > 0.99
+
+
+def test_without_its_slack_the_margin_radius_is_unsound(monkeypatch):
+    """So the test above can fail."""
+    monkeypatch.setattr(certify_module, "_relative_rounding", lambda embeddings: 0.0)
+    with pytest.raises(AssertionError):
+        test_the_margin_radius_in_single_precision_never_exceeds_the_truth(64, 30.0)
+
+
+@given(SEEDS, st.integers(2, 5), st.integers(2, 6))
+@settings(max_examples=40, deadline=None)
+def test_straight_at_every_border_the_class_changes_just_beyond_the_radius(seed, classes, dim):
+    linear, z = linear_head(seed, classes, dim)
+    radius, own = margin_radius(z, linear), linear(z).argmax(dim=1)
+    towards = linear.weight.detach() - linear.weight.detach()[own][:, None]
+    lengths = towards.norm(dim=2, keepdim=True)
+    steps = towards / lengths.masked_fill(lengths == 0, 1)
+    for share, changes in ((1.0, False), (1 + 1e-6, True)):
+        moved = z[:, None] + share * radius[:, None, None] * steps
+        changed = (linear(moved).argmax(dim=2) != own[:, None]).any(dim=1)
+        # a radius of next to nothing is lost in rounding
+        assert (changed == changes)[radius > 1e-4].all()
+
+
+def test_an_orthonormal_head_asks_for_the_margin_over_root_two():
+    torch.manual_seed(0)
+    model = LinearClassifier(nn.Flatten(), 12, 5, orthonormal=True).double()
+    z = torch.randn(20, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    top = model.linear(z).detach().topk(2, dim=1).values
+    expected = (top[:, 0] - top[:, 1]) / 2**0.5
+    torch.testing.assert_close(margin_radius(z, model.linear), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_margin_radius_pays_for_rounding_and_constant():
+    linear, z = linear_head(3)
+    whole = margin_radius(z, linear)
+    for error in (0.0, 1e-3, 0.05, 100.0):
+        found = margin_radius(z, linear, embedding_error=error, lipschitz=2.0)
+        torch.testing.assert_close(found, (whole - 2 * error).clamp_min(0) / 2)
+    assert (margin_radius(z, linear, embedding_error=100.0) == 0).all()
+    # a tie: nothing is certified, and nothing negative
+    with torch.no_grad():
+        linear.bias.zero_()
+    assert margin_radius(torch.zeros_like(z), linear).tolist() == [0.0] * len(z)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lipschitz": 0.0}, "lipschitz: expected a positive finite number, got 0"),
+        ({"lipschitz": math.nan}, "lipschitz: expected a positive finite number, got nan"),
+        ({"embedding_error": -1.0}, "embedding_error: expected 0 or a positive finite number, got -1"),
+        ({"embedding_error": math.inf}, "embedding_error: expected 0 or a positive finite number, got inf"),
+    ],
+)
+def test_what_the_margin_radius_refuses(options, message, as_installed):
+    linear, z = linear_head(0)
+    with pytest.raises(ValueError, match=message):
+        margin_radius(z, linear, **options)
+    with pytest.raises(ValueError, match="head: expected at least two classes, got 1"):
+        margin_radius(z, nn.Linear(5, 1).double())

@@ -1,26 +1,48 @@
 """Measurements of runs: one row an example, done once, and going on where they were interrupted."""
 
+import math
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 
 import pandas as pd
 import pytest
 import torch
 
 from clustr_core import attacks, data, evaluation, recipes
-from clustr_core.accuracy import robust_accuracy
-from clustr_core.certify import certified_radius
+from clustr_core.accuracy import best_bound, broken_certificates, robust_accuracy
+from clustr_core.certify import HARD_BOUNDS, certified_radius, margin_radius
 from clustr_core.evaluation import (
     Subject,
     attack_table,
     attacks_of,
     certificate_table,
     certificates_of,
+    heads_of,
+    prototype_certificates,
+    sandwich_of,
+    sandwich_table,
     some_test_images,
     subject_of,
 )
+from clustr_core.lipschitz import lipschitz_upper_bound
 from clustr_core.paper import ScoreModel, paper_pgd
-from clustr_core.recipes import AdversarialTraining, CrossEntropy, Profile, Protocol
+from clustr_core.prototypes import pixel_prototype_rows
+from clustr_core.recipes import (
+    AdversarialTraining,
+    ClustrCert,
+    ClustrLip,
+    CrossEntropy,
+    LipschitzMargin,
+    Profile,
+    Protocol,
+    SandwichBudget,
+    Smoothing,
+    SmoothingBudget,
+)
+from clustr_core.rounding import embedding_error
+from clustr_core.sandwich import CertificateBroken, load_counterexample
+from clustr_core.smoothing import certify_smoothed
 from clustr_core.training import embed_all, fit
 
 PROTOCOL = Protocol(eps=(0.05, 0.3), steps=4, restarts=2, examples=40)
@@ -358,6 +380,240 @@ def test_a_certificate_is_computed_once(run, digits, monkeypatch):
     pd.testing.assert_frame_equal(certificate_table(run, examples=20, dataset=digits), first)
     with pytest.raises(AssertionError, match="certified again"):
         certificate_table(run, examples=21, dataset=digits)
+
+
+# certificates that are meant to hold
+
+CERTIFYING = ("clustr-lip", "clustr-cert", "clustr-cert, convolutions", "lip-linear")
+SMOOTHING = SmoothingBudget(examples=12, samples=80, selection_samples=10, failure_prob=0.01)
+
+
+@pytest.fixture(scope="module")
+def certifying(tmp_path_factory, digits):
+    """A run of each method that promises something, measured by nobody yet."""
+    small = {"train_examples": 300, "learning_rate": 0.02, "schedule": "triangle", "epochs": 8}
+    dense, deep = {"encoder": "lip-mlp", "width": 32}, {"encoder": "lip-cnn", "width": 16}
+    made = {
+        "clustr-lip": ClustrLip(per_cluster=4, **dense, **small),
+        "clustr-cert": ClustrCert(margin=0.8, temperature=0.1, **dense, **small),
+        "clustr-cert, convolutions": ClustrCert(per_class=1, **deep, **small | {"epochs": 3}),
+        "lip-linear": LipschitzMargin(margin=0.8, temperature=0.1, **dense, **small),
+        "smoothing": Smoothing(noise=0.25, width=4, **small),
+    }
+    home = tmp_path_factory.mktemp("certifying")
+    return {name: fit(r, dataset=digits, folder=home / name, progress=False) for name, r in made.items()}
+
+
+@pytest.mark.parametrize("name", CERTIFYING)
+def test_rows_of_a_certificate_that_is_meant_to_hold(name, certifying, digits):
+    """In float64, less all rounding, and by every bound that the model's rule allows."""
+    run = certifying[name]
+    table = certificate_table(run, examples=40, dataset=digits)
+    assert list(table) == [*ROW, "feature_radius", "radius", "lipschitz", "lipschitz_lower_bound"]
+    bounds = ["margin"] if name == "lip-linear" else list(HARD_BOUNDS)
+    assert table["bound"].unique().tolist() == bounds
+    where, pixels, labels = some_test_images(run, digits, 40)
+    model = run.model().double()
+    images = data.to_float(pixels).double()
+    with torch.no_grad():
+        embeddings, predicted = model.embed(images), model(images).argmax(dim=1)
+    upper = lipschitz_upper_bound(model.encoder, (1, 8, 8))
+    error = embedding_error(model.encoder, (1, 8, 8))
+    assert 0 < error < 1e-8
+    for bound in bounds:
+        rows = table.query("bound == @bound")
+        assert rows["index"].tolist() == where.tolist()
+        assert rows["label"].tolist() == labels.tolist()
+        assert rows["prediction"].tolist() == predicted.tolist()
+        assert rows["correct"].tolist() == (predicted == labels).tolist()
+        if bound == "margin":
+            expected = margin_radius(embeddings, model.linear, embedding_error=error)
+        else:
+            options = {"bound": bound, "rule": "nearest", "embedding_error": error}
+            expected = certified_radius(embeddings, model.clusters, **options)
+        assert rows["feature_radius"].tolist() == pytest.approx(expected.tolist(), rel=1e-8, abs=1e-9)
+        assert rows["radius"].tolist() == pytest.approx((expected / upper).tolist(), rel=1e-8, abs=1e-9)
+    # tables hold nine digits or so
+    assert table["lipschitz"].tolist() == pytest.approx([upper] * len(table), rel=1e-8)
+    assert 0.99 < upper < 1 + 1e-5
+    assert (table["lipschitz_lower_bound"] > 0.1).all()
+    assert (table["lipschitz_lower_bound"] <= table["lipschitz"] + 1e-6).all()
+    assert (table["radius"] > 0).mean() > 0.9
+    ladder = table.pivot(index="index", columns="bound", values="radius")
+    for lower, higher in pairwise(bounds):
+        assert (ladder[lower] <= ladder[higher] + 1e-9).all()
+        # one cluster a class leaves one bisector to each rival; two may all but coincide
+        several = name == "clustr-lip" or lower == "triangle"
+        assert not several or (ladder[lower] < ladder[higher] - 1e-6).any()
+
+
+@pytest.mark.parametrize("name", CERTIFYING)
+def test_no_attack_succeeds_where_an_image_is_certified(name, certifying, digits):
+    run = certifying[name]
+    protocols = [
+        Protocol(norm="l2", eps=(0.1, 0.25, 0.5), steps=10, examples=60, losses=("ce", "margin")),
+        Protocol(norm="linf", eps=(0.02, 0.05), steps=10, examples=60, losses=("margin",)),
+    ]
+    method = run.recipe.method
+    attacked = [attack_table(run, each, dataset=digits, progress=False).assign(method=method) for each in protocols]
+    certificates = certificate_table(run, examples=60, dataset=digits).assign(method=method)
+    rows = pd.concat(attacked)
+    assert broken_certificates(rows, certificates, pixels=64).empty
+    # both had their say: some images fall, and of some it was certified that they would not
+    assert (rows["correct"] & ~rows["robust"]).any()
+    assert (best_bound(certificates)["radius"] >= 0.25).any()
+    # twice the radius would have been believed too much
+    twice = certificates.assign(radius=4 * certificates["radius"])
+    assert not broken_certificates(rows, twice, pixels=64).empty
+
+
+def test_rows_of_randomised_smoothing(certifying, digits):
+    run = certifying["smoothing"]
+    table = certificate_table(run, examples=99, smoothing=SMOOTHING, dataset=digits)
+    assert list(table) == [*ROW, "feature_radius", "radius", "lipschitz", "lipschitz_lower_bound"]
+    assert table["bound"].tolist() == ["smoothing"] * 12
+    where, images, labels = some_test_images(run, digits, 12)
+    found = certify_smoothed(
+        run.model(), data.to_float(images), indices=where, noise=0.25, samples=80, selection_samples=10,
+        failure_prob=0.01,
+    )  # fmt: skip
+    assert table["index"].tolist() == where.tolist()
+    assert table["label"].tolist() == labels.tolist()
+    assert table["prediction"].tolist() == found.predictions.tolist()
+    assert table["correct"].tolist() == (found.predictions == labels).tolist()
+    assert table["radius"].tolist() == pytest.approx(found.radius.tolist(), abs=1e-8)
+    assert table["feature_radius"].tolist() == table["radius"].tolist()
+    assert table[["lipschitz", "lipschitz_lower_bound"]].isna().all(axis=None)
+    abstained = table["prediction"] == -1
+    assert abstained.any()
+    assert not abstained.all()
+    assert (table.loc[abstained, "radius"] == 0).all()
+    assert not table.loc[abstained, "correct"].any()
+
+
+def test_smoothing_without_a_budget_is_refused(certifying, digits):
+    run = unmeasured(certifying["smoothing"])
+    with pytest.raises(ValueError, match="smoothing: expected a budget in the profile for smoothing, got none"):
+        certificate_table(run, dataset=digits)
+    assert not (run.path / "tables").exists()
+
+
+def test_another_smoothing_budget_is_another_measurement(certifying, digits, monkeypatch):
+    run, made = unmeasured(certifying["smoothing"]), []
+    real = evaluation.certify_smoothed
+    monkeypatch.setattr(evaluation, "certify_smoothed", lambda *a, **o: made.append(o) or real(*a, **o))
+    few = replace(SMOOTHING, examples=2)
+    first = certificate_table(run, smoothing=few, dataset=digits)
+    pd.testing.assert_frame_equal(certificate_table(run, smoothing=few, dataset=digits), first)
+    for count, changes in enumerate(({"samples": 40}, {"failure_prob": 0.1}, {"selection_samples": 5}), start=2):
+        certificate_table(run, smoothing=replace(few, **changes), dataset=digits)
+        assert len(made) == count
+
+
+def test_certificates_of_a_profile_go_by_its_budgets(certifying, digits):
+    profile = Profile("tiny", {}, {}, certified_examples=7, smoothing=SMOOTHING)
+    for name, rows in (("clustr-cert", 4 * 7), ("lip-linear", 7), ("smoothing", 12)):
+        table = certificates_of(certifying[name], profile, dataset=digits)
+        assert list(table)[:2] == ["method", "bound"]
+        assert table["method"].tolist() == [name] * rows
+    assert heads_of(certifying["lip-linear"]) == heads_of(certifying["clustr-cert"]) == ("own",)
+
+
+def test_prototypes_are_certified_without_a_run(digits, runs):
+    profile = Profile("tiny", {"clustr": replace(runs["clustr"].recipe, per_class=3)}, {}, certified_examples=20)
+    table = prototype_certificates(profile, digits)
+    assert table["method"].unique().tolist() == ["prototypes"]
+    where = some_test_images(runs["ce"], digits, 20)[0]
+    expected = pixel_prototype_rows(digits, per_class=3, indices=where)
+    pd.testing.assert_frame_equal(table.drop(columns="method"), expected)
+    # the columns, the order and the images of every other certificate
+    other = certificates_of(runs["clustr"], profile, dataset=digits)
+    assert list(table) == list(other)
+    assert table["index"].unique().tolist() == other["index"].unique().tolist()
+    every = prototype_certificates(replace(profile, certified_examples=None), digits)
+    assert every["index"].nunique() == len(digits.test_labels)
+
+
+# the sandwich
+
+BUDGET = SandwichBudget(examples=8, steps=15, restarts=2, points=20, apgd_eps=(0.5,))
+
+
+@pytest.mark.parametrize("name", CERTIFYING)
+def test_rows_of_a_sandwich(name, certifying, digits):
+    run = certifying[name]
+    budget = BUDGET if name == "clustr-cert" else replace(BUDGET, apgd_eps=())
+    table = sandwich_table(run, budget, dataset=digits)
+    assert list(table) == ["attack", "index", "label", "correct", "radius", "norm", "gradients"]
+    tried = ["fmn", "ddn", *(["apgd"] if budget.apgd_eps else []), "pgd", "random"]
+    where, _, labels = some_test_images(run, digits, 8)
+    assert table["attack"].tolist() == [attack for attack in tried for _ in range(8)]
+    assert table["index"].tolist() == where.tolist() * len(tried)
+    assert table["label"].tolist() == labels.tolist() * len(tried)
+    # what is certified is the best bound, for the images of the certificate
+    certificates = best_bound(certificate_table(run, examples=8, dataset=digits).assign(method=name))
+    correct = torch.tensor(certificates["correct"].tolist())
+    radii = torch.tensor(certificates["radius"].tolist()) * correct
+    for _, rows in table.groupby("attack"):
+        assert rows["correct"].tolist() == correct.tolist()
+        assert rows["radius"].tolist() == pytest.approx(radii.tolist(), rel=1e-6, abs=1e-8)
+    right = table[table["correct"]]
+    assert (right["norm"] >= right["radius"] - 1e-5).all()
+    found = right[right["attack"].isin(["fmn", "ddn"])]
+    assert found["norm"].map(math.isfinite).mean() > 0.9
+    assert not (run.path / "counterexamples").exists()
+
+
+def test_a_sandwich_is_measured_once_for_each_budget(certifying, digits, monkeypatch):
+    run, made = unmeasured(certifying["lip-linear"]), []
+    real = evaluation.measure_sandwich
+    monkeypatch.setattr(evaluation, "measure_sandwich", lambda *a, **o: made.append(1) or real(*a, **o))
+    budget = SandwichBudget(examples=4, steps=2, points=2)
+    first = sandwich_table(run, budget, dataset=digits)
+    pd.testing.assert_frame_equal(sandwich_table(run, budget, dataset=digits), first)
+    assert len(made) == 1
+    for count, changes in enumerate(({"steps": 3}, {"restarts": 2}, {"points": 3}, {"examples": 5}), start=2):
+        sandwich_table(run, replace(budget, **changes), dataset=digits)
+        assert len(made) == count
+    # in chunks, each of its own images
+    monkeypatch.setattr(evaluation, "CHUNK", 2)
+    pieces = sandwich_table(run, replace(budget, steps=4), dataset=digits)
+    assert len(made) == 5 + 2
+    assert sorted(set(pieces["index"])) == sorted(set(first["index"]))
+    assert len(pieces) == len(first)
+
+
+def test_a_certificate_that_is_broken_is_kept_and_no_table_is_written(certifying, digits, monkeypatch):
+    run = unmeasured(certifying["clustr-cert"])
+    real = evaluation._certificate_rows
+    monkeypatch.setattr(evaluation, "_certificate_rows", lambda *a: real(*a).assign(radius=lambda t: 3 * t["radius"]))
+    with pytest.raises(CertificateBroken, match=r"counterexample-\w+-\d+\.safetensors"):
+        sandwich_table(run, replace(BUDGET, apgd_eps=()), dataset=digits)
+    (kept,) = (run.path / "counterexamples").iterdir()
+    found = load_counterexample(kept)
+    assert found.norm < found.radius
+    assert torch.equal(found.image, data.to_float(digits.test_images[found.index][None])[0])
+    assert found.label == digits.test_labels[found.index]
+    with torch.no_grad():
+        assert run.model()(found.adversarial[None]).argmax() != found.label
+    assert not (run.path / "tables").exists()
+    shutil.rmtree(run.path / "counterexamples")
+
+
+def test_what_has_no_sandwich(certifying, runs, digits):
+    for run in (*runs.values(), certifying["smoothing"]):
+        method = run.recipe.method
+        with pytest.raises(ValueError, match=f"run: expected a method on a 1-Lipschitz encoder, got {method}"):
+            sandwich_table(run, BUDGET, dataset=digits)
+    with pytest.raises(ValueError, match="profile tiny: expected an entry sandwich, got none"):
+        sandwich_of(certifying["clustr-cert"], tiny(), dataset=digits)
+
+
+def test_a_sandwich_of_a_profile_begins_with_the_method(certifying, digits):
+    budget = SandwichBudget(examples=3, steps=2, points=2)
+    table = sandwich_of(certifying["clustr-cert"], replace(tiny(), sandwich=budget), dataset=digits)
+    assert list(table)[:3] == ["method", "attack", "index"]
+    assert table["method"].tolist() == ["clustr-cert"] * 12
 
 
 # the attacks of a profile

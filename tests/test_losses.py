@@ -8,15 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clustr_core.certify import certified_radius, radius_from_magnet_loss
+from clustr_core.certify import certified_radius, linear_radius, radius_from_magnet_loss
 from clustr_core.clusters import Clusters, fit_clusters
 from clustr_core.losses import (
+    certificate_loss,
     consistency_loss,
     cross_entropy,
     dlr_loss,
     full_magnet_loss,
     kl_divergence,
     magnet_loss,
+    margin_cross_entropy,
     margin_loss,
 )
 
@@ -344,3 +346,253 @@ def test_the_promised_radius_is_reached_by_one_cluster_a_class():
     assert (losses > 0).all()
     torch.testing.assert_close(radius_from_magnet_loss(losses, z, labels, clusters, gap=20.0), torch.tensor([1.5, 1.0]))
     torch.testing.assert_close(certified_radius(z, clusters), torch.tensor([1.5, 1.0]))
+
+
+# the certificate as a loss
+
+
+def nearest_radii(z, labels, clusters):
+    """min_j r_j of each example, by loops: negative where it is on the wrong side."""
+    rows = zip(z.tolist(), labels.tolist(), strict=True)
+    centroids, classes = clusters.centroids.tolist(), clusters.labels.tolist()
+    radii = []
+    for point, label in rows:
+        d2 = [reference.squared_distance(point, mu) for mu in centroids]
+        own = min((j for j, c in enumerate(classes) if c == label), key=d2.__getitem__)
+        to_own = [math.sqrt(reference.squared_distance(mu, centroids[own])) for mu in centroids]
+        radii.append(min((d2[j] - d2[own]) / (2 * to_own[j]) for j, c in enumerate(classes) if c != label))
+    return torch.tensor(radii, dtype=torch.float64)
+
+
+@given(seeds, st.integers(2, 4), st.integers(1, 3), st.floats(0.05, 5), st.floats(1e-3, 5))
+@settings(max_examples=40, deadline=None)
+def test_certificate_loss_equals_the_loops(seed, classes, per_class, margin, temperature):
+    z, labels, clusters = fixed(seed, classes, per_class)
+    found = certificate_loss(z, labels, clusters, margin=margin, temperature=temperature)
+    parts = clusters.centroids.tolist(), clusters.labels.tolist()
+    expected = reference.certificate_loss(z.tolist(), labels.tolist(), *parts, margin, temperature)
+    assert found.tolist() == pytest.approx(expected, rel=1e-11, abs=1e-11)
+    # each class of its own number of clusters
+    order = torch.arange(len(clusters.labels)) != 0
+    if per_class > 1:
+        fewer = Clusters(clusters.centroids[order], clusters.labels[order], clusters.variance[order])
+        found = certificate_loss(z, labels, fewer, margin=margin, temperature=temperature)
+        parts = fewer.centroids.tolist(), fewer.labels.tolist()
+        expected = reference.certificate_loss(z.tolist(), labels.tolist(), *parts, margin, temperature)
+        assert found.tolist() == pytest.approx(expected, rel=1e-11, abs=1e-11)
+
+
+@given(seeds, st.integers(2, 4), st.integers(1, 3), st.floats(0.1, 5))
+@settings(max_examples=40, deadline=None)
+def test_certificate_loss_is_a_smooth_hinge_on_the_certified_radius(seed, classes, per_class, margin):
+    z, labels, clusters = fixed(seed, classes, per_class)
+    radii = nearest_radii(z, labels, clusters)
+    hinge = (margin - radii).clamp_min(0)
+    right = clusters.labels[torch.cdist(z, clusters.centroids).argmin(dim=1)] == labels
+    certified = certified_radius(z, clusters, bound="nearest")
+    torch.testing.assert_close(radii[right], certified[right], rtol=1e-9, atol=1e-9)
+    assert (radii[~right] <= 1e-9).all()
+    rivals = per_class * (classes - 1)
+    for temperature in (1.0, 0.1, 1e-2, 1e-6):
+        loss = certificate_loss(z, labels, clusters, margin=margin, temperature=temperature)
+        # above the hinge, by no more than the logarithm of its terms
+        assert (loss >= hinge - 1e-12).all()
+        assert (loss <= hinge + temperature * math.log(1 + rivals) + 1e-12).all()
+    torch.testing.assert_close(loss, hinge, rtol=0, atol=1e-5)
+
+
+def test_a_certificate_loss_below_the_temperature_certifies_something():
+    """l < tau log(1 + e^{(m - r) / tau}) says that no rival is nearer than r; so small a loss is a promise."""
+    z, labels, clusters = fixed(3)
+    loss = certificate_loss(z, labels, clusters, margin=1.0, temperature=0.5)
+    promised = 1.0 - 0.5 * torch.expm1(loss / 0.5).log()
+    radius = certified_radius(z, clusters, bound="nearest")
+    right = clusters.labels[torch.cdist(z, clusters.centroids).argmin(dim=1)] == labels
+    assert (promised > 0).sum() > 3
+    assert right[promised > 0].all()
+    assert (radius >= promised - 1e-9)[promised > 0].all()
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 3.0])
+def test_certificate_loss_gradient_reaches_embeddings_and_centroids(temperature):
+    z, labels, clusters = fixed(1)
+
+    def loss(embeddings, centroids):
+        moved = Clusters(centroids, clusters.labels, clusters.variance)
+        return certificate_loss(embeddings, labels, moved, margin=1.0, temperature=temperature)
+
+    arguments = z.requires_grad_(), clusters.centroids.clone().requires_grad_()
+    assert torch.autograd.gradcheck(loss, arguments)
+    gradients = torch.autograd.grad(loss(*arguments).sum(), arguments)
+    assert all(gradient.norm() > 1e-2 for gradient in gradients)
+
+
+def test_the_variance_has_no_part_in_the_certificate():
+    z, labels, clusters = fixed(2)
+    other = Clusters(clusters.centroids, clusters.labels, torch.linspace(1, 9, 6, dtype=torch.float64))
+    size = {"margin": 1.0, "temperature": 0.1}
+    assert torch.equal(certificate_loss(z, labels, clusters, **size), certificate_loss(z, labels, other, **size))
+
+
+@given(seeds, st.floats(0.01, 100))
+@settings(max_examples=25, deadline=None)
+def test_certificate_loss_knows_neither_place_nor_direction_nor_order(seed, scale):
+    z, labels, clusters = fixed(seed)
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(clusters.labels), generator=g)
+    turn, shift = rotation(z.shape[1], seed), 5 * torch.randn(z.shape[1], generator=g, dtype=torch.float64)
+    plain = certificate_loss(z, labels, clusters, margin=0.7, temperature=0.3)
+    moved = Clusters((clusters.centroids @ turn + shift)[order], clusters.labels[order], clusters.variance[order])
+    torch.testing.assert_close(certificate_loss(z @ turn + shift, labels, moved, margin=0.7, temperature=0.3), plain)
+    # in the units of the embedding: all lengths together
+    wider = Clusters(scale * clusters.centroids, clusters.labels, clusters.variance)
+    found = certificate_loss(scale * z, labels, wider, margin=0.7 * scale, temperature=0.3 * scale)
+    torch.testing.assert_close(found, scale * plain, rtol=1e-9, atol=1e-12)
+
+
+def test_more_margin_costs_more_and_moving_home_costs_less():
+    z, labels, clusters = fixed(4)
+    small, large = (certificate_loss(z, labels, clusters, margin=m, temperature=0.3) for m in (0.5, 1.5))
+    assert (small < large).all()
+    assert (large - small <= 1.0 + 1e-12).all()
+    home = clusters.centroids[torch.tensor([(clusters.labels == c).nonzero()[0, 0] for c in labels])]
+    assert certificate_loss(home, labels, clusters, margin=0.5, temperature=0.3).mean() < small.mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rival_on_top_of_the_own_centroid_keeps_the_loss_finite(dtype):
+    centroids = torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 0.0]], dtype=dtype, requires_grad=True)
+    clusters = Clusters(centroids, torch.tensor([0, 1, 2]), torch.ones(3, dtype=dtype))
+    z = torch.tensor([[0.0, 0.0], [0.5, 0.1], [3.0, 0.0]], dtype=dtype, requires_grad=True)
+    loss = certificate_loss(z, torch.tensor([0, 1, 2]), clusters, margin=1.0, temperature=0.1)
+    assert loss.isfinite().all()
+    # nothing lies between the two: the whole margin is missing
+    assert (loss[:2] > 1).all()
+    for gradient in torch.autograd.grad(loss.sum(), (z, centroids)):
+        assert gradient.isfinite().all()
+
+
+def test_certificate_loss_far_away_does_not_overflow():
+    clusters = Clusters(torch.tensor([[0.0], [2.0]]), torch.tensor([0, 1]), torch.ones(2))
+    z = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    loss = certificate_loss(z, torch.tensor([0, 0]), clusters, margin=0.5, temperature=1e-3)
+    # squares of 1e4 have lost some digits
+    assert loss.tolist() == pytest.approx([1e4 - 1 + 0.5, 0.0], rel=3e-4, abs=1e-6)
+    (gradient,) = torch.autograd.grad(loss.sum(), z)
+    torch.testing.assert_close(gradient, torch.tensor([[1.0], [0.0]]), rtol=1e-3, atol=1e-6)
+
+
+SIZE = {"margin": 1.0, "temperature": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embeddings": torch.full((3, 2), torch.nan)}, "embeddings: expected finite values"),
+        ({"embeddings": torch.zeros(0, 2), "labels": torch.zeros(0).long()}, "embeddings: expected at least one row"),
+        ({"labels": torch.tensor([0, 1])}, "labels: expected one for each of 3 embeddings, got 2"),
+        ({"labels": torch.tensor([0, 1, 2])}, r"labels: expected classes in 0\.\.1, got 0 to 2"),
+        ({"labels": torch.tensor([0, -1, 1])}, r"labels: expected classes in 0\.\.1, got -1 to 1"),
+        (
+            {
+                "clusters": Clusters(torch.zeros(1, 2), torch.tensor([0]), torch.ones(1)),
+                "labels": torch.zeros(3).long(),
+            },
+            "clusters: expected at least two classes, got one",
+        ),
+        *(
+            ({name: value}, f"{name}: expected a positive number, got {value}")
+            for name in ("margin", "temperature")
+            for value in (0.0, -1.0, math.inf, math.nan)
+        ),
+    ],
+)
+def test_certificate_loss_refuses(as_installed, changes, message):
+    arguments = {
+        "embeddings": torch.zeros(3, 2),
+        "labels": torch.tensor([0, 1, 1]),
+        "clusters": Clusters(torch.eye(2), torch.tensor([0, 1]), torch.ones(2)),
+    }
+    with pytest.raises(ValueError, match=message):
+        certificate_loss(**(arguments | SIZE | changes))
+
+
+def head(seed, classes, dim=4, points=6):
+    """Embeddings, a linear head, its logits and labels."""
+    g = torch.Generator().manual_seed(seed)
+    z, weight = torch.randn(points, dim, generator=g).double(), torch.randn(classes, dim, generator=g).double()
+    bias, labels = torch.randn(classes, generator=g).double(), torch.randint(classes, (points,), generator=g)
+    return z, weight, bias, z @ weight.T + bias, labels
+
+
+@given(seeds, st.integers(2, 6), st.floats(0.05, 5), st.floats(1e-3, 5))
+@settings(max_examples=40, deadline=None)
+def test_margin_cross_entropy_equals_the_loops(seed, classes, margin, temperature):
+    _, weight, _, logits, labels = head(seed, classes)
+    found = margin_cross_entropy(logits, labels, weight, margin=margin, temperature=temperature)
+    expected = reference.margin_cross_entropy(logits.tolist(), labels.tolist(), weight.tolist(), margin, temperature)
+    assert found.tolist() == pytest.approx(expected, rel=1e-11, abs=1e-11)
+
+
+@given(seeds, st.integers(2, 6), st.floats(0.1, 5))
+@settings(max_examples=40, deadline=None)
+def test_margin_cross_entropy_is_a_smooth_hinge_on_the_margins(seed, classes, margin):
+    z, weight, bias, logits, labels = head(seed, classes)
+    lengths = (weight[labels][:, None] - weight).norm(dim=2)
+    missing = margin * lengths + logits - logits.gather(1, labels[:, None])
+    own = torch.nn.functional.one_hot(labels, classes).bool()
+    hinge = missing.masked_fill(own, -torch.inf).amax(dim=1).clamp_min(0)
+    for temperature in (1.0, 1e-2, 1e-6):
+        loss = margin_cross_entropy(logits, labels, weight, margin=margin, temperature=temperature)
+        assert (loss >= hinge - 1e-12).all()
+        assert (loss <= hinge + temperature * math.log(classes) + 1e-12).all()
+    torch.testing.assert_close(loss, hinge, rtol=0, atol=1e-5)
+    # none is missing exactly where the certified radius is the margin at least
+    certified = linear_radius(weight, bias, z, labels)
+    assert torch.equal(hinge == 0, certified >= margin)
+
+
+def test_without_a_margin_it_is_cross_entropy_of_cooled_logits():
+    _, weight, _, logits, labels = head(0, 4)
+    found = margin_cross_entropy(logits, labels, weight, margin=1e-300, temperature=0.7)
+    torch.testing.assert_close(found, 0.7 * cross_entropy(logits / 0.7, labels))
+
+
+@given(seeds, st.floats(-50, 50))
+@settings(max_examples=25, deadline=None)
+def test_margin_cross_entropy_knows_differences_alone(seed, shift):
+    z, weight, bias, logits, labels = head(seed, 4)
+    plain = margin_cross_entropy(logits, labels, weight, **SIZE)
+    torch.testing.assert_close(margin_cross_entropy(logits + shift, labels, weight, **SIZE), plain)
+    turn, g = rotation(4, seed), torch.Generator().manual_seed(seed)
+    # a turn of the embedding space and of the head, a shift of all its rows
+    moved = weight @ turn + torch.randn(4, generator=g, dtype=torch.float64)
+    torch.testing.assert_close(margin_cross_entropy((z @ turn) @ moved.T + bias, labels, moved, **SIZE), plain)
+    order = torch.randperm(4, generator=g)
+    permuted = margin_cross_entropy(logits[:, order], order.argsort()[labels], weight[order], **SIZE)
+    torch.testing.assert_close(permuted, plain)
+
+
+def test_margin_cross_entropy_gradient_reaches_logits_and_head():
+    _, weight, _, logits, labels = head(1, 4)
+    arguments = logits.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda g, w: margin_cross_entropy(g, labels, w, **SIZE), arguments)
+    gradients = torch.autograd.grad(margin_cross_entropy(logits, labels, weight, **SIZE).sum(), arguments)
+    assert all(gradient.norm() > 1e-2 for gradient in gradients)
+
+
+def test_equal_rows_of_a_head_keep_the_loss_finite():
+    weight = torch.zeros(3, 2, requires_grad=True)
+    logits = torch.zeros(2, 3, requires_grad=True)
+    loss = margin_cross_entropy(logits, torch.tensor([0, 2]), weight, **SIZE)
+    assert loss.tolist() == pytest.approx([0.5 * math.log(3)] * 2)
+    for gradient in torch.autograd.grad(loss.sum(), (logits, weight)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["margin", "temperature"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_margin_cross_entropy_refuses(as_installed, name, value):
+    _, weight, _, logits, labels = head(0, 3)
+    with pytest.raises(ValueError, match=f"{name}: expected a positive number, got {value}"):
+        margin_cross_entropy(logits, labels, weight, **(SIZE | {name: value}))

@@ -20,7 +20,7 @@ from clustr_core.paper import PAPER_RESTARTS, PAPER_STEPS
 from clustr_core.recipes import Profile, load_profile
 from clustr_core.records import read_table
 from clustr_core.sandwich import ATTACKS, check_chain, check_sandwich, sandwich_curve
-from tools.first_page import CERTIFYING, certified_lines, columns_of, pixels_of, protocol_lines
+from tools.first_page import CERTIFYING, certified_lines, columns_of, pixels_of, protocol_lines, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = sorted(path.name for path in (ROOT / "results").iterdir() if path.is_dir())
@@ -28,17 +28,6 @@ PUBLISHED = sorted(path.name for path in (ROOT / "results").iterdir() if path.is
 
 def profile_of(name: str) -> Profile:
     return load_profile(ROOT / "profiles" / f"{name}.yaml")
-
-
-def rows(profile: str, kind: str) -> pd.DataFrame:
-    wanted = profile_of(profile)
-    methods = {
-        "attacks": [*wanted.attacked],
-        "certificates": [*wanted.recipes, "prototypes"],
-        "sandwich": [*wanted.lipschitz],
-    }.get(kind, [*wanted.ordinary])
-    tables = [read_table(ROOT / "results" / profile / f"{kind}-{method}.csv") for method in methods]
-    return pd.concat(tables, ignore_index=True)
 
 
 def sorted_rows(table: pd.DataFrame) -> pd.DataFrame:

@@ -18,9 +18,15 @@ CERTIFYING = ("clustr-cert", "clustr-lip", "lip-linear", "smoothing", "prototype
 
 
 def rows(profile: str, kind: str) -> pd.DataFrame:
-    """All committed rows of a kind."""
-    files = sorted((ROOT / "results" / profile).glob(f"{kind}-*.csv"))
-    return pd.concat([read_table(file) for file in files], ignore_index=True)
+    """The committed rows of a kind of measurement, of all methods of the profile that have it."""
+    wanted = load_profile(ROOT / "profiles" / f"{profile}.yaml")
+    methods = {
+        "attacks": [*wanted.attacked],
+        "certificates": [*wanted.recipes, "prototypes"],
+        "sandwich": [*wanted.lipschitz],
+    }.get(kind, [*wanted.ordinary])
+    tables = [read_table(ROOT / "results" / profile / f"{kind}-{method}.csv") for method in methods]
+    return pd.concat(tables, ignore_index=True)
 
 
 def pixels_of(profile: str) -> int:
