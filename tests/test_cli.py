@@ -10,7 +10,7 @@ import pytest
 import torch
 from disk import contents, files_of_at_most
 
-from clustr_core import cli
+from clustr_core import cli, evaluation
 from clustr_core.recipes import METHODS, load_profile, run_folder
 
 PROFILE = """\
@@ -60,6 +60,140 @@ def test_train_attack_certify(home, capsys):
     }
 
 
+CERTIFYING = """\
+shared: {dataset: digits, width: 16, train_examples: 150, epochs: 2}
+methods:
+  ce: {}
+  clustr-cert: {encoder: lip-mlp, learning_rate: 0.02, per_class: 1}
+  lip-linear: {encoder: lip-mlp, learning_rate: 0.02}
+  smoothing: {}
+certified_examples: 15
+sandwich: {examples: 5, steps: 3, points: 4}
+smoothing: {examples: 4, samples: 30, selection_samples: 5, failure_prob: 0.1}
+"""
+
+
+@pytest.fixture
+def certifying(home):
+    """A second profile, of methods that certify."""
+    (home / "profiles/certifying.yaml").write_text(CERTIFYING)
+    return home / "results/certifying"
+
+
+def certifies(*arguments, method="clustr-cert"):
+    return clustr(*arguments, method=method, profile="certifying")
+
+
+@pytest.mark.parametrize(
+    ("method", "bounds", "rows"),
+    [
+        ("clustr-cert", {"triangle", "nearest", "pairwise", "exact"}, 60),
+        ("lip-linear", {"margin"}, 15),
+        ("smoothing", {"smoothing"}, 4),
+        ("ce", {"triangle", "nearest", "pairwise"}, 45),
+    ],
+)
+def test_certify_writes_what_each_method_promises(certifying, capsys, method, bounds, rows):
+    assert certifies("certify", method=method) == 0
+    out = capsys.readouterr().out
+    assert f"wrote results/certifying/certificates-{method}.csv ({rows} rows)" in out
+    for word in (*bounds, "feature_radius", "lipschitz_lower_bound"):
+        assert word in out
+    table = pd.read_csv(certifying / f"certificates-{method}.csv")
+    assert set(table["bound"]) == bounds
+    assert set(table["method"]) == {method}
+
+
+def test_prototypes_are_certified_without_training(certifying, home, capsys):
+    assert certifies("certify", method="prototypes") == 0
+    assert "wrote results/certifying/certificates-prototypes.csv (60 rows)" in capsys.readouterr().out
+    table = pd.read_csv(certifying / "certificates-prototypes.csv")
+    assert list(table)[:3] == ["method", "bound", "index"]
+    assert set(table["method"]) == {"prototypes"}
+    assert table.groupby("bound").size().to_dict() == dict.fromkeys(("triangle", "nearest", "pairwise", "exact"), 15)
+    assert (table["lipschitz"] == 1).all()
+    # the images of every other certificate
+    assert certifies("certify") == 0
+    assert set(pd.read_csv(certifying / "certificates-clustr-cert.csv")["index"]) == set(table["index"])
+    assert not list((home / "runs").glob("*prototypes*"))
+    assert certifies("certify", "--output", str(home / "mine.csv"), method="prototypes") == 0
+    assert pd.read_csv(home / "mine.csv").equals(table)
+
+
+@pytest.mark.parametrize("command", ["train", "attack", "diagnose", "sandwich"])
+def test_prototypes_are_for_certify_alone(certifying, home, capsys, command):
+    message = refused(capsys, command=command, method="prototypes", profile="certifying")
+    assert "method: expected one of ['ce', 'clustr-cert', 'lip-linear', 'smoothing'] in certifying" in message
+    assert "got 'prototypes'" in message
+    assert contents(home / "results") == {}
+
+
+def test_prototypes_have_no_recipe_to_change(certifying, home, capsys):
+    message = refused(capsys, "--set", "width=3", command="certify", method="prototypes", profile="certifying")
+    assert message == "clustr: --set: expected none with prototypes, which have no recipe, got ['width=3']\n"
+    assert contents(home / "results") == {}
+
+
+@pytest.mark.parametrize("method", ["clustr-cert", "lip-linear"])
+def test_sandwich_writes_what_each_attack_found(certifying, capsys, method):
+    assert certifies("sandwich", method=method) == 0
+    out = capsys.readouterr().out
+    assert f"wrote results/certifying/sandwich-{method}.csv (20 rows)" in out
+    table = pd.read_csv(certifying / f"sandwich-{method}.csv")
+    assert list(table) == ["method", "attack", "index", "label", "correct", "radius", "norm", "gradients"]
+    assert table.groupby("attack").size().to_dict() == dict.fromkeys(("fmn", "ddn", "pgd", "random"), 5)
+    right = table[table["correct"]]
+    assert (right["norm"] >= right["radius"] - 1e-5).all()
+    assert f"no certificate of {right['index'].nunique()} images is broken" in out
+    for word in ("fmn", "ddn", "pgd", "random", "radius", "norm", "ratio"):
+        assert word in out
+
+
+@pytest.mark.parametrize("method", ["ce", "smoothing"])
+def test_a_sandwich_needs_a_method_that_certifies_what_it_attacks(certifying, home, capsys, method):
+    assert certifies("train", method=method) == 0
+    capsys.readouterr()
+    message = refused(capsys, command="sandwich", method=method, profile="certifying")
+    assert message == f"clustr: run: expected a method on a 1-Lipschitz encoder, got {method}\n"
+    assert contents(home / "results") == {}
+
+
+def test_a_sandwich_needs_a_budget(certifying, home, capsys):
+    lines = CERTIFYING.splitlines(keepends=True)
+    (home / "profiles/certifying.yaml").write_text("".join(line for line in lines if not line.startswith("sandwich")))
+    assert certifies("train") == 0
+    capsys.readouterr()
+    message = refused(capsys, command="sandwich", method="clustr-cert", profile="certifying")
+    assert message == "clustr: profile certifying: expected an entry sandwich, got none\n"
+
+
+def test_a_broken_certificate_is_one_line_and_status_2(certifying, home, capsys, monkeypatch):
+    real = evaluation._certificate_rows
+    monkeypatch.setattr(evaluation, "_certificate_rows", lambda *a: real(*a).assign(radius=10.0))
+    assert certifies("train") == 0
+    capsys.readouterr()
+    assert certifies("sandwich") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    # beside the bar of the chunks
+    (said,) = [line for line in captured.err.splitlines() if line.startswith("clustr: ")]
+    kept = list(home.glob("runs/*/counterexamples/*.safetensors"))
+    assert len(kept) == 1
+    assert kept[0].name in said
+    assert contents(home / "results") == {}
+    assert not list(home.glob("runs/*/tables/*"))
+
+
+def test_a_sandwich_of_a_changed_recipe_lies_beside_its_run(certifying, home):
+    assert certifies("sandwich", "--set", "epochs=1") == 0
+    (table,) = home.glob("runs/*/sandwich-clustr-cert.csv")
+    changed = cli.override(load_profile("certifying").recipes["clustr-cert"], {"epochs": 1})
+    assert table.parent == run_folder(changed)
+    assert not (home / "results").exists()
+    assert certifies("sandwich", "--output", str(home / "mine.csv")) == 0
+    assert len(pd.read_csv(home / "mine.csv")) == 20
+
+
 def test_a_second_time_nothing_is_trained(home, capsys):
     assert clustr("train") == 0
     first, before = capsys.readouterr().out, contents(home / "runs")
@@ -91,7 +225,7 @@ def test_threads_are_set():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["attack"], ["certify"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["attack"], ["diagnose"], ["certify"], ["sandwich"]])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([*command, "--help"])
@@ -107,6 +241,8 @@ def test_help_teaches(command, capsys):
             "train",
             "attack",
             "certify",
+            "clustr certify --profile quick --method prototypes",
+            "clustr sandwich --profile quick --method clustr-cert",
         )
     ):
         assert "".join(word.split()) in out
@@ -171,7 +307,7 @@ def test_a_method_or_profile_that_is_not_there(capsys):
     assert "profile: expected one of ['tiny'] or a YAML file, got huge" in refused(capsys, profile="huge")
 
 
-@pytest.mark.parametrize("command", ["train", "attack", "certify"])
+@pytest.mark.parametrize("command", ["train", "attack", "certify", "sandwich"])
 def test_a_profile_that_is_no_yaml_is_one_line(home, capsys, command):
     (home / "profiles/tiny.yaml").write_text("methods:\n  ce: {epochs: [\n  clustr:\n")
     assert "tiny.yaml: expected YAML, got " in refused(capsys, command=command)
@@ -205,7 +341,7 @@ def test_the_installed_command(home):
 
 
 def test_two_fresh_smoke_runs_give_identical_tables(tmp_path, monkeypatch):
-    """Every method of profile smoke, trained, certified and attacked from nothing, twice."""
+    """Every method of profile smoke, trained, certified and, as the pipeline has it, attacked from nothing, twice."""
     found = []
     for name in ("one", "two"):
         root = tmp_path / name
@@ -216,9 +352,12 @@ def test_two_fresh_smoke_runs_give_identical_tables(tmp_path, monkeypatch):
         assert len(kept) == len(lines) - 1
         (root / "profiles/smoke.yaml").write_text("".join(kept))
         monkeypatch.setenv("CLUSTR_HOME", str(root))
-        for method in load_profile("smoke").recipes:
-            assert clustr("attack", method=method, profile="smoke") == 0
-            assert clustr("certify", method=method, profile="smoke") == 0
+        profile = load_profile("smoke")
+        asked = {"attack": profile.attacked, "certify": [*profile.recipes, "prototypes"], "sandwich": profile.lipschitz}
+        for command, methods in asked.items():
+            for method in methods:
+                assert clustr(command, method=method, profile="smoke") == 0
         found.append({path.name: path.read_bytes() for path in (root / "results/smoke").iterdir()})
-    assert len(found[0]) == 2 * len(METHODS)
+    assert set(profile.recipes) == set(METHODS)
+    assert len(found[0]) == sum(len(methods) for methods in asked.values()) == (11 + 13 + 3)
     assert found[0] == found[1]
