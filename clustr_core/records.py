@@ -93,6 +93,12 @@ def published(profile: str, kind: str) -> pd.DataFrame | None:
     return pd.concat([read_table(file) for file in files], ignore_index=True) if files else None
 
 
+def benchmark(name: str) -> pd.DataFrame | None:
+    """The committed table ``results/<name>.csv`` of a benchmark, or None if there is none."""
+    path = home() / "results" / f"{name}.csv"
+    return read_table(path) if path.exists() else None
+
+
 def digest(*parts: bytes | str) -> str:
     """SHA-256 over the parts, in hexadecimal."""
     total = hashlib.sha256()

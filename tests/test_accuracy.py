@@ -267,7 +267,8 @@ def test_a_broken_certificate_is_an_attack_that_succeeds_inside_its_ball():
     attacked = study(
         e1={("pgd", "ce"): (range(6), {0, 1, 2, 4}), ("cell-walk", "cells"): (range(6), {0, 1, 2, 3, 4})},
         e2={("pgd", "ce"): (range(6), {0, 1})},
-    ).assign(method="m")
+    ).assign(method="m", label=7)
+    attacked["adversarial_prediction"] = attacked["robust"].map({True: 7, False: 3})
     held = radii("m", i2=0.39, i3=0.19, i4=0.39, i5=9.0)
     assert broken_certificates(attacked, held, pixels=4).empty
     for image, radius, eps in (("i2", 0.4, 0.2), ("i3", 0.2, 0.1), ("i4", 0.5, 0.2)):
@@ -280,3 +281,8 @@ def test_a_broken_certificate_is_an_attack_that_succeeds_inside_its_ball():
     # another method's certificate, a weaker bound of the same one
     assert broken_certificates(attacked, radii("other", i3=9.0), pixels=4).empty
     assert broken_certificates(attacked, radii("m", i3=0.1), pixels=4).empty
+    # what counts is where the image ended up, and not what the attack calls a success: the paper's rule is another
+    said = attacked.assign(robust=False, adversarial_prediction=7)
+    assert broken_certificates(said, radii("m", i3=9.0), pixels=4).empty
+    unsaid = attacked.assign(robust=True)
+    assert len(broken_certificates(unsaid, radii("m", i3=0.2), pixels=4)) == 1

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -137,3 +138,53 @@ def test_linear_classifier():
     images = draw(5)[0].reshape(6, 1, 2, 2)
     expected = model.embed(images) @ model.linear.weight.T + model.linear.bias
     torch.testing.assert_close(model(images), expected)
+
+
+@pytest.mark.parametrize("rule", ["nearest", "soft"])
+def test_learnable_centroids_are_a_parameter_and_all_else_stays(rule):
+    z, clusters = draw(6)
+    images = z.reshape(6, 1, 2, 2)
+    fixed = ClusterClassifier(nn.Flatten(), clusters, rule=rule)
+    learnable = ClusterClassifier(nn.Flatten(), clusters, rule=rule, learnable=True)
+    assert [name for name, _ in learnable.named_parameters()] == ["centroids"]
+    assert not list(fixed.parameters())
+    assert set(learnable.state_dict()) == set(fixed.state_dict()) == {"centroids", "labels", "variance"}
+    assert torch.equal(learnable(images), fixed(images))
+    # the given clusters are copied: training does not reach them
+    learnable(images).square().sum().backward()
+    assert learnable.centroids.grad is not None
+    assert learnable.centroids.grad.norm() > 1e-3
+    assert not clusters.centroids.requires_grad
+    before = clusters.centroids.clone()
+    with torch.no_grad():
+        learnable.centroids.add_(1.0)
+    assert torch.equal(clusters.centroids, before)
+    # a step of the optimiser is seen at once
+    torch.testing.assert_close(learnable.clusters.centroids.detach(), before + 1)
+    fixed.load_state_dict(learnable.state_dict())
+    assert torch.equal(fixed(images), learnable(images))
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_clusters_move_with_the_module_even_once_they_were_asked_for(learnable):
+    _, clusters = draw(7)
+    model = ClusterClassifier(nn.Flatten(), clusters, learnable=learnable)
+    assert model.clusters is model.clusters
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        found = model.clusters
+        assert found.centroids.dtype == found.variance.dtype == dtype
+        assert found.labels.dtype == torch.int64
+    copied = copy.deepcopy(model)
+    assert copied.clusters.centroids is copied.centroids
+    assert copied.clusters.centroids is not model.clusters.centroids
+
+
+def test_an_orthonormal_head_moves_no_two_embeddings_apart():
+    torch.manual_seed(0)
+    model = LinearClassifier(nn.Flatten(), 4, 3, orthonormal=True).double()
+    images = draw(5, points=20)[0].reshape(-1, 1, 2, 2)
+    z, logits = model.embed(images), model(images)
+    apart, moved = torch.pdist(z), torch.pdist(logits)
+    assert (moved <= apart * (1 + 1e-6)).all()
+    assert set(dict(model.named_parameters())) == {"linear.bias", "linear.parametrizations.weight.original"}

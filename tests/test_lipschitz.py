@@ -247,6 +247,82 @@ def test_a_layer_without_a_bound_is_refused(layer, message):
         lipschitz_upper_bound(nn.Sequential(layer).eval(), (2, 6, 6))
 
 
+class Louder(nn.Conv2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 10 * super().forward(input)
+
+
+class LouderInside(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return 10 * super()._conv_forward(input, weight, bias)
+
+
+class Brighter(Normalize):
+    def forward(self, images):
+        return 10 * super().forward(images)
+
+
+class Wilder(nn.BatchNorm2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 10 * super().forward(input)
+
+
+def plain_parts():
+    torch.manual_seed(0)
+    return {
+        "normalize": Normalize([0.5, 0.5], [0.2, 0.3]),
+        "conv": nn.Conv2d(2, 2, 3, padding=1),
+        "norm": nn.BatchNorm2d(2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("place", "layer"),
+    [
+        ("normalize", Brighter([0.5, 0.5], [0.2, 0.3])),
+        ("conv", Louder(2, 2, 3, padding=1)),
+        ("conv", LouderInside(2, 2, 3, padding=1)),
+        ("norm", Wilder(2)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value,
+)
+def test_a_layer_that_computes_something_else_is_refused_among_its_neighbours_too(place, layer):
+    """Neighbours are merged before their norm is taken: none may slip through on the way."""
+    chain = nn.Sequential(*(plain_parts() | {place: layer}).values()).eval()
+    with pytest.raises(TypeError, match=f"no Lipschitz bound is known for the layer {type(layer).__name__}"):
+        lipschitz_upper_bound(chain, (2, 6, 6))
+
+
+@pytest.mark.parametrize("place", ["normalize", "conv", "norm"])
+@pytest.mark.parametrize("way", ["attribute", "hook", "pre-hook"])
+def test_a_layer_that_was_changed_in_place_is_refused(place, way):
+    parts = plain_parts()
+    chain, layer = nn.Sequential(*parts.values()).eval(), parts[place]
+    assert lipschitz_upper_bound(chain, (2, 6, 6)) > 0
+    if way == "attribute":
+        real = layer.forward
+        layer.forward = lambda images: 10 * real(images)
+    elif way == "hook":
+        layer.register_forward_hook(lambda module, inputs, output: 10 * output)
+    else:
+        layer.register_forward_pre_hook(lambda module, inputs: (10 * inputs[0],))
+    with pytest.raises(TypeError, match=f"no Lipschitz bound is known for the layer {type(layer).__name__}"):
+        lipschitz_upper_bound(chain, (2, 6, 6))
+
+
+@pytest.mark.parametrize("name", ["small-cnn", "lip-mlp", "lip-cnn"])
+def test_an_encoder_that_was_changed_in_place_is_refused(name):
+    torch.manual_seed(0)
+    encoder = build_encoder(name, (1, 8, 8), width=16).eval()
+    before = lipschitz_upper_bound(encoder, (1, 8, 8))
+    # of the chain inside it
+    handle = encoder.layers.register_forward_hook(lambda module, inputs, output: 10 * output)
+    with pytest.raises(TypeError, match="no Lipschitz bound is known for the layer Sequential"):
+        lipschitz_upper_bound(encoder, (1, 8, 8))
+    handle.remove()
+    assert lipschitz_upper_bound(encoder, (1, 8, 8)) == before
+
+
 def test_one_layer_at_two_sizes_is_refused():
     conv = nn.Conv2d(1, 1, 3, stride=2, padding=1)
     with pytest.raises(TypeError, match="one Conv2d is used at two sizes"):

@@ -212,7 +212,7 @@ def test_a_missing_profile_says_which_there_are(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(recipes._POSITIVE))
-@pytest.mark.parametrize("value", [0, -1, math.nan])
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
 def test_sizes_must_be_positive(as_installed, name, value):
     kind = next(kind for kind in METHODS.values() if name in {item.name for item in fields(kind)})
     with pytest.raises(ValueError, match=f"{name}: expected a positive number, got {value}"):
@@ -314,9 +314,13 @@ def test_budgets(as_installed):
             bad = (-1.0,) if item.name == "apgd_eps" else -1
             with pytest.raises(ValueError, match=f"{item.name}: expected a positive number, got -1"):
                 kind(**{item.name: bad})
-    for value in (math.nan, 1.0, 2.0):
+    for value in (math.nan, math.inf, 1.0, 2.0):
         with pytest.raises(ValueError, match=r"failure_prob: expected (a positive number|less than 1), got"):
             SmoothingBudget(failure_prob=value)
+    for kind, name in ((SandwichBudget, "steps"), (SandwichBudget, "examples"), (SmoothingBudget, "samples")):
+        for value in (2.0, 1.5, True):
+            with pytest.raises(ValueError, match=f"{name}: expected a whole number, got {value}"):
+                kind(**{name: value})
 
 
 def test_the_defaults_of_what_certifies():
@@ -399,9 +403,27 @@ def test_a_warm_start_of_another_network_is_refused(changes):
         Clustr(warm_start=CrossEntropy(**changes))
 
 
+def starts(kind):
+    """A method whose network may be the start of another's."""
+    return kind if kind.guarantee == "lipschitz" else CrossEntropy
+
+
+@pytest.mark.parametrize("kind", [kind for kind in METHODS.values() if kind.guarantee == "lipschitz"])
+def test_a_certifying_method_starts_from_its_own_kind_alone(kind):
+    """Its network has a part that no other has: learnt centroids, an orthonormal head."""
+    assert kind(warm_start=kind(epochs=3)).warm_start == kind(epochs=3)
+    for other in METHODS.values():
+        if other is not kind:
+            start = other(encoder="lip-mlp")
+            with pytest.raises(
+                ValueError, match=f"warm_start: expected a recipe of {kind.method} itself, got {other.method}"
+            ):
+                kind(warm_start=start)
+
+
 @pytest.mark.parametrize("kind", METHODS.values())
 def test_a_recipe_survives_json(kind):
-    start = CrossEntropy(seed=4, train_examples=9, encoder=kind().encoder)
+    start = starts(kind)(seed=4, train_examples=9, encoder=kind().encoder)
     for recipe in (kind(epochs=3, milestones=(1, 2), warm_start=start), kind(schedule="triangle", crop_padding=2)):
         assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
 
@@ -426,7 +448,7 @@ def others(kind, item):
     default = item.default
     encoder = "lip-cnn" if kind.guarantee == "lipschitz" else "resnet18"
     special = {"dataset": "mnist5k", "encoder": encoder, "augmentation": "crop", "optimiser": "sgd"}
-    special |= {"schedule": "triangle", "warm_start": CrossEntropy(encoder=kind().encoder)}
+    special |= {"schedule": "triangle", "warm_start": starts(kind)(encoder=kind().encoder)}
     if item.name in special:
         return special[item.name]
     if isinstance(default, tuple):
@@ -437,7 +459,7 @@ def others(kind, item):
 @pytest.mark.parametrize("kind", METHODS.values())
 def test_every_field_changes_the_name_of_a_run(kind):
     changed = [kind(**{item.name: others(kind, item)}) for item in fields(kind)]
-    changed.append(kind(warm_start=CrossEntropy(epochs=21, encoder=kind().encoder)))
+    changed.append(kind(warm_start=starts(kind)(epochs=21, encoder=kind().encoder)))
     keys = [run_key(recipe) for recipe in (kind(), *changed)]
     assert len(set(keys)) == len(keys)
     assert keys == [run_key(recipe) for recipe in (kind(), *changed)]
