@@ -154,7 +154,7 @@ def matters(name, change):
         return change is as_made
     if change in (huge_scales, all_active) and "sll" not in name:
         return False
-    return "8 x 8" not in name or change in (random, equal_rows, all_active)
+    return "8 x 8" not in name or change in (random, all_active)
 
 
 def cases(weights=WEIGHTS):
@@ -202,7 +202,7 @@ def largest_singular_value(model, images):
     return max(float(torch.linalg.matrix_norm(unrolled(model, image), ord=2)) for image in images)
 
 
-def check_bound(model, shape, count=3):
+def check_bound(model, shape, count=2):
     """The bound is above the layer's matrix at every image, above all pairs, and that of a 1-Lipschitz layer."""
     bound = lipschitz_upper_bound(model, shape)
     matrices = [unrolled(model, image) for image in images_of(shape, count)]
@@ -230,13 +230,13 @@ def check_pairs(model, a, matrix, bound):
 @pytest.mark.parametrize(("name", "weights"), cases())
 def test_the_bound_is_above_the_unrolled_matrix(name, weights):
     model, shape = weighted(name, weights)
-    check_bound(model, shape, count=1 if "8 x 8" in name else 3)
+    check_bound(model, shape, count=1 if "8 x 8" in name else 2)
 
 
 @pytest.mark.parametrize("name", LEARNT)
 def test_and_after_training_to_stretch(name):
-    model, shape = stretched(name, steps=3 if "8 x 8" in name else 15)
-    bound = check_bound(model, shape, count=1 if "8 x 8" in name else 3)
+    model, shape = stretched(name, steps=2 if "8 x 8" in name else 15)
+    bound = check_bound(model, shape, count=1 if "8 x 8" in name else 2)
     # it got somewhere: the layer is nearly as long as it may be
     found = largest_singular_value(model, images_of(shape, 1))
     assert found > (0.5 if "aol" in name else 0.9) * bound
