@@ -82,9 +82,11 @@ def four_columns(
         columns ``method column accuracy low high examples``; ``column`` is "clean", "paper" (L-infinity only),
         "correct" and, where the attacks have the method, "certified".
     Raises:
-        ValueError: if the two protocols do not meet at eps.
+        ValueError: if there are no attacks at eps, or the two protocols do not meet there.
     """
     here = attacks.loc[(attacks["norm"] == norm) & ((attacks["eps"] - eps).abs() < 1e-6)]
+    if here.empty:
+        raise ValueError(f"attacks: expected rows in {norm} at eps {eps:g}, got none")
     both = (
         both_protocols(here) if norm == "linf" else robust_accuracy(on_common_images(here)).assign(protocol="correct")
     )
@@ -104,8 +106,12 @@ def best_bound(certificates: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         certificates: of `certificates_of`.
+    Raises:
+        ValueError: for another bound than those of its rows.
     """
     order = {bound: rank for rank, bound in enumerate((*HARD_BOUNDS, "margin", "smoothing"))}
+    if unknown := sorted(set(certificates["bound"]) - set(order)):
+        raise ValueError(f"bound: expected some of {sorted(order)}, got {unknown}")
     ranks = certificates["bound"].map(lambda bound: order[bound])
     return certificates.loc[ranks == ranks.groupby(certificates["method"]).transform("max")]
 

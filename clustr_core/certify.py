@@ -102,9 +102,9 @@ def certify(
     """`certified_radius` of a whole model: its rule, its neighbours, and a sound Lipschitz bound of its encoder.
 
     Where the rounding inside the encoder is bounded (`rounding.embedding_error`: 1-Lipschitz encoders, chains of dense
-    layers), it is taken off too. In float32 that bound is no small thing: some tenths for a convolutional encoder. In
-    float64 (``model.double()``, ``images.double()``) it is next to nothing, so that is how the book certifies. Of other
-    encoders the certificate is one of real numbers, and says nothing about rounding.
+    layers), it is taken off too. In float32 that bound can exceed every radius, as for the book's convolutional
+    encoder. In float64 (``model.double()``, ``images.double()``) it is next to nothing, so that is how the book
+    certifies. Of other encoders the certificate is one of real numbers, and says nothing about rounding.
 
     Args:
         bound: None picks the largest that is valid for the model: "exact", and of the soft rule with all centroids
@@ -168,7 +168,8 @@ def margin_radius(
     size = weight.norm(dim=1).amax() * embeddings.norm(dim=1) + bias.abs().amax()
     shortest = squared_distances(weight, weight).fill_diagonal_(torch.inf).amin().sqrt()
     slack = 4 * _relative_rounding(embeddings) * size / shortest
-    return (radius - slack - 2 * embedding_error).clamp_min(0) / lipschitz
+    # two equal rows tell nothing apart
+    return (radius - slack - 2 * embedding_error).nan_to_num(nan=0.0).clamp_min(0) / lipschitz
 
 
 def radius_from_magnet_loss(

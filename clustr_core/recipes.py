@@ -101,8 +101,11 @@ class Recipe:
             raise ValueError(f"encoder: expected one of {ONE_LIPSCHITZ} for {self.method}, got {self.encoder!r}")
         if self.milestones and self.schedule != "steps":
             raise ValueError(f"milestones: expected none with schedule {self.schedule!r}, got {self.milestones}")
-        if self.warm_start and self.guarantee == "lipschitz" and self.warm_start.method != self.method:
-            raise ValueError(f"warm_start: expected a recipe of {self.method} itself, got {self.warm_start.method}")
+        start = self.warm_start
+        if start and "lipschitz" in (self.guarantee, start.guarantee) and start.method != self.method:
+            raise ValueError(f"warm_start: expected a recipe of {self.method} itself, got {start.method}")
+        if start and self.guarantee == "lipschitz" and start.per_class != self.per_class:
+            raise ValueError(f"warm_start: expected per_class={self.per_class} as in the recipe, got {start.per_class}")
         for name in _SAME_NETWORK if self.warm_start else ():
             mine, start = getattr(self, name), getattr(self.warm_start, name)
             if mine != start:
