@@ -42,11 +42,11 @@ LOOKS = {
     "clustr": Look(_COLOURS[1], "--", "^"),
     "clustr-qtrades": Look(_COLOURS[2], "-.", "D"),
     "free-clustr": Look(_COLOURS[3], "-", "*"),
-    "clustr-cert": Look("black", "-", "o"),
-    "clustr-lip": Look(_COLOURS[5], "--", "^"),
-    "lip-linear": Look(_COLOURS[0], "-.", "D"),
-    "smoothing": Look(_COLOURS[2], ":", "s"),
-    "prototypes": Look("0.55", "--", "v"),
+    "clustr-cert": Look("black", "-", "p"),
+    "clustr-lip": Look(_COLOURS[5], "--", "h"),
+    "lip-linear": Look("#08519c", "-.", "d"),
+    "smoothing": Look("#006d5b", ":", ">"),
+    "prototypes": Look("0.55", "--", "8"),
 }
 BOUND_LOOKS = {
     "triangle": Look(_COLOURS[7], ":", "s"),

@@ -77,7 +77,7 @@ def test_no_room_leaves_no_part_of_a_figure(home):
 
 
 def test_every_method_has_a_look_and_a_name():
-    assert set(LOOKS) == set(METHOD_NAMES) == {*METHODS, "ce-clusters"}
+    assert set(LOOKS) == set(METHOD_NAMES) == {*METHODS, "ce-clusters", "prototypes"}
 
 
 @pytest.mark.parametrize("looks", [LOOKS, BOUND_LOOKS, PROTOCOL_LOOKS], ids=["methods", "bounds", "protocols"])

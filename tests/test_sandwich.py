@@ -390,9 +390,9 @@ def test_wrong_arguments_are_refused(as_installed, tmp_path):
         call(radii[1:])
     with pytest.raises(ValueError, match="radius: expected finite values of at least 0, got -"):
         call(-radii)
-    with pytest.raises(ValueError, match="steps: expected a positive whole number, got 0"):
+    with pytest.raises(ValueError, match="steps: expected a positive number, got 0"):
         call(budget=SandwichBudget(steps=0))
-    with pytest.raises(ValueError, match="points: expected a positive whole number, got 0"):
+    with pytest.raises(ValueError, match="points: expected a positive number, got 0"):
         call(budget=SandwichBudget(points=0), attacks=["random"])
     for attacks in ([], ["fmn", "fmn"], ["square"], "fmn"):
         with pytest.raises(ValueError, match="attacks: expected different ones of"):
