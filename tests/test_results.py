@@ -17,17 +17,21 @@ from clustr_core.accuracy import (
 from clustr_core.certify import HARD_BOUNDS
 from clustr_core.diagnostics import CHECKS, verdict
 from clustr_core.paper import PAPER_RESTARTS, PAPER_STEPS
-from clustr_core.recipes import Profile, load_profile
 from clustr_core.records import read_table
 from clustr_core.sandwich import ATTACKS, check_chain, check_sandwich, sandwich_curve
-from tools.first_page import CERTIFYING, certified_lines, columns_of, pixels_of, protocol_lines, rows
+from tools.first_page import (
+    CERTIFYING,
+    certified_lines,
+    columns_of,
+    pixels_of,
+    profile_of,
+    protocol_lines,
+    radii_of,
+    rows,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = sorted(path.name for path in (ROOT / "results").iterdir() if path.is_dir())
-
-
-def profile_of(name: str) -> Profile:
-    return load_profile(ROOT / "profiles" / f"{name}.yaml")
 
 
 def sorted_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -43,7 +47,7 @@ def test_quick_is_published() -> None:
 @pytest.mark.parametrize("profile", PUBLISHED)
 def test_rows_cover_the_whole_profile(profile: str) -> None:
     """Every method, attack, norm, eps and loss of the profile, on the same images for all methods."""
-    wanted = load_profile(ROOT / "profiles" / f"{profile}.yaml")
+    wanted = profile_of(profile)
     attacks = rows(profile, "attacks")
     names = [*wanted.attacked, "ce-clusters"]
     found = attacks.groupby(["method", "attack", "norm", "eps", "loss"])["index"].agg(lambda s: tuple(sorted(s)))
@@ -173,10 +177,6 @@ def pgd_rows(profile: str) -> pd.DataFrame:
     return found[(found["attack"] == "pgd") & found["method"].isin(ordinary)]
 
 
-def radii_of(profile: str) -> list[float]:
-    return profile_of(profile).chapters.get("07-certified", {}).get("radii", [0.14, 0.28, 0.5])
-
-
 def certified_curves(name: str) -> pd.DataFrame:
     """Of each study at the radii that were drawn."""
     shown = [*CERTIFYING, "clustr"]
@@ -223,5 +223,5 @@ def test_numbers_on_the_first_page_are_those_of_the_rows(profile: str, examples:
 @pytest.mark.parametrize("profile", ["quick", "cpu", "cpu-cifar10"])
 def test_certificates_on_the_first_page_are_those_of_the_rows(profile: str) -> None:
     page = (ROOT / "index.md").read_text()
-    for line in certified_lines(profile, radii_of(profile)):
+    for line in certified_lines(profile):
         assert line in page

@@ -9,7 +9,7 @@ import pandas as pd
 
 from clustr_core.accuracy import best_bound, certified_accuracy, four_columns
 from clustr_core.plotting import METHOD_NAMES
-from clustr_core.recipes import load_profile
+from clustr_core.recipes import Profile, load_profile
 from clustr_core.records import read_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,9 +17,14 @@ PIXELS = {"digits": 64, "mnist5k": 784, "folder:data/cifar10-jpeg": 3072}
 CERTIFYING = ("clustr-cert", "clustr-lip", "lip-linear", "smoothing", "prototypes")
 
 
+def profile_of(name: str) -> Profile:
+    """A profile of the book."""
+    return load_profile(ROOT / "profiles" / f"{name}.yaml")
+
+
 def rows(profile: str, kind: str) -> pd.DataFrame:
     """The committed rows of a kind of measurement, of all methods of the profile that have it."""
-    wanted = load_profile(ROOT / "profiles" / f"{profile}.yaml")
+    wanted = profile_of(profile)
     methods = {
         "attacks": [*wanted.attacked],
         "certificates": [*wanted.recipes, "prototypes"],
@@ -31,13 +36,17 @@ def rows(profile: str, kind: str) -> pd.DataFrame:
 
 def pixels_of(profile: str) -> int:
     """Pixels of an image, channels counted one by one."""
-    recipes = load_profile(ROOT / "profiles" / f"{profile}.yaml").recipes
-    return PIXELS[next(iter(recipes.values())).dataset]
+    return PIXELS[next(iter(profile_of(profile).recipes.values())).dataset]
+
+
+def radii_of(profile: str) -> list[float]:
+    """The three L2 radii at which chapter 7 shows the profile's certificates; the chapter's own are the digits'."""
+    return profile_of(profile).chapters.get("07-certified", {}).get("radii", [0.14, 0.28, 0.5])
 
 
 def columns_of(profile: str) -> pd.DataFrame:
     """The four columns in L-infinity, at the eps of AutoAttack."""
-    at = load_profile(ROOT / "profiles" / f"{profile}.yaml").attacks["autoattack"].eps[0]
+    at = profile_of(profile).attacks["autoattack"].eps[0]
     found = four_columns(rows(profile, "attacks"), rows(profile, "certificates"), eps=at, pixels=pixels_of(profile))
     return found.assign(profile=profile)
 
@@ -49,8 +58,9 @@ def protocol_lines(profile: str) -> list[str]:
     return [_line(METHOD_NAMES[name], found.loc[name], ("clean", "paper", "correct", "certified")) for name in names]
 
 
-def certified_lines(profile: str, radii: list[float]) -> list[str]:
-    """The lines of a table of certificates: clean, and certified at each L2 radius."""
+def certified_lines(profile: str) -> list[str]:
+    """The lines of a table of certificates: clean, and certified at each of `radii_of`."""
+    radii = radii_of(profile)
     best = best_bound(rows(profile, "certificates"))
     found = certified_accuracy(best, [0.0, *radii]).set_index(["method", "at"])
     found = found.rename(columns={"certified_accuracy": "accuracy"})
@@ -68,5 +78,4 @@ def _cell(row: pd.Series) -> str:
 
 if __name__ == "__main__":
     for name in ("cpu-cifar10", "cpu", "quick"):
-        where = load_profile(ROOT / "profiles" / f"{name}.yaml").chapters.get("07-certified", {})
-        print(name, *protocol_lines(name), *certified_lines(name, where.get("radii", [0.14, 0.28, 0.5])), "", sep="\n")
+        print(name, *protocol_lines(name), *certified_lines(name), "", sep="\n")
