@@ -1,6 +1,9 @@
 """The ladder of certified radii: how far an input may move before the predicted class can change."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -20,8 +23,8 @@ HardBound = Literal["triangle", "nearest", "pairwise", "exact"]
 Bound = HardBound | SoftBound
 HARD_BOUNDS: tuple[HardBound, ...] = get_args(HardBound)
 SOFT_BOUNDS: tuple[SoftBound, ...] = get_args(SoftBound)
-# the largest table of a chunk of embeddings, in bytes: a few such tables are held at once
-CHUNK_BYTES = 2**24
+# the largest table of a chunk of embeddings, in bytes: the few that are held at once fit into a core's cache
+CHUNK_BYTES = 2**22
 
 
 def certified_radius(
@@ -67,28 +70,21 @@ def certified_radius(
     """
     _check(embeddings, clusters, bound, rule, neighbours)
     _check_encoder(lipschitz, embedding_error)
+    if embeddings.dtype in (torch.bfloat16, torch.float16):
+        wide = certified_radius(
+            embeddings.float(), clusters.to(torch.float32), bound=bound, lipschitz=lipschitz, rule=rule,
+            neighbours=neighbours, embedding_error=embedding_error,
+        )  # fmt: skip
+        return (wide * (1 - torch.finfo(embeddings.dtype).eps)).to(embeddings)
     relative = _relative_rounding(embeddings)
-    parts = []
-    if bound in SOFT_BOUNDS:
-        wide = clusters.to(torch.float64)
-        for part in embeddings.split(_rows(clusters, bound)):
-            parts.append(_soft_feature_radius(part, clusters, wide, bound, relative))
-    else:
-        between = squared_distances(clusters.centroids, clusters.centroids).sqrt()
-        correction = _vote_correction(clusters, neighbours) if rule == "soft" or neighbours is not None else 0.0
-        for part in embeddings.split(_rows(clusters, bound)):
-            distances = squared_distances(part, clusters.centroids)
-            predicted = _predicted_class(part, distances, clusters, rule, neighbours)
-            found = _hard_feature_radius(
-                distances,
-                predicted,
-                clusters,
-                between,
-                bound,  # pyright: ignore[reportArgumentType]
-                relative,
-                correction,
-            )
-            parts.append(found)
+    chunks = embeddings.split(_rows(clusters, bound))
+    with _full_precision():
+        if bound in SOFT_BOUNDS:
+            wide_clusters = clusters.to(torch.float64)
+            parts = [_soft_feature_radius(part, clusters, wide_clusters, bound, relative) for part in chunks]
+        else:
+            frame = _frame_of(clusters, relative, neighbours, votes=rule == "soft" or neighbours is not None)
+            parts = [_hard_feature_radius(part, clusters, frame, bound, rule, neighbours) for part in chunks]
     return (torch.cat(parts) * (1 - relative) - 2 * embedding_error).clamp_min(0) / lipschitz
 
 
@@ -159,7 +155,7 @@ def margin_radius(
     _check_encoder(lipschitz, embedding_error)
     if head.out_features < 2:
         raise ValueError(f"head: expected at least two classes, got {head.out_features}")
-    if not embeddings.isfinite().all():
+    if len(embeddings) and not torch.stack(embeddings.aminmax()).isfinite().all():
         raise ValueError("embeddings: expected finite values, got NaN or infinity")
     weight = head.weight.detach()
     bias = head.bias.detach() if head.bias is not None else weight.new_zeros(head.out_features)
@@ -218,14 +214,6 @@ def linear_radius(
     return (margins / lengths.masked_fill(own, 1)).masked_fill(own, torch.inf).amin(dim=1).clamp_min(0)
 
 
-def _predicted_class(
-    embeddings: Tensor, distances: Tensor, clusters: Clusters, rule: Rule, neighbours: int | None
-) -> Int[Tensor, " batch"]:
-    if rule == "soft":
-        return cluster_logits(embeddings, clusters, neighbours=neighbours).argmax(dim=1)
-    return clusters.labels[distances.argmin(dim=1)]
-
-
 def _soft_feature_radius(
     embeddings: Tensor, clusters: Clusters, wide: Clusters, bound: SoftBound, relative: float
 ) -> Tensor:
@@ -234,89 +222,155 @@ def _soft_feature_radius(
     return soft_radius(embeddings.double(), wide, predicted, bound=bound, relative=relative).to(embeddings)
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """What all chunks share: the centroids, seen from their mean, and what rounding is taken off.
+
+    With z and mu_j seen from there, q_j = ||mu_j||^2 / 2 - z . mu_j is (d_j^2 - ||z||^2) / 2: differences of q are all
+    that a radius needs, and all q are one matrix product. Computed, it errs by at most half of
+    ``relative`` (||z|| + ||mu_j||)^2.
+
+    Args:
+        inverse_lengths: at most 1 / ||mu_i - mu_j||.
+        correction: what the votes of a rival's class take off its q.
+    """
+
+    origin: Float[Tensor, " dim"]
+    centroids: Float[Tensor, "cluster dim"]
+    norms: Float[Tensor, " cluster"]
+    inverse_lengths: Float[Tensor, "cluster cluster"]
+    correction: Float[Tensor, " cluster"]
+    relative: float
+
+    @property
+    def underflow(self) -> float:
+        """What products below the smallest number may have lost, which no relative bound covers."""
+        return self.centroids.shape[1] * torch.finfo(self.centroids.dtype).tiny
+
+
+def _frame_of(clusters: Clusters, relative: float, neighbours: int | None, *, votes: bool) -> _Frame:
+    origin = (clusters.centroids / len(clusters.centroids)).sum(dim=0)
+    centroids = clusters.centroids - origin
+    correction = _vote_correction(clusters, neighbours) if votes else torch.zeros_like(centroids[:, 0])
+    return _Frame(
+        origin, centroids, centroids.norm(dim=1), _inverse_lengths(clusters.centroids), correction, relative
+    )
+
+
+def _inverse_lengths(centroids: Float[Tensor, "cluster dim"]) -> Float[Tensor, "cluster cluster"]:
+    """At most 1 / ||mu_i - mu_j||, from one product in float64, whose rounding only makes the lengths longer."""
+    wide = centroids.double()
+    wide = wide - wide.mean(dim=0)
+    squares, norms = wide.square().sum(dim=1), wide.norm(dim=1)
+    slack = 2 * _relative_rounding(wide)
+    table = torch.empty(len(wide), len(wide), dtype=centroids.dtype, device=centroids.device)
+    rows = max(1, CHUNK_BYTES // (8 * len(wide)))
+    for part, square, norm, out in zip(*(x.split(rows) for x in (wide, squares, norms, table)), strict=True):
+        longest = torch.addmm(squares, part, wide.T, alpha=-2) + square[:, None] + slack * (norms + norm[:, None]) ** 2
+        out.copy_(longest.clamp_min(0).rsqrt())
+    return table
+
+
 def _hard_feature_radius(
-    distances: Float[Tensor, "batch cluster"],
-    predicted: Int[Tensor, " batch"],
+    embeddings: Float[Tensor, "batch dim"],
     clusters: Clusters,
-    between: Float[Tensor, "cluster cluster"],
+    frame: _Frame,
     bound: HardBound,
-    relative: float,
-    correction: Float[Tensor, " cluster"] | float,
+    rule: Rule,
+    neighbours: int | None,
 ) -> Float[Tensor, " batch"]:
     """min over rivals of the largest radius that one own cluster certifies against it; "exact" of all together."""
-    own, is_own = _own_clusters(distances, predicted, clusters, only_nearest=bound in ("triangle", "nearest"))
-    finfo = torch.finfo(distances.dtype)
+    centred = embeddings - frame.origin
+    size = centred.norm(dim=1, keepdim=True)
+    halves = torch.addmm(frame.norms.square() / 2, centred, frame.centroids.T, alpha=-1)
+    if rule == "soft":
+        predicted = cluster_logits(embeddings, clusters, neighbours=neighbours).argmax(dim=1)
+    else:
+        predicted = clusters.labels[halves.min(dim=1).indices]
+    own = _own_clusters(clusters, predicted)
+    if bound == "triangle":
+        lengths = _lengths(halves, size, frame)
+    # own clusters rounded up, rivals down, so that every difference is at most (d_j^2 - d_i^2) / 2
+    up = halves.gather(1, own) + frame.relative * (size + frame.norms[own]) ** 2 + frame.underflow
+    slack = frame.relative * frame.norms.square() + frame.correction + frame.underflow
+    down = halves.addr_(size.squeeze(1), frame.norms, alpha=-2 * frame.relative).sub_(slack)
+    down = down.sub_(frame.relative * size.square()).scatter_(1, own, torch.inf)
+    nearest, highest = own.gather(1, up.argmin(dim=1, keepdim=True)), up.amin(dim=1, keepdim=True)
+    if bound == "triangle":
+        radii = (down - highest) / (lengths + lengths.gather(1, nearest))
+        return _or_nothing(radii.scatter_(1, own, torch.inf).amin(dim=1))
+    lower = frame.inverse_lengths.index_select(0, nearest.squeeze(1)).mul_(down - highest)
+    if bound == "nearest":
+        return _or_nothing(lower.amin(dim=1))
 
-    def against(slot: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(d_j^2 - d_i^2) / 2 of one own cluster and every rival, rounded down; ||mu_j - mu_i||; what is usable."""
-        own_distance = distances.gather(1, own[:, slot, None])
-        # squares of less than tiny lose digits to underflow, which no relative bound covers
-        gaps = (distances - own_distance) / 2 - relative * (distances + own_distance) / 2 - finfo.tiny - correction
-        lengths = own_distance.sqrt() + distances.sqrt() if bound == "triangle" else between[own[:, slot]]
-        # an own centroid on top of a rival decides nothing: it is skipped, and if none is left the radius is 0
-        return gaps, lengths, is_own[:, slot, None] & (lengths.square() > finfo.tiny / finfo.eps)
+    def pairwise(rows: Tensor, rival: Tensor) -> Tensor:
+        gaps = down[rows, rival][:, None] - up[rows]
+        return _or_nothing((gaps * frame.inverse_lengths[own[rows], rival[:, None]]).amax(dim=1))
 
-    radii = torch.full_like(distances, -torch.inf)
-    for slot in range(own.shape[1]):
-        gaps, lengths, usable = against(slot)
-        radii = radii.maximum((gaps / lengths.where(usable, 1)).masked_fill(~usable, -torch.inf))
-    # where a square has overflowed nothing is known
-    radii = radii.nan_to_num(nan=0.0).masked_fill(clusters.labels == predicted[:, None], torch.inf)
-    if bound != "exact":
-        return radii.amin(dim=1).clamp_min(0)
-    constraints = [against(slot) for slot in range(own.shape[1])]
-    gaps, usable = (torch.stack([part[n] for part in constraints], dim=1) for n in (0, 2))
-    return _exact(radii, gaps.double().masked_fill(~usable, -torch.inf), own, clusters.centroids.double())
+    def exact(rows: Tensor, rival: Tensor) -> Tensor:
+        normals = frame.centroids[rival][:, None].double() - frame.centroids[own[rows]].double()
+        gaps = down[rows, rival][:, None].double() - up[rows].double()
+        together = least_norm(normals, gaps.nan_to_num(nan=0.0)).to(lower)
+        return pairwise(rows, rival).maximum(_or_nothing(together))
+
+    return _least(lower, pairwise if bound == "pairwise" else exact)
 
 
-def _exact(
-    pairwise: Float[Tensor, "batch cluster"],
-    gaps: Float[Tensor, "batch slot cluster"],
-    own: Int[Tensor, "batch slot"],
-    centroids: Float[Tensor, "cluster dim"],
+def _lengths(halves: Tensor, size: Tensor, frame: _Frame) -> Float[Tensor, "batch cluster"]:
+    """The distances to the centroids, rounded up."""
+    slack = 2 * frame.relative * ((size + frame.norms) ** 2 + size.square()) + 2 * frame.underflow
+    return (2 * halves + size.square() + slack).clamp_min(0).sqrt()
+
+
+def _least(
+    lower: Float[Tensor, "batch cluster"], radius: Callable[[Tensor, Tensor], Tensor]
 ) -> Float[Tensor, " batch"]:
-    """The distance to the nearest rival's region; rivals whose pairwise radius is not below the best are not solved."""
-    order = pairwise.argsort(dim=1)
-    best = torch.full_like(pairwise[:, 0], torch.inf)
-    for rank in range(order.shape[1]):
-        rival = order[:, rank]
-        lower = pairwise.gather(1, rival[:, None]).squeeze(1)
-        active = (lower < best).nonzero().squeeze(1)
-        if not len(active):
-            break
-        rival, mine = rival[active], own[active]
-        offsets = gaps[active].gather(2, rival[:, None, None].expand(-1, mine.shape[1], 1)).squeeze(2)
-        normals = (centroids[rival][:, None] - centroids[mine]).masked_fill(offsets.isneginf()[:, :, None], 0)
-        found = least_norm(normals, offsets.masked_fill(offsets.isneginf(), 0)).to(pairwise)
-        # where a square has overflowed nothing is known
-        found = found.nan_to_num(nan=0.0, posinf=0.0)
-        best[active] = best[active].minimum(found.maximum(lower[active]))
-    return best.clamp_min(0)
+    """The least radius over the rivals, which are tried in the order of a lower bound, as long as that is lower.
+
+    Args:
+        lower: of each rival's radius; infinity for no rival. It is used up.
+        radius: (rows, a rival for each) -> the radius against it.
+    """
+    best = torch.full_like(lower[:, 0], torch.inf)
+    rows, tried = torch.arange(len(lower), device=lower.device), lower
+    while len(rows):
+        rival = tried.min(dim=1).indices
+        best[rows] = best[rows].minimum(radius(rows, rival))
+        tried.scatter_(1, rival[:, None], torch.inf)
+        # not "lower < best": what is not a number has to be tried
+        left = (~(tried.amin(dim=1) >= best[rows]) & (best[rows] > 0)).nonzero().squeeze(1)
+        rows, tried = rows[left], tried[left]
+    return best
 
 
-def _own_clusters(
-    distances: Tensor, predicted: Tensor, clusters: Clusters, only_nearest: bool
-) -> tuple[Int[Tensor, "batch slot"], Tensor]:
-    """Indices of the predicted class's clusters, and which are real; only the nearest of them if asked."""
+def _or_nothing(radius: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """No radius is negative; where a square has overflowed nothing is known."""
+    return radius.nan_to_num(nan=0.0, posinf=0.0).clamp_min(0)
+
+
+def _own_clusters(clusters: Clusters, predicted: Int[Tensor, " batch"]) -> Int[Tensor, "batch slot"]:
+    """Indices of the predicted class's clusters; the first of them again where the class has fewer than others."""
     columns, filled = clusters.by_class
-    own, is_own = columns[predicted], filled[predicted]
-    if not only_nearest:
-        return own, is_own
-    nearest = distances.gather(1, own).masked_fill(~is_own, torch.inf).argmin(dim=1, keepdim=True)
-    return own.gather(1, nearest), is_own.gather(1, nearest)
+    return columns.where(filled, columns[:, :1])[predicted]
 
 
 def _rows(clusters: Clusters, bound: Bound) -> int:
     """So many embeddings at once that the largest table of a chunk stays within `CHUNK_BYTES`."""
-    count, dim = clusters.centroids.shape
-    slots = clusters.by_class[0].shape[1]
+    row = clusters.centroids.element_size() * len(clusters.centroids)
     if bound in SOFT_BOUNDS:
-        row = 8 * count * slots
-    elif bound == "exact":
-        row = 8 * slots * max(count, dim)
-    else:
-        row = clusters.centroids.element_size() * count
+        row = 8 * len(clusters.centroids) * clusters.by_class[0].shape[1]
     return max(1, CHUNK_BYTES // row)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Matrix products in the full precision of their dtype inside the block: no TF32, no bfloat16."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def _vote_correction(clusters: Clusters, neighbours: int | None) -> Float[Tensor, " cluster"]:
@@ -358,5 +412,5 @@ def _check(embeddings: Tensor, clusters: Clusters, bound: str, rule: str, neighb
         raise ValueError(f"clusters: expected one shared variance, got values from {low:.9g} to {high:.9g}")
     if clusters.num_classes < 2:
         raise ValueError("clusters: expected at least two classes, got one, which nothing can be told apart from")
-    if not embeddings.isfinite().all():
+    if len(embeddings) and not torch.stack(embeddings.aminmax()).isfinite().all():
         raise ValueError("embeddings: expected finite values, got NaN or infinity")

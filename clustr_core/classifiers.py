@@ -1,16 +1,21 @@
 """From images to logits: the cluster classifier and the linear one."""
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from clustr_core.clusters import Clusters
 from clustr_core.distances import squared_distances
+from clustr_core.kernels import dispatch
 from clustr_core.one_lipschitz import orthogonal_linear
 
 Rule = Literal["soft", "nearest"]
+# the votes of a chunk of embeddings, in bytes
+CHUNK_BYTES = 2**21
 
 
 def cluster_logits(
@@ -32,10 +37,11 @@ def cluster_logits(
     Source: Alfarra et al. 2021, section 3, in the log domain.
     """
     _check(embeddings, clusters, neighbours)
+    if neighbours is None or neighbours >= len(clusters.centroids):
+        logits: Tensor = _AllVotes.apply(embeddings, clusters.centroids, clusters)  # pyright: ignore[reportAssignmentType]
+        return logits
     distances = squared_distances(embeddings, clusters.centroids)
     exponents = -distances / (2 * clusters.variance)
-    if neighbours is None or neighbours >= len(clusters.centroids):
-        return clusters.gather_by_class(exponents, -torch.inf).logsumexp(dim=2)
     votes = torch.zeros_like(exponents, dtype=torch.bool)
     votes.scatter_(1, distances.topk(neighbours, dim=1, largest=False).indices, True)
     own = clusters.gather_by_class(exponents, -torch.inf)
@@ -49,6 +55,106 @@ def nearest_logits(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -
     _check(embeddings, clusters, None)
     exponents = -squared_distances(embeddings, clusters.centroids) / (2 * clusters.variance.mean())
     return clusters.gather_by_class(exponents, -torch.inf).amax(dim=2)
+
+
+class _Votes(NamedTuple):
+    """Of a chunk of embeddings: where they are, each vote over its class's highest, that highest (log), their sum."""
+
+    points: Float[Tensor, "batch dim"]
+    votes: Float[Tensor, "batch slot class"]
+    highest: Float[Tensor, "batch class"]
+    total: Float[Tensor, "batch class"]
+
+
+@dataclass(frozen=True)
+class _Electorate:
+    """The clusters as one matrix product wants them: slot by slot (the first of each class, then the second ...).
+
+    Seen from the centroids' mean, in units of the first cluster's sigma, a vote is
+    ratio_j (z . mu_j - ||mu_j||^2 / 2 - ||z||^2 / 2) with ratio_j = sigma_1^2 / sigma_j^2: the logarithm of
+    exp(-d_j^2 / (2 sigma_j^2)) with no more digits lost than its row's largest exponent has.
+    """
+
+    order: Int[Tensor, " slot_class"]
+    empty: Bool[Tensor, " slot_class"]
+    num_classes: int
+    origin: Float[Tensor, " dim"]
+    sigma: Float[Tensor, ""]
+    ratios: Float[Tensor, " slot_class"]
+    weights: Float[Tensor, "slot_class dim"]
+    constants: Float[Tensor, " slot_class"]
+    shared: bool
+
+    @classmethod
+    def of(cls, clusters: Clusters) -> "_Electorate":
+        columns, filled = clusters.by_class
+        order, empty = columns.T.flatten(), ~filled.T.flatten()
+        sigma = clusters.variance[0].sqrt()
+        origin = (clusters.centroids / len(clusters.centroids)).sum(dim=0)
+        centroids = ((clusters.centroids - origin) / sigma)[order]
+        ratios = (clusters.variance[0] / clusters.variance)[order]
+        weights = ratios[:, None] * centroids
+        constants = ((weights * centroids).sum(dim=1) / -2).masked_fill(empty, -torch.inf)
+        shared = bool((ratios == 1).all())
+        return cls(order, empty, len(columns), origin, sigma, ratios, weights, constants, shared)
+
+    def votes(self, embeddings: Tensor) -> _Votes:
+        points = (embeddings - self.origin).div_(self.sigma)
+        squares = points.square().sum(dim=1)
+        exponents = torch.addmm(self.constants, points, self.weights.T)
+        if not self.shared:
+            exponents.addr_(squares, self.ratios, alpha=-0.5)
+        votes = exponents.view(len(points), -1, self.num_classes)
+        highest = votes.amax(dim=1)
+        votes = votes.sub_(highest[:, None]).exp_()
+        if self.shared:
+            highest.sub_(squares[:, None], alpha=0.5)
+        return _Votes(points, votes, highest, votes.sum(dim=1))
+
+    def rows(self) -> int:
+        """So many embeddings at once that a chunk's votes stay in a core's cache."""
+        return max(1, CHUNK_BYTES // (len(self.order) * self.weights.element_size()))
+
+
+class _AllVotes(torch.autograd.Function):
+    """`cluster_logits` of all votes, chunk by chunk; the backward pass reuses the votes."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, centroids: Tensor, clusters: Clusters) -> Tensor:
+        electorate = _Electorate.of(clusters)
+        rows, kept = electorate.rows(), []
+        logits = embeddings.new_empty(len(embeddings), electorate.num_classes)
+        for part, out in zip(embeddings.split(rows), logits.split(rows), strict=True):
+            points, votes, highest, total = electorate.votes(part)
+            torch.add(highest, total.log(), out=out)
+            if any(ctx.needs_input_grad):
+                kept += [points, votes, total]
+        ctx.electorate = electorate
+        ctx.save_for_backward(centroids, *kept)
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """d/dz = sum_j share_j ratio_j (mu_j - z), and minus each term for its mu_j; the shares are votes over totals."""
+        (centroids, *kept), electorate = ctx.saved_tensors, ctx.electorate
+        of_embeddings = gradient.new_empty(len(gradient), centroids.shape[1])
+        pulls, share_of = torch.zeros_like(electorate.weights), torch.zeros_like(electorate.ratios)
+        rows = electorate.rows()
+        # one buffer for all chunks: fresh memory costs more than the arithmetic
+        buffer = torch.empty_like(kept[1]) if kept else gradient
+        chunks = zip(kept[::3], kept[1::3], kept[2::3], gradient.split(rows), of_embeddings.split(rows), strict=True)
+        for points, votes, total, above, out in chunks:
+            shares = torch.mul(votes, (above / total)[:, None], out=buffer[: len(points)]).view(len(points), -1)
+            own = (shares @ electorate.ratios)[:, None] * points
+            torch.div(own.addmm_(shares, electorate.weights, beta=-1), electorate.sigma, out=out)
+            if ctx.needs_input_grad[1]:
+                pulls.addmm_(shares.T, points)
+                share_of += shares.sum(dim=0)
+        if not ctx.needs_input_grad[1]:
+            return of_embeddings, None, None
+        moved = (electorate.ratios[:, None] * pulls - share_of[:, None] * electorate.weights) / electorate.sigma
+        return of_embeddings, torch.zeros_like(centroids).index_add_(0, electorate.order, moved), None
 
 
 def _place_below(logits: Tensor, nearest: Tensor, has_vote: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """The magnet loss in both of its forms, the certificate as a loss, consistency, and the losses that attacks climb."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from clustr_core.clusters import Clusters
 from clustr_core.distances import squared_distances
@@ -44,16 +45,62 @@ def magnet_loss(
     Source: Rippel et al. 2016, equation 5. Deviation from the paper's released code: a logsumexp instead of
         the logarithm of a sum + 1e-8, which caps the loss at 18.4 and stops the gradient of badly wrong examples.
     """
-    _check_rows(embeddings, labels, assignments)
+    _check_lengths(embeddings, labels, assignments)
     own, cluster_labels = _cluster_of_rows(assignments, labels)
-    counts = torch.bincount(own).to(embeddings)
-    sums = embeddings.new_zeros(len(counts), embeddings.shape[1]).index_add(0, own, embeddings)
-    centroids = sums / counts[:, None]
-    distances = squared_distances(embeddings, centroids)
-    own_distance = distances.gather(1, own[:, None]).squeeze(1)
-    variance = own_distance.sum() / max(len(embeddings) - 1, 1)
-    per_example = _hinged(distances, own_distance, cluster_labels != labels[:, None], variance, gap)
+    per_example, variance = _Magnet.apply(embeddings, own, cluster_labels, gap)  # pyright: ignore[reportGeneralTypeIssues]
+    # whatever is not finite makes the variance so: only then look for it
+    if not math.isfinite(variance.detach()):
+        _check_finite(embeddings)
     return MagnetLoss(per_example.mean(), per_example, variance)
+
+
+class _Magnet(torch.autograd.Function):
+    """The losses and the variance of `magnet_loss` by few and small products, and their gradients by hand.
+
+    With r_n = z_n - mu(n), the offset from the own centroid, (d_own^2 - d_j^2) / 2 is
+    <r_n + mu(n), mu_j> - ||mu_j||^2 / 2, less the same of the own cluster: tight clusters far apart lose no digits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, own: Tensor, cluster_labels: Tensor, gap: float) -> tuple[Tensor, Tensor]:
+        column, finfo = own[:, None], torch.finfo(embeddings.dtype)
+        member = embeddings.new_zeros(len(own), len(cluster_labels)).scatter_(1, column, 1.0)
+        sizes = member.sum(dim=0)[:, None]
+        centroids = (member.T @ embeddings).div_(sizes)
+        offsets = torch.addmm(embeddings, member, centroids, alpha=-1)
+        variance = torch.linalg.vector_norm(offsets).square_().div_(max(len(own) - 1, 1))
+        centroids.sub_(centroids.mean(dim=0))
+        between = centroids @ centroids.T
+        between.sub_(between.diagonal() / 2)
+        halves = torch.addmm(between.index_select(0, own), offsets, centroids.T)
+        halves.sub_(halves.gather(1, column))
+        # all examples on their centroids (a batch of singletons): any scale is right, a finite one is needed
+        precision = variance.clamp_min(finfo.eps**2).reciprocal_()
+        same = (cluster_labels == cluster_labels[:, None]).index_select(0, own)
+        exponents = (halves * precision).masked_fill_(same, -torch.inf)
+        highest = exponents.amax(dim=1, keepdim=True)
+        # numbers too small to matter would be denormal in the products to come, which are slow
+        shares = F.threshold_(exponents.sub_(highest).exp_(), finfo.tiny**0.75, 0.0)
+        total = shares.sum(dim=1, keepdim=True)
+        shares.div_(total)
+        per_example = total.log_().add_(highest).add_(gap).clamp_min_(0).squeeze(1)
+        ctx.save_for_backward(member, sizes, centroids, offsets, variance, precision, halves, shares, per_example)
+        return per_example, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, above: Tensor, above_variance: Tensor) -> tuple[Tensor, None, None, None]:
+        """Through (d_own^2 - d_j^2) / 2 to embeddings and means, and through the variance to the offsets alone."""
+        member, sizes, centroids, offsets, variance, precision, halves, shares, per_example = ctx.saved_tensors
+        weights = (above * (per_example > 0))[:, None]
+        of_precision = (weights * shares * halves).sum() * (variance > torch.finfo(variance.dtype).eps ** 2)
+        of_variance = above_variance - precision.square() * of_precision
+        flow = (shares - member).mul_(weights * precision)
+        between = member.T @ flow
+        of_centroids = (flow.T @ offsets).addmm_(between.T, centroids).sub_(between.sum(dim=0)[:, None] * centroids)
+        of_embeddings = offsets * (of_variance * (2 / max(len(offsets) - 1, 1)))
+        pulls = torch.cat([centroids, of_centroids.div_(sizes)])
+        return of_embeddings.addmm_(torch.cat([flow, member], dim=1), pulls), None, None, None
 
 
 def full_magnet_loss(
@@ -242,11 +289,19 @@ def _check_classes(labels: Tensor, clusters: Clusters) -> None:
         )
 
 
-def _check_rows(embeddings: Tensor, labels: Tensor, assignments: Tensor | None = None) -> None:
+def _check_rows(embeddings: Tensor, labels: Tensor) -> None:
+    _check_lengths(embeddings, labels)
+    _check_finite(embeddings)
+
+
+def _check_lengths(embeddings: Tensor, labels: Tensor, assignments: Tensor | None = None) -> None:
     for name, rows in (("labels", labels), ("assignments", assignments)):
         if rows is not None and len(rows) != len(embeddings):
             raise ValueError(f"{name}: expected one for each of {len(embeddings)} embeddings, got {len(rows)}")
     if not len(embeddings):
         raise ValueError("embeddings: expected at least one row, got none")
+
+
+def _check_finite(embeddings: Tensor) -> None:
     if not embeddings.isfinite().all():
         raise ValueError("embeddings: expected finite values, got NaN or infinity")
