@@ -13,6 +13,8 @@ from clustr_core.distances import flat_norm, per_item
 
 Norm = Literal["linf", "l2"]
 Images = Float[Tensor, "batch channel height width"]
+# one radius for all images, or one for each
+Radius = float | Float[Tensor, " batch"]
 Objective = Callable[[Images], Float[Tensor, " batch"]]
 
 
@@ -60,7 +62,7 @@ def maximise(
     return last
 
 
-def random_point(images: Images, eps: float, norm: Norm, generator: torch.Generator) -> Images:
+def random_point(images: Images, eps: Radius, norm: Norm, generator: torch.Generator) -> Images:
     """A uniform point of the eps-ball around each image, then clipped to [0, 1]."""
     shape, device, dtype = images.shape, images.device, images.dtype
     if norm == "linf":
@@ -69,7 +71,7 @@ def random_point(images: Images, eps: float, norm: Norm, generator: torch.Genera
         noise = direction(torch.randn(shape, generator=generator, device=device, dtype=dtype), norm)
         lengths = torch.rand(len(images), generator=generator, device=device, dtype=dtype)
         noise = noise * per_item(lengths ** (1 / math.prod(shape[1:])), noise)
-    return project(images + eps * noise, images, eps, norm)
+    return project(images + _each(eps, noise) * noise, images, eps, norm)
 
 
 def direction(gradient: Images, norm: Norm) -> Images:
@@ -82,14 +84,20 @@ def direction(gradient: Images, norm: Norm) -> Images:
     return scaled / per_item(flat_norm(scaled), scaled).clamp_min(torch.finfo(gradient.dtype).tiny)
 
 
-def project(points: Images, images: Images, eps: float, norm: Norm) -> Images:
+def project(points: Images, images: Images, eps: Radius, norm: Norm) -> Images:
     """Into the eps-ball around the images, then into [0, 1], which leads no point out of the ball."""
     offsets = points - images
     if norm == "linf":
-        offsets.clamp_(-eps, eps)
+        reach = _each(eps, offsets)
+        offsets.clamp_(-reach, reach)
     else:
-        offsets *= per_item(eps / flat_norm(offsets).clamp_min(eps), offsets)
+        lengths = flat_norm(offsets).clamp_min(torch.finfo(offsets.dtype).tiny)
+        offsets *= per_item((eps / lengths).clamp_max(1), offsets)
     return offsets.add_(images).clamp_(0, 1)
+
+
+def _each(eps: Radius, like: Images) -> float | Tensor:
+    return per_item(eps, like) if isinstance(eps, Tensor) else eps
 
 
 def check_gradient(gradient: Tensor) -> None:
@@ -98,7 +106,8 @@ def check_gradient(gradient: Tensor) -> None:
     Raises:
         ValueError: if there is NaN or infinity.
     """
-    if not gradient.isfinite().all():
+    # one pass over the gradient is enough but where its sum overflows
+    if not (math.isfinite(gradient.sum()) or gradient.isfinite().all()):
         raise ValueError("model: expected a finite input gradient, got NaN or infinity")
 
 

@@ -14,7 +14,7 @@ from clustr_core.losses import cross_entropy, dlr_loss, margin_loss
 from clustr_core.verdicts import AttackResult, Model, check_logits, judge, warn_unless_logits
 
 __all__ = [
-    "LOSSES", "AttackResult", "Model", "Norm", "Rescaled", "autoattack", "cell_walk", "fgsm", "pgd", "rescaled",
+    "LOSSES", "AttackResult", "Model", "Norm", "Rescaled", "attack_loss", "autoattack", "cell_walk", "fgsm", "pgd", "rescaled",
     "square", "transfer",
 ]  # fmt: skip
 
@@ -95,7 +95,7 @@ def pgd(
     Source: Madry et al. 2018, section 2.1; the restarts and the kept success as in Carlini et al. 2019.
     """
     check_inputs(images, labels, norm=norm, eps=eps, step_size=step_size, steps=steps, restarts=restarts)
-    climb, images, goals = _attack_loss(loss), images.detach(), labels.to(images.device)
+    climb, images, goals = attack_loss(loss), images.detach(), labels.to(images.device)
     success = judge(model, images, goals, warn=True)
 
     def ascend(x: Images, which: Tensor, restart: int) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,7 @@ def transfer(
     Source: Papernot et al. 2016; as a check on masked gradients, Athalye et al. 2018.
     """
     check_inputs(images, labels, norm=norm, eps=eps, step_size=step_size, steps=steps, restarts=restarts)
-    climb, images, goals = _attack_loss(loss), images.detach(), labels.to(images.device)
+    climb, images, goals = attack_loss(loss), images.detach(), labels.to(images.device)
     with torch.no_grad():
         warn_unless_logits(source(images), "source", saturation=loss == "ce")
     broken = judge(model, images, goals)
@@ -339,7 +339,12 @@ def _keep(result: AttackResult, where: Tensor, broken: Images) -> None:
     result.success[where] = True
 
 
-def _attack_loss(loss: str | AttackLoss) -> AttackLoss:
+def attack_loss(loss: str | AttackLoss) -> AttackLoss:
+    """The loss of a name in `LOSSES`; a function is returned as it is.
+
+    Raises:
+        ValueError: if there is no such name.
+    """
     if not isinstance(loss, str):
         return loss
     if loss not in LOSSES:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import threshold_
 
 from clustr_core.clusters import Clusters
 from clustr_core.distances import squared_distances
@@ -104,9 +105,10 @@ class _Electorate:
         exponents = torch.addmm(self.constants, points, self.weights.T)
         if not self.shared:
             exponents.addr_(squares, self.ratios, alpha=-0.5)
-        votes = exponents.view(len(points), -1, self.num_classes)
+        votes = exponents.unflatten(1, (-1, self.num_classes))
         highest = votes.amax(dim=1)
-        votes = votes.sub_(highest[:, None]).exp_()
+        # votes too small to matter would be denormal in the products to come, which are slow
+        votes = threshold_(votes.sub_(highest[:, None]).exp_(), torch.finfo(votes.dtype).tiny ** 0.75, 0.0)
         if self.shared:
             highest.sub_(squares[:, None], alpha=0.5)
         return _Votes(points, votes, highest, votes.sum(dim=1))
@@ -145,7 +147,7 @@ class _AllVotes(torch.autograd.Function):
         buffer = torch.empty_like(kept[1]) if kept else gradient
         chunks = zip(kept[::3], kept[1::3], kept[2::3], gradient.split(rows), of_embeddings.split(rows), strict=True)
         for points, votes, total, above, out in chunks:
-            shares = torch.mul(votes, (above / total)[:, None], out=buffer[: len(points)]).view(len(points), -1)
+            shares = torch.mul(votes, (above / total)[:, None], out=buffer[: len(points)]).flatten(1)
             own = (shares @ electorate.ratios)[:, None] * points
             torch.div(own.addmm_(shares, electorate.weights, beta=-1), electorate.sigma, out=out)
             if ctx.needs_input_grad[1]:

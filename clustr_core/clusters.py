@@ -6,8 +6,6 @@ from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from clustr_core.distances import squared_distances
@@ -150,7 +148,10 @@ def fit_clusters(
 def _sklearn_kmeans(
     points: Float[Tensor, "point dim"], k: int, n_init: int, max_iter: int, seed: int
 ) -> tuple[Float[Tensor, "k dim"], Int[Tensor, " point"]]:
-    """scikit-learn's Lloyd, the fastest honest choice on a CPU."""
+    """scikit-learn's Lloyd, the fastest honest choice on a CPU; imported here, since that takes as long as PyTorch."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     with warnings.catch_warnings():
         # fewer distinct points than clusters: coinciding centroids are a valid (if poor) clustering
         warnings.simplefilter("ignore", ConvergenceWarning)

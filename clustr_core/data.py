@@ -14,11 +14,10 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clustr_core import records
+from clustr_core import storage
 
 ImageBytes = UInt8[Tensor, "batch channel height width"]
 CACHE_NAME = ".clustr-images.safetensors"
@@ -93,7 +92,7 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
         return _load_folder(name, Path(name.removeprefix("folder:")).expanduser())
     if name not in _LOADERS:
         raise ValueError(f"name: expected one of {sorted(_LOADERS)} or folder:PATH, got {name!r}")
-    return _LOADERS[name](Path(root or os.environ.get("CLUSTR_DATA") or records.home() / "data"))
+    return _LOADERS[name](Path(root or os.environ.get("CLUSTR_DATA") or storage.home() / "data"))
 
 
 def to_float(images: ImageBytes) -> Float[Tensor, "batch channel height width"]:
@@ -144,6 +143,8 @@ def _load_mnist5k(root: Path) -> Dataset:
 
 def _split(name: str, images: np.ndarray, labels: np.ndarray) -> Dataset:
     """80 % to train on, 20 % to test on, in equal parts of each class, always the same."""
+    from sklearn.model_selection import train_test_split
+
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=SPLIT_SEED, stratify=labels)
     parts = [torch.from_numpy(array) for array in (images[train], labels[train], images[test], labels[test])]
     train_images, train_labels, test_images, test_labels = parts
@@ -199,7 +200,7 @@ def _load_folder(name: str, given: Path) -> Dataset:
 
     One channel if the first image is grey, in which case all must be; else RGB (grey is repeated, alpha is dropped).
     """
-    folder = given if given.is_dir() or given.is_absolute() else records.home() / given
+    folder = given if given.is_dir() or given.is_absolute() else storage.home() / given
     names = _class_folders(folder)
     files = {part: _image_files(folder / part, names) for part in ("train", "test")}
     fingerprint = _fingerprint(folder, [path for part in files.values() for path, _ in part])
@@ -207,7 +208,7 @@ def _load_folder(name: str, given: Path) -> Dataset:
     tensors = _read_cache(cache, fingerprint)
     if tensors is None:
         tensors = _decode(files)
-        with records.written_whole(cache) as temporary:
+        with storage.written_whole(cache) as temporary:
             save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
     return Dataset(name, **tensors, class_names=names)  # pyright: ignore[reportArgumentType]
 
@@ -237,7 +238,7 @@ def _image_files(part: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:
 def _fingerprint(folder: Path, paths: list[Path]) -> str:
     stats = [(path, path.stat()) for path in paths]
     lines = [f"{p.relative_to(folder)} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
-    return records.digest("\n".join(lines))
+    return storage.digest("\n".join(lines))
 
 
 def _read_cache(cache: Path, fingerprint: str) -> dict[str, Tensor] | None:

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from clustr_core.ascent import Images, check_gradient, check_inputs, direction
-from clustr_core.attacks import LOSSES, AttackLoss
+from clustr_core.ascent import Images, check_gradient, check_inputs, direction, project, random_point
+from clustr_core.attacks import AttackLoss, attack_loss
 from clustr_core.distances import flat_norm, per_item
 from clustr_core.losses import cross_entropy, dlr_loss
 from clustr_core.verdicts import AttackResult, Model, check_logits, judge, warn_unless_logits
@@ -126,7 +126,7 @@ def fmn(
         of eps, where the paper tunes their length to each data set; targeted restarts from random points, where the
         paper starts from other images.
     """
-    descent = Descent(_named(loss), _fmn_radius, _falling_share)
+    descent = Descent(attack_loss(loss), _fmn_radius, _falling_share)
     return _search(model, images, labels, descent, None, steps, restarts, seed)
 
 
@@ -152,7 +152,7 @@ def ddn(
     Source: Rony et al. 2019, algorithm 1. Deviations: no quantisation of the pixels; the bisection, steps in units of
         eps, and restarts, as in `fmn`, each from eps = 1 or the smallest norm so far, if that is less.
     """
-    descent = Descent(_named(loss), _ddn_radius, _falling_share, onto=True)
+    descent = Descent(attack_loss(loss), _ddn_radius, _falling_share, onto=True)
     first = torch.ones(len(images), dtype=images.dtype, device=images.device)
     return _search(model, images, labels, descent, first, steps, restarts, seed)
 
@@ -183,7 +183,7 @@ def pgd_within(
     """
     check_inputs(images, labels, norm="l2", eps=1.0, steps=steps, restarts=restarts)
     check_radius(radius, images)
-    descent = Descent(_named(loss), lambda now: now.eps, lambda cosine: 2.5 / steps)
+    descent = Descent(attack_loss(loss), lambda now: now.eps, lambda cosine: 2.5 / steps)
     return _search(model, images, labels, descent, radius.to(images), steps, restarts, seed)
 
 
@@ -287,14 +287,6 @@ def _falling_share(cosine: float) -> float:
     return LAST_SHARE + (1 - LAST_SHARE) * cosine
 
 
-def _named(loss: str | AttackLoss) -> AttackLoss:
-    if not isinstance(loss, str):
-        return loss
-    if loss not in LOSSES:
-        raise ValueError(f"loss: expected one of {sorted(LOSSES)} or a function, got {loss!r}")
-    return LOSSES[loss]
-
-
 def _search(
     model: Model,
     images: Images,
@@ -320,7 +312,7 @@ def _search(
         eps = widest.minimum(shortest)
         run, start = descent, images
         if restart:
-            start = _random_start(images, eps, generator)
+            start = random_point(images, eps, "l2", generator)
             run = replace(descent, loss=_towards(descent.loss, rivals[active, (restart - 1) % rivals.shape[1]]))
         on = (model, images[active], labels[active])
         _keep(best, shortest, active, *_bisected(*on, *_one_run(*on, start[active], run, eps[active], steps)))
@@ -349,7 +341,7 @@ def _one_run(
         now = Standing(eps, norm, broken, shortest, distance, (1 + math.cos(math.pi * step / steps)) / 2)
         eps = descent.radius(now).minimum(farthest)
         x = x + per_item(eps * descent.share(now.cosine), x) * direction(gradient, "l2")
-        x = _held(x, images, eps, descent.onto)
+        x = _onto_sphere(x, images, eps) if descent.onto else project(x, images, eps, "l2")
     broken = judge(model, x, labels)
     _keep(best, shortest, everyone, x, flat_norm(x - images).masked_fill(~broken, torch.inf))
     return best, shortest
@@ -366,19 +358,10 @@ def _climb(model: Model, x: Images, labels: Tensor, loss: AttackLoss) -> tuple[T
     return values.detach(), gradient, logits.detach().argmax(dim=1) != labels
 
 
-def _held(points: Images, images: Images, eps: Float[Tensor, " batch"], onto: bool) -> Images:
-    """Into the ball of each image's own eps, or onto its sphere, then into [0, 1]."""
+def _onto_sphere(points: Images, images: Images, eps: Float[Tensor, " batch"]) -> Images:
+    """Onto the sphere of each image's own eps, then into [0, 1]."""
     offsets = points - images
-    lengths = eps if onto else eps.minimum(flat_norm(offsets))
-    return (images + per_item(lengths, offsets) * direction(offsets, "l2")).clamp(0, 1)
-
-
-def _random_start(images: Images, eps: Float[Tensor, " batch"], generator: torch.Generator) -> Images:
-    """A uniform point of the ball of each image's own eps, then clipped to [0, 1]."""
-    options = {"generator": generator, "device": images.device, "dtype": images.dtype}
-    noise = torch.randn(images.shape, **options)
-    lengths = eps * torch.rand(len(images), **options) ** (1 / math.prod(images.shape[1:]))
-    return (images + per_item(lengths, noise) * direction(noise, "l2")).clamp(0, 1)
+    return (images + per_item(eps, offsets) * direction(offsets, "l2")).clamp(0, 1)
 
 
 def _directions(

@@ -236,8 +236,10 @@ def bake(module: _Module) -> _Module:
 
 def _sll_step(overlap: Float[Tensor, "inner inner"], log_scale: Float[Tensor, " inner"]) -> Float[Tensor, " inner"]:
     scale = log_scale.exp()
-    # a row of zeros moves nothing, whatever its t
-    return 2 * scale / (overlap @ scale).clamp_min(torch.finfo(overlap.dtype).tiny)
+    total = overlap @ scale
+    # a row of zeros moves nothing, whatever its t: 0, so that no large bias is multiplied by infinity
+    some = total > torch.finfo(overlap.dtype).tiny
+    return (2 * scale / total.where(some, 1)) * some
 
 
 def _inverse_root(overlap: Float[Tensor, " row"]) -> Float[Tensor, " row"]:

@@ -1,79 +1,15 @@
-"""What is on disk: where it lies, how it is written whole or not at all, and per-example tables."""
+"""What is on disk: files, and the per-example tables among them."""
 
-import hashlib
-import json
-import os
-import platform
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-VERSIONED = ("torch", "torchvision", "numpy", "scikit-learn", "umap-learn")
+from clustr_core.storage import digest, environment, home, read_json, write_json, written_whole
 
-
-def home() -> Path:
-    """The book's root: ``$CLUSTR_HOME``, else the nearest folder upwards that holds myst.yml, else here."""
-    if given := os.environ.get("CLUSTR_HOME"):
-        return Path(given)
-    here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / "myst.yml").exists()), here)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name at the end, and vanishes on any error.
-
-    Raises:
-        OSError: as the file system says (no space, no permission), with nothing left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except Exception as error:
-        if reason := _os_error(error, path):
-            raise reason from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _os_error(error: Exception, path: Path) -> OSError | None:
-    """What the file system said, and of which file; safetensors wraps it in an error of its own."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    number = int(found[1]) if found else getattr(error, "errno", None)
-    if number is None or getattr(error, "filename", None):
-        return None
-    return OSError(number, os.strerror(number), str(path))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write sorted, indented JSON, whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read JSON.
-
-    Raises:
-        ValueError: if the file is no JSON object, with its path.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got something truncated or damaged ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+__all__ = [
+    "benchmark", "digest", "environment", "home", "published", "read_json", "read_table", "write_json", "write_table",
+    "written_whole",
+]  # fmt: skip
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
@@ -97,22 +33,3 @@ def benchmark(name: str) -> pd.DataFrame | None:
     """The committed table ``results/<name>.csv`` of a benchmark, or None if there is none."""
     path = home() / "results" / f"{name}.csv"
     return read_table(path) if path.exists() else None
-
-
-def digest(*parts: bytes | str) -> str:
-    """SHA-256 over the parts, in hexadecimal."""
-    total = hashlib.sha256()
-    for part in parts:
-        encoded = part.encode() if isinstance(part, str) else part
-        total.update(len(encoded).to_bytes(8, "little") + encoded)
-    return total.hexdigest()
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions and device: what a reader needs to judge a number."""
-    return {
-        "device": device,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "versions": {name: metadata.version(name) for name in VERSIONED},
-    }
