@@ -90,11 +90,11 @@ class _ClusterLogits(torch.autograd.Function):
     def backward(ctx, gradient):
         embeddings, centroids, labels, variance = ctx.saved_tensors
         targets = _targets(centroids, labels, variance, ctx.num_classes)
-        centred = centroids.float() - targets.origin
+        centred = (centroids.float() - targets.origin).contiguous()
         pulls, total = torch.empty_like(embeddings), torch.zeros_like(centred)
         for rows in row_chunks(len(embeddings), max(centroids.shape)):
             weights = _weights(embeddings[rows], targets, gradient[rows].float(), ctx.neighbours)
-            points = embeddings[rows].float() - targets.origin
+            points = (embeddings[rows].float() - targets.origin).contiguous()
             if ctx.needs_input_grad[0]:
                 pulls[rows] = _pull(weights, centred, points, embeddings.dtype, span=len(centroids))
             if ctx.needs_input_grad[1]:
@@ -221,12 +221,10 @@ def stream_kernel(
     size = tl.load(starts + classes + 1, mask=class_ok, other=0) - first
     highest = tl.full((ROWS, CLASSES), float("-inf"), tl.float32)
     total = tl.zeros((ROWS, CLASSES), tl.float32)
-    for slot in range(0, tl.max(size, axis=0)):
+    for slot in range(tl.max(size, axis=0)):
         filled = slot < size
         columns = tl.load(order + first + slot, mask=filled, other=0)
-        products = inner_products(
-            points, centroids, rows, columns, row_ok, filled, dim, ROWS, CLASSES, DEPTH, WIDEN
-        )
+        products = inner_products(points, centroids, rows, columns, row_ok, filled, dim, ROWS, CLASSES, DEPTH, WIDEN)
         square = tl.load(centroid_squares + columns, mask=filled, other=0.0)
         exponents = exponents_of(
             distances_from(products, point_square, square), tl.load(variance + columns, mask=filled, other=1.0)
@@ -264,9 +262,7 @@ def distances_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     row_ok, column_ok = rows < count, columns < clusters
-    products = inner_products(
-        points, centroids, rows, columns, row_ok, column_ok, dim, ROWS, COLUMNS, DEPTH, WIDEN
-    )
+    products = inner_products(points, centroids, rows, columns, row_ok, column_ok, dim, ROWS, COLUMNS, DEPTH, WIDEN)
     found = distances_from(
         products,
         tl.load(point_squares + rows, mask=row_ok, other=0.0),
@@ -293,7 +289,7 @@ def votes_kernel(
     total = tl.zeros((ROWS, CLASSES), tl.float32)
     largest = tl.full((ROWS, CLASSES), float("-inf"), tl.float32)
     attained = tl.zeros((ROWS, CLASSES), tl.float32)
-    for slot in range(0, tl.max(size, axis=0)):
+    for slot in range(tl.max(size, axis=0)):
         filled = slot < size
         columns = tl.load(order + first + slot, mask=filled, other=0)
         ok = row_ok[:, None] & filled[None, :]

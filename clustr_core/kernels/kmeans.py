@@ -51,9 +51,7 @@ def kmeans(
     """
     if points.dtype not in (torch.float32, *HALVES):
         raise TypeError(f"points: expected float32, bfloat16 or float16, got {points.dtype}")
-    num_classes = int(labels.max()) + 1
-    order, starts = by_class(labels, num_classes)
-    problem = _Problem(points.contiguous(), labels.long(), order, starts, int(starts.diff().max()))
+    problem = grouped(points, labels)
     generator = torch.Generator(points.device).manual_seed(seed)
     centroids, slots, inertia = lloyd(problem, _starts(problem, per_class, generator), max_iter)
     for _ in range(n_init - 1):
@@ -66,7 +64,7 @@ def kmeans(
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """Points, their classes, and an index that lists the points of one class after another."""
 
     points: Float[Tensor, "point dim"]
@@ -76,8 +74,14 @@ class _Problem:
     largest: int
 
 
+def grouped(points: Float[Tensor, "point dim"], labels: Int[Tensor, " point"]) -> Problem:
+    """The points of one class after another, by their indices."""
+    order, starts = by_class(labels, int(labels.max()) + 1)
+    return Problem(points.contiguous(), labels.long(), order, starts, int(starts.diff().max()))
+
+
 def lloyd(
-    problem: _Problem, centroids: Float[Tensor, "class k dim"], max_iter: int
+    problem: Problem, centroids: Float[Tensor, "class k dim"], max_iter: int
 ) -> tuple[Float[Tensor, "class k dim"], Int[Tensor, " point"], Float[Tensor, " class"]]:
     """Centroids, the slot of each point among those of its class, and each class's inertia."""
     slots, distances = _assign(problem, centroids)
@@ -90,7 +94,7 @@ def lloyd(
     return centroids, slots, _sum_by_class(problem, distances.double())
 
 
-def _starts(problem: _Problem, per_class: int, generator: torch.Generator) -> Float[Tensor, "class k dim"]:
+def _starts(problem: Problem, per_class: int, generator: torch.Generator) -> Float[Tensor, "class k dim"]:
     """k-means++: each next centroid is a point drawn in proportion to its squared distance to those there are."""
     weights = torch.ones_like(problem.labels, dtype=torch.float32)
     nearest = torch.full_like(weights, torch.inf)
@@ -101,7 +105,7 @@ def _starts(problem: _Problem, per_class: int, generator: torch.Generator) -> Fl
     return torch.stack(chosen, dim=1)
 
 
-def _draw(problem: _Problem, weights: Tensor, generator: torch.Generator) -> Int[Tensor, " class"]:
+def _draw(problem: Problem, weights: Tensor, generator: torch.Generator) -> Int[Tensor, " class"]:
     """One point of each class with probability in proportion to its weight: the first in a race of exponentials.
 
     Minima, unlike sums, are the same in whatever order they are taken. Where all weights are 0 it is the first point.
@@ -115,7 +119,7 @@ def _draw(problem: _Problem, weights: Tensor, generator: torch.Generator) -> Int
 
 
 def _assign(
-    problem: _Problem, centroids: Float[Tensor, "class k dim"]
+    problem: Problem, centroids: Float[Tensor, "class k dim"]
 ) -> tuple[Int[Tensor, " point"], Float[Tensor, " point"]]:
     """The nearest centroid of each point's class, the first of equals, and the squared distance to it."""
     slots, distances = torch.empty_like(problem.labels), torch.empty_like(problem.labels, dtype=torch.float32)
@@ -129,7 +133,7 @@ def _assign(
 
 
 def _means(
-    problem: _Problem, centroids: Float[Tensor, "class k dim"], slots: Tensor, distances: Tensor
+    problem: Problem, centroids: Float[Tensor, "class k dim"], slots: Tensor, distances: Tensor
 ) -> Float[Tensor, "class k dim"]:
     """The mean of each cluster's points."""
     num_classes, per_class, dim = centroids.shape
@@ -148,17 +152,17 @@ def _means(
 
 
 def _relocated(
-    problem: _Problem, centroids: Tensor, empty: Bool[Tensor, "class k"], distances: Tensor
+    problem: Problem, centroids: Tensor, empty: Bool[Tensor, "class k"], distances: Tensor
 ) -> Float[Tensor, "class k dim"]:
     """Each empty cluster at the point of its class that is farthest from its centroid, no point taken twice."""
     for label, slot in empty.nonzero().tolist():
-        farthest = distances.masked_fill(problem.labels != label, -1).argmax()
+        farthest = distances.masked_fill(problem.labels != label, -torch.inf).argmax()
         centroids[label, slot] = problem.points[farthest].float()
-        distances = distances.index_fill(0, farthest, 0)
+        distances = distances.index_fill(0, farthest, -1)
     return centroids
 
 
-def _sum_by_class(problem: _Problem, values: Tensor) -> Float[Tensor, " class"]:
+def _sum_by_class(problem: Problem, values: Tensor) -> Float[Tensor, " class"]:
     """One sum for each class, in a fixed order."""
     starts, ends = problem.starts[:-1, None], problem.starts[1:, None]
     at = starts + torch.arange(problem.largest, device=values.device)

@@ -44,9 +44,10 @@ def pairwise_radius(
 
     j runs over the clusters of other classes than the predicted one, i over its own. With everything taken from the
     mean of the centroids, q_j = ||mu_j||^2 / 2 - <z, mu_j>, so that q_j - q_i = (d_j^2 - d_i^2) / 2, and
-    s_j = (||z|| + ||mu_j||)^2: the computed q_j is within (dim + 8) u s_j of the true one, u the unit roundoff, whatever
-    the order of its sums, with room for the roundings of what follows. An own cluster on top of a rival decides
-    nothing and is skipped; where none is left, or a square has overflowed, the radius is 0.
+    s_j = (||z|| + ||mu_j||)^2. With u the unit roundoff, the computed q_j is within (dim + 6) u s_j / 2 of the true
+    one, in whatever order its sums are taken: relative >= (dim + 8) u leaves room for the roundings of the numerator,
+    and that of the quotient is the caller's. An own cluster on top of a rival decides nothing and is skipped; where
+    none is left, or a square has overflowed, the radius is 0.
 
     Computed in float32, to which half precision is converted, and returned in the embeddings' dtype.
 
@@ -77,15 +78,15 @@ def pairwise_radius(
     of_a_kind = predicted.argsort(stable=True)
     for chunk in row_chunks(len(predicted), max(dim, slots)):
         rows = of_a_kind[chunk]
-        points = (embeddings[rows].float() - origin).contiguous()
+        points = embeddings[rows].float().sub_(origin).contiguous()
         norms = torch.linalg.vector_norm(points, dim=1)
         classes = predicted[rows]
         own_clusters = (order, starts[classes], sizes[classes])
         row_tiles = triton.cdiv(len(rows), ROWS)
         own = points.new_empty(slots, len(rows))
         tiles.launch(
-            own_kernel, (row_tiles, slots), points, norms, targets, lengths, *own_clusters, own, len(rows), dim, relative,
-            ROWS=ROWS, DEPTH=32,
+            own_kernel, (row_tiles, slots), points, norms, targets, lengths, *own_clusters, own, len(rows), dim,
+            relative, ROWS=ROWS, DEPTH=32,
         )  # fmt: skip
         splits = min(triton.cdiv(len(targets), COLUMNS), triton.cdiv(PROGRAMS, row_tiles))
         parts = points.new_empty(splits, len(rows))
@@ -142,15 +143,13 @@ def radius_kernel(
     for start in range(split * COLUMNS, clusters, tl.num_programs(1) * COLUMNS):
         columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)
         column_ok = columns < clusters
-        products = inner_products(
-            points, centroids, rows, columns, row_ok, column_ok, dim, ROWS, COLUMNS, DEPTH, WIDEN
-        )
+        products = inner_products(points, centroids, rows, columns, row_ok, column_ok, dim, ROWS, COLUMNS, DEPTH, WIDEN)
         length = tl.load(lengths + columns, mask=column_ok, other=0.0)
         reach = norm[:, None] + length[None, :]
         off = tl.load(taken_off + columns, mask=column_ok, other=0.0)
         gaps = (length * length / 2)[None, :] - products - relative * (reach * reach) - off[None, :]
         best = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
-        for slot in range(0, tl.max(slots, axis=0)):
+        for slot in range(tl.max(slots, axis=0)):
             filled = slot < slots
             mine = tl.load(order + begin + slot, mask=filled, other=0)
             offset = tl.load(own + tl.cast(slot, tl.int64) * count + rows, mask=filled, other=0.0)

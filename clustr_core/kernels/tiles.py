@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
+from triton import knobs
 
 # the largest table of a chunk of rows, in bytes: a few such tables are held at once
 CHUNK_BYTES = 2**26
@@ -47,12 +48,10 @@ def operand(
 def product_constants(dtype: torch.dtype) -> dict[str, Any]:
     """How the tiles of `inner_products` are multiplied: float32 is never rounded to TF32."""
     # Triton's interpreter multiplies the bits of bfloat16 as integers
-    return {"DEPTH": 64 if dtype in HALVES else 32, "WIDEN": triton.knobs.runtime.interpret}
+    return {"DEPTH": 64 if dtype in HALVES else 32, "WIDEN": knobs.runtime.interpret}
 
 
-def by_class(
-    labels: Int[Tensor, " item"], num_classes: int
-) -> tuple[Int[Tensor, " item"], Int[Tensor, " boundary"]]:
+def by_class(labels: Int[Tensor, " item"], num_classes: int) -> tuple[Int[Tensor, " item"], Int[Tensor, " boundary"]]:
     """The items' indices, those of one class after another, and where each class starts (and the last one ends)."""
     ordered, order = labels.sort(stable=True)
     return order, torch.searchsorted(ordered, torch.arange(num_classes + 1, device=labels.device, dtype=labels.dtype))
@@ -85,6 +84,4 @@ def distances_from(products, row_squares, column_squares):
     """(|z|^2 - <z, mu>) + (|mu|^2 - <z, mu>): infinite, and not NaN, where one of the squares has overflowed."""
     distances = (row_squares[:, None] - products) + (column_squares[None, :] - products)
     overflow = (row_squares[:, None] == float("inf")) | (column_squares[None, :] == float("inf"))
-    return tl.where(
-        overflow, float("inf"), tl.maximum(distances, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    )
+    return tl.where(overflow, float("inf"), tl.maximum(distances, 0.0, propagate_nan=tl.PropagateNan.ALL))
