@@ -69,9 +69,16 @@ class Case:
     bytes: float
 
 
+def plain_distances(z: Tensor, mu: Tensor) -> Tensor:
+    """||z||^2 - 2 <z, mu> + ||mu||^2, which `torch.cdist` has not in half precision."""
+    cross = z @ mu.transpose(-1, -2)
+    squares = z.square().sum(dim=-1)[..., :, None] + mu.square().sum(dim=-1)[..., None, :]
+    return (squares - 2 * cross).clamp_min(0)
+
+
 def plain_logits(z: Tensor, mu: Tensor, variance: Tensor, classes: int, neighbours: int | None = None) -> Tensor:
     """Cluster logits of clusters that are listed by class, as many in each."""
-    distances = torch.cdist(z, mu).square()
+    distances = plain_distances(z, mu)
     exponents = (-distances / (2 * variance)).view(len(z), classes, -1)
     if neighbours is None:
         return exponents.logsumexp(dim=2)
@@ -102,10 +109,10 @@ def plain_radius(z: Tensor, mu: Tensor, between: Tensor, predicted: Tensor, clas
 def plain_lloyd(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """One iteration and the assignment after it, of points that are listed by class, as many in each."""
     by_class = points.float().view(len(centroids), -1, points.shape[1])
-    slots = torch.cdist(by_class, centroids).argmin(dim=2)
+    slots = plain_distances(by_class, centroids).argmin(dim=2)
     member = torch.nn.functional.one_hot(slots, centroids.shape[1]).to(by_class.dtype)
     means = member.transpose(1, 2) @ by_class / member.sum(dim=1)[:, :, None].clamp_min(1)
-    return means, torch.cdist(by_class, means).argmin(dim=2).flatten()
+    return means, plain_distances(by_class, means).argmin(dim=2).flatten()
 
 
 def lloyd(points: Tensor, labels: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +146,6 @@ def cases(device: str, *, examples: int, classes: int, per_class: int, dim: int,
     if dtype == torch.float32:
         between = torch.cdist(mu.double(), mu.double()).float()
         radius = partial(pairwise_radius, z, mu, labels, classed, between, RELATIVE, 0.0)
-        # the largest table of the plain form is examples x own clusters x clusters
         yield case("pairwise_radius", ours=radius, plain=plain_radius, arguments=(z, mu, between, classed, classes),
                    operations=product, bytes=moved)  # fmt: skip
     starts = z.view(classes, -1, dim)[:, :per_class].float()

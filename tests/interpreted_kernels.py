@@ -147,6 +147,12 @@ def test_a_distance_that_overflows_is_a_logit_of_minus_infinity_and_never_nan(dt
     assert not torch.autograd.grad(logits.sum(), z)[0].isnan().any()
 
 
+def test_overflowing_products_are_no_nan_either():
+    mu = torch.tensor([[1e25], [-1e25], [0.0]])
+    logits = cluster_logits(torch.tensor([[1e25], [0.0]]), mu, torch.tensor([0, 1, 2]), torch.ones(3), 3)
+    assert logits.tolist() == [[-torch.inf] * 3, [-torch.inf, -torch.inf, 0.0]]
+
+
 @pytest.mark.parametrize("neighbours", [None, 1])
 def test_nan_is_not_hidden(neighbours):
     z, mu, labels, variance = draw(3, 4, [0, 1, 1])
@@ -240,6 +246,18 @@ def test_radius_is_zero_where_a_square_overflows_or_nothing_is_a_number():
     for relative in (0.0, 1e-6):
         found = pairwise_radius(z, mu, labels, torch.zeros(4).long(), between_of(mu), relative, 0.0)
         assert found.tolist() == [0.0] * 4
+
+
+def test_radius_is_zero_where_only_the_square_of_a_rival_or_of_one_own_cluster_overflows():
+    # 1e20: the square overflows, and a small multiple of the length times the length does not
+    mu, z = torch.tensor([[0.0], [1e20], [-1e20]]), torch.tensor([[1.0]])
+    found = pairwise_radius(z, mu, torch.tensor([0, 1, 1]), torch.tensor([0]), between_of(mu), 1e-6, 0.0)
+    assert found.tolist() == [0.0]
+    # the product with two of the own clusters overflows; by the third alone the radius would be positive
+    mu, z = torch.tensor([[3e28], [-3e28], [1e11], [-1e11]]), torch.tensor([[1e11]])
+    labels, zero = torch.tensor([0, 0, 0, 1]), torch.tensor([0])
+    assert pairwise_radius(z, mu, labels, zero, between_of(mu), 1e-6, 0.0).tolist() == [0.0]
+    assert pairwise_radius(z, mu[2:], labels[2:], zero, between_of(mu[2:]), 1e-6, 0.0) > 9e10
 
 
 def test_radius_in_chunks_and_strided(monkeypatch):
@@ -399,10 +417,9 @@ def test_the_benchmark_compares_like_with_like(dtype):
     assert len(compared) == (6 if dtype == torch.float32 else 5)
     for case in compared:
         ours = case.ours()
-        # cdist has no half precision on a CPU
-        plain = case.plain(
-            *(a.float() if isinstance(a, torch.Tensor) and a.dtype == dtype else a for a in case.arguments)
-        )
+        # in half precision the plain form rounds every step: compared is what it computes, in float32
+        arguments = (a.float() if isinstance(a, torch.Tensor) and a.dtype == dtype else a for a in case.arguments)
+        plain = case.plain(*arguments)
         for found, wanted in zip(*(v if isinstance(v, tuple) else (v,) for v in (ours, plain)), strict=True):
             size = 64 * torch.finfo(dtype).eps
             torch.testing.assert_close(found, wanted, rtol=size, atol=size, check_dtype=False)

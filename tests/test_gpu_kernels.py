@@ -1,4 +1,4 @@
-"""The kernels on a real device: agreement with the references, and memory that does not grow with examples x clusters."""
+"""The kernels on a real device: they agree with the references, and never hold a table of examples x clusters."""
 
 import pytest
 import torch

@@ -139,3 +139,9 @@ def test_the_kernels_compile_without_a_spill_for_both_architectures(tmp_path):
             assert 16 <= int(registers) <= 255, kernel
             assert int(spilled) == 0, kernel
             assert int(shared) <= limit, kernel
+
+
+def test_the_benchmark_needs_a_device():
+    done = python("-m", "benchmarks.kernels", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "benchmarks.kernels: expected a CUDA device, found none; --compile needs none"

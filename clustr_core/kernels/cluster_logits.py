@@ -91,15 +91,16 @@ class _ClusterLogits(torch.autograd.Function):
         embeddings, centroids, labels, variance = ctx.saved_tensors
         targets = _targets(centroids, labels, variance, ctx.num_classes)
         centred = (centroids.float() - targets.origin).contiguous()
-        pulls, total = torch.empty_like(embeddings), torch.zeros_like(centred)
+        pulls = torch.empty_like(embeddings) if ctx.needs_input_grad[0] else None
+        total = torch.zeros_like(centred) if ctx.needs_input_grad[1] else None
         for rows in row_chunks(len(embeddings), max(centroids.shape)):
             weights = _weights(embeddings[rows], targets, gradient[rows].float(), ctx.neighbours)
             points = (embeddings[rows].float() - targets.origin).contiguous()
-            if ctx.needs_input_grad[0]:
+            if pulls is not None:
                 pulls[rows] = _pull(weights, centred, points, embeddings.dtype, span=len(centroids))
-            if ctx.needs_input_grad[1]:
+            if total is not None:
                 total += _pull(weights.T, points, centred, embeddings.dtype, span=SPAN)
-        return pulls, total.to(centroids.dtype), None, None, None, None
+        return pulls, None if total is None else total.to(centroids.dtype), None, None, None, None
 
 
 @dataclass(frozen=True)

@@ -195,10 +195,10 @@ def assign_kernel(
             origin = tl.load(origins + label * dim + depth, mask=depth_ok, other=0.0)
             ok = row_ok[:, None] & depth_ok[None, :]
             point = tl.load(points + rows[:, None] * dim + depth[None, :], mask=ok, other=0.0).to(tl.float32)
-            point = tl.where(ok, point - origin[None, :], 0.0)
+            point -= origin[None, :]
             ok = slot_ok[None, :] & depth_ok[:, None]
             where = centroids + (label * per_class + slot[None, :]) * dim + depth[:, None]
-            centroid = tl.where(ok, tl.load(where, mask=ok, other=0.0) - origin[:, None], 0.0)
+            centroid = tl.load(where, mask=ok, other=0.0) - origin[:, None]
             products = tl.dot(point, centroid, products, input_precision="ieee")
             point_squares += tl.sum(point * point, axis=1)
             centroid_squares += tl.sum(centroid * centroid, axis=0)
@@ -236,7 +236,8 @@ def sums_kernel(
         rows = tl.load(order + positions, mask=row_ok, other=0)
         ok = row_ok[:, None] & column_ok[None, :]
         point = tl.load(points + rows[:, None] * dim + columns[None, :], mask=ok, other=0.0).to(tl.float32)
-        point = tl.where(ok, point - origin[None, :], 0.0)
+        point -= origin[None, :]
+        # a row beyond the span is a member of no cluster
         member = tl.load(slots + rows, mask=row_ok, other=-1)[None, :] == slot[:, None]
         member = member.to(tl.float32)
         total = tl.dot(member, point, total, input_precision="ieee")
