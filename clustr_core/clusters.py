@@ -127,35 +127,43 @@ def fit_clusters(
         bad = int((~embeddings.isfinite().all(dim=1)).sum())
         raise ValueError(f"embeddings: expected finite values, got NaN or infinity in {bad} of {len(embeddings)} rows")
     embeddings = embeddings.detach()
+    counts = torch.bincount(labels)
+    if len(short := (counts < per_class).nonzero()):
+        label = int(short[0])
+        raise ValueError(
+            f"labels: class {label} has {counts[label]} examples, fewer than per_class={per_class} clusters"
+        )
     kmeans = dispatch("kmeans", _sklearn_kmeans, embeddings)
-    centroids, assignments = [], torch.empty_like(labels)
-    classes = range(int(labels.max()) + 1)
-    for label in classes:
-        members = (labels == label).nonzero().squeeze(1)
-        if len(members) < per_class:
-            raise ValueError(
-                f"labels: class {label} has {len(members)} examples, fewer than per_class={per_class} clusters"
-            )
-        found, nearest = kmeans(embeddings[members], per_class, n_init, max_iter, seed + label)
-        centroids.append(found)
-        assignments[members] = nearest + label * per_class
-    stacked = torch.cat(centroids)
-    cluster_labels = torch.arange(len(classes), device=labels.device).repeat_interleave(per_class)
-    variance = (embeddings - stacked[assignments]).square().sum() / max(len(embeddings) - 1, 1)
-    return Clusters(stacked, cluster_labels, variance.expand(len(stacked)).clone()), assignments
+    centroids, assignments = kmeans(embeddings, labels, per_class, n_init, max_iter, seed)
+    cluster_labels = torch.arange(len(counts), device=labels.device).repeat_interleave(per_class)
+    variance = (embeddings - centroids[assignments]).square().sum() / max(len(embeddings) - 1, 1)
+    return Clusters(centroids, cluster_labels, variance.expand(len(centroids)).clone()), assignments
 
 
 def _sklearn_kmeans(
-    points: Float[Tensor, "point dim"], k: int, n_init: int, max_iter: int, seed: int
-) -> tuple[Float[Tensor, "k dim"], Int[Tensor, " point"]]:
-    """scikit-learn's Lloyd, the fastest honest choice on a CPU; imported here, since that takes as long as PyTorch."""
+    points: Float[Tensor, "point dim"],
+    labels: Int[Tensor, " point"],
+    per_class: int,
+    n_init: int,
+    max_iter: int,
+    seed: int,
+) -> tuple[Float[Tensor, "cluster dim"], Int[Tensor, " point"]]:
+    """scikit-learn's Lloyd, the fastest honest choice on a CPU, class by class, each with a seed of its own.
+
+    Imported here: importing it takes as long as importing PyTorch.
+    """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    with warnings.catch_warnings():
-        # fewer distinct points than clusters: coinciding centroids are a valid (if poor) clustering
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        kmeans = KMeans(k, n_init=n_init, max_iter=max_iter, random_state=seed)  # pyright: ignore[reportArgumentType]
-        fitted = kmeans.fit(points.cpu().numpy())
-    centroids = torch.from_numpy(fitted.cluster_centers_).to(points)
-    return centroids, squared_distances(points, centroids).argmin(dim=1)
+    centroids, assignments = [], torch.empty_like(labels)
+    for label in range(int(labels.max()) + 1):
+        members = (labels == label).nonzero().squeeze(1)
+        own = points[members]
+        with warnings.catch_warnings():
+            # fewer distinct points than clusters: coinciding centroids are a valid (if poor) clustering
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            kmeans = KMeans(per_class, n_init=n_init, max_iter=max_iter, random_state=seed + label)  # pyright: ignore[reportArgumentType]
+            fitted = kmeans.fit(own.cpu().numpy())
+        centroids.append(torch.from_numpy(fitted.cluster_centers_).to(points))
+        assignments[members] = squared_distances(own, centroids[-1]).argmin(dim=1) + label * per_class
+    return torch.cat(centroids), assignments

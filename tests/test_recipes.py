@@ -514,6 +514,14 @@ def test_changed_training_code_is_another_run(package, module):
     assert key_after(path, "return ", "return None or ") != before
 
 
+@pytest.mark.parametrize("module", ["cluster_logits", "kmeans", "pairwise_radius", "tiles"])
+def test_a_changed_kernel_is_another_run_and_another_certificate(package, module):
+    before = run_key(CrossEntropy()), recipes.code_digest(recipes.CERTIFICATE_CODE)
+    key = key_after(package / f"kernels/{module}.py", "return ", "return None or ")
+    assert key != before[0]
+    assert recipes.code_digest(recipes.CERTIFICATE_CODE) != before[1]
+
+
 @pytest.mark.parametrize("module", ["verdicts", "autoattack", "attacks", "paper", "evaluation", "ascent", "losses"])
 def test_changed_attack_code_is_another_measurement(package, module):
     before = recipes.code_digest(recipes.ATTACK_CODE)
