@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clustr_core.recipes import Precision
@@ -38,7 +39,7 @@ class Processes:
         precision: of what `computed` computes.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     rank: int = 0
     count: int = 1
     precision: Precision = "32-true"
@@ -64,9 +65,9 @@ class Processes:
         """The parts of all, put together; each part's gradient is the sum of those that it has on every process."""
         if self.count == 1:
             return part
-        parts = self._fabric.all_gather(part, sync_grads=part.requires_grad)
-        assert isinstance(parts, Tensor)
-        return parts.flatten(0, 1)[:total]
+        gathered = _Gather.apply(part, self.rank, self.count)
+        assert isinstance(gathered, Tensor)
+        return gathered[:total]
 
     @torch.no_grad()
     def add_up(self, tensors: Iterable[Float[Tensor, "..."]]) -> None:
@@ -127,6 +128,27 @@ class Processes:
         return _fabric(self.device, self.count, self.precision)
 
 
+class _Gather(torch.autograd.Function):
+    """The parts of all processes; backwards, a part gets the sum of the gradients that it has on each of them.
+
+    Fabric's own gather goes by a function that PyTorch has deprecated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, rank: int, count: int) -> Tensor:
+        ctx.rows = slice(rank * len(part), (rank + 1) * len(part))
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(count)]
+        torch.distributed.all_gather(parts, part.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total[ctx.rows], None, None
+
+
 def device_here(name: str | torch.device | None = None) -> torch.device:
     """The device of that name; with several processes on GPUs, this process's own. None is a GPU if there is one.
 
@@ -164,6 +186,8 @@ def _fabric(device: torch.device, count: int, precision: Precision) -> Any:
     from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
     from lightning_fabric.strategies import DDPStrategy
 
+    # it greets from every process
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     if count == 1:
         devices = 1 if device.index is None else [device.index]
         # named, because inside a Slurm job Fabric would look for other processes

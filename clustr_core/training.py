@@ -52,7 +52,7 @@ from clustr_core.recipes import (
 from clustr_core.sampling import ClusterBatches, ShuffledBatches
 
 log = logging.getLogger(__name__)
-ALONE = Processes()
+ALONE = Processes(torch.device("cpu"))
 CHECKPOINT, WEIGHTS, HISTORY, DONE = "checkpoint.safetensors", "model.safetensors", "history.csv", "run.json"
 
 
@@ -379,9 +379,7 @@ def _train_epoch(recipe: Recipe, state: _State, images: Tensor, labels: Tensor) 
         pixels = data.to_float(_augmented(recipe, images[indices], state.generator))
         assignments = None if batch.assignments is None else batch.assignments.to(images.device)
         for moved in _replays(recipe, state, pixels):
-            step = Step(
-                state.network, moved, labels[indices], state.generator, assignments, clusters, state.processes
-            )
+            step = Step(state.network, moved, labels[indices], state.generator, assignments, clusters, state.processes)
             loss, magnet = _update(recipe, state, step)
             sampler.update(batch.indices, magnet)
             totals += torch.stack([loss.sum(), magnet.sum()])
