@@ -155,13 +155,13 @@ def measure(subject: Subject, protocol: Protocol, dataset: data.Dataset, *, prog
         the input gradients spent on the image. AutoAttack has no one number of steps: ``steps`` and ``restarts`` are 0.
     """
     title = f"{subject.name} {protocol.attack} {protocol.norm}"
-    pieces = _attack_pieces(subject, protocol, dataset)
+    pieces = measure_pieces(subject, protocol, dataset)
     table = _collected(pieces, device=subject.device, title=title, progress=progress)
     return table.sort_values(["eps", "loss", "index"], ignore_index=True)
 
 
-def _attack_pieces(subject: Subject, protocol: Protocol, dataset: data.Dataset) -> list[Piece]:
-    """The chunks of `measure`."""
+def measure_pieces(subject: Subject, protocol: Protocol, dataset: data.Dataset) -> list[Piece]:
+    """All that `measure` needs, for jobs that `compute` a share of it each."""
     chunks = _drawn_order(dataset)[: protocol.examples].split(CHUNK)
     test = _test_digest(dataset)
     return [
@@ -217,7 +217,7 @@ def attack_pieces(
     """All that `attacks_of` needs, for jobs that `compute` a share of it each."""
     dataset = dataset_of(run, dataset)
     attacked = _attacked(run, profile, device)
-    return [piece for each, protocol in attacked for piece in _attack_pieces(each, protocol, dataset)]
+    return [piece for each, protocol in attacked for piece in measure_pieces(each, protocol, dataset)]
 
 
 def _attacked(run: Run, profile: Profile, device: str | torch.device) -> list[tuple[Subject, Protocol]]:
@@ -246,11 +246,16 @@ def certificate_pieces(
     return _certificate_pieces(run, profile.certified_examples, profile.smoothing, dataset, device)
 
 
-def prototype_certificates(profile: Profile, dataset: data.Dataset) -> pd.DataFrame:
-    """The rows of `certificates_of` for the floor that needs no training: nearest prototypes on raw pixels."""
+def prototype_certificates(profile: Profile, dataset: data.Dataset | None = None) -> pd.DataFrame:
+    """The rows of `certificates_of` for the floor that needs no training: nearest prototypes on raw pixels.
+
+    Args:
+        dataset: the profile's dataset if it is in memory already.
+    """
     if not profile.recipes:
         raise ValueError(f"profile {profile.name}: expected at least one entry under methods, got none")
-    per_class = next(iter(profile.recipes.values())).per_class
+    some = next(iter(profile.recipes.values()))
+    dataset, per_class = dataset or data.load(some.dataset), some.per_class
     indices = _drawn_order(dataset)[: profile.certified_examples].sort().values
     return named("prototypes", pixel_prototype_rows(dataset, per_class=per_class, indices=indices))
 

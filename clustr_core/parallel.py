@@ -46,7 +46,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks for all."""
+        """As `is_first`."""
         return self.rank == 0
 
     def part(self, whole: Shaped[Tensor, "row ..."]) -> Shaped[Tensor, "part ..."]:
@@ -149,6 +149,16 @@ class _Gather(torch.autograd.Function):
         return total[ctx.rows], None, None
 
 
+def count() -> int:
+    """How many processes torchrun started, or 1."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks for all."""
+    return _rank() == 0
+
+
 def device_here(name: str | torch.device | None = None) -> torch.device:
     """The device of that name; with several processes on GPUs, this process's own. None is a GPU if there is one.
 
@@ -156,11 +166,11 @@ def device_here(name: str | torch.device | None = None) -> torch.device:
         ValueError: if several processes are sent to one GPU.
     """
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if _count() == 1 or device.type == "cpu":
+    if count() == 1 or device.type == "cpu":
         return device
     own = int(os.environ["LOCAL_RANK"])
     if device.index not in (None, own):
-        raise ValueError(f"device: expected {device.type}, of which each of {_count()} processes has one, got {device}")
+        raise ValueError(f"device: expected {device.type}, of which each of {count()} processes has one, got {device}")
     return torch.device(device.type, own)
 
 
@@ -170,13 +180,13 @@ def join(device: str | torch.device | None = None, precision: Precision = "32-tr
     Args:
         device: as `device_here` takes it.
     """
-    processes = Processes(device_here(device), int(os.environ.get("RANK", 0)), _count(), precision)
+    processes = Processes(device_here(device), _rank(), count(), precision)
     processes.wait()
     return processes
 
 
-def _count() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
 
 
 @cache

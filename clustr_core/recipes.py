@@ -25,6 +25,8 @@ Precision = Literal["32-true", "bf16-mixed"]
 
 # the encoders whose Lipschitz constant is at most 1 by construction
 ONE_LIPSCHITZ = ("lip-mlp", "lip-cnn", "lip-cnn-aol", "lip-cnn-cayley")
+# those of them whose rounding `rounding.embedding_error` can bound, without which nothing is certified
+CERTIFIABLE = ("lip-mlp", "lip-cnn", "lip-cnn-aol")
 
 # the modules that decide the weights of a run, and the numbers measured on it
 _MODEL = (
