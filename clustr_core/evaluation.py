@@ -94,7 +94,7 @@ def compute(
 
 
 def _collected(pieces: Sequence[Piece], **options) -> pd.DataFrame:
-    """The rows of all pieces, as read back, so that a first and a later call return the same."""
+    """The rows of all pieces, as read back, so that a first and a later call give the same."""
     compute(pieces, **options)
     return pd.concat([records.read_table(piece.path) for piece in pieces], ignore_index=True)
 

@@ -202,3 +202,27 @@ def test_a_lost_process_ends_the_training_and_two_others_go_on(two, tmp_path):
     assert [process["epochs"] for process in told(tmp_path, "resume")] == [4, 4]
     for name in ("model.safetensors", "history.csv", "checkpoint.safetensors"):
         assert (tmp_path / "lost" / name).read_bytes() == (two / "long" / name).read_bytes(), name
+
+
+def test_of_several_processes_at_the_command_line_one_speaks_and_writes(tmp_path):
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles/tiny.yaml").write_text(
+        "shared: {dataset: digits, width: 4, train_examples: 150}\n"
+        "methods:\n  ce: {epochs: 1}\n"
+        "attacks:\n  linf: {norm: linf, eps: [0.1], steps: 2, examples: 20}\n"
+    )
+    said, tables = [], []
+    for number, start in enumerate((["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], [])):
+        home = tmp_path / str(number)
+        shutil.copytree(tmp_path / "profiles", home / "profiles")
+        command = [sys.executable, *start, "-m", "clustr_core.cli", "attack", "--profile", "tiny", "--method", "ce"]
+        environment = os.environ | {"CLUSTR_HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, "--device", "cpu"], env=environment, cwd=home, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        said.append(done.stdout)
+        tables.append((home / "results/tiny/attacks-ce.csv").read_bytes())
+    assert said[0] == said[1]
+    assert said[0].count("wrote results/tiny/attacks-ce.csv (80 rows)") == 1
+    assert tables[0] == tables[1]

@@ -220,7 +220,7 @@ def test_sizes_must_be_positive(as_installed, name, value):
 
 
 def test_every_choice_must_be_a_known_one(as_installed):
-    for name in ("augmentation", "optimiser", "schedule"):
+    for name in ("augmentation", "optimiser", "schedule", "precision"):
         with pytest.raises(ValueError, match=f"{name}: expected one of"):
             CrossEntropy(**{name: "other"})
 
@@ -448,7 +448,7 @@ def others(kind, item):
     default = item.default
     encoder = "lip-cnn" if kind.guarantee == "lipschitz" else "resnet18"
     special = {"dataset": "mnist5k", "encoder": encoder, "augmentation": "crop", "optimiser": "sgd"}
-    special |= {"schedule": "triangle", "warm_start": starts(kind)(encoder=kind().encoder)}
+    special |= {"schedule": "triangle", "precision": "bf16-mixed", "warm_start": starts(kind)(encoder=kind().encoder)}
     if item.name in special:
         return special[item.name]
     if isinstance(default, tuple):
