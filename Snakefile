@@ -23,7 +23,9 @@ PYTHON = sys.executable
 PROCESSES = int(config.get("processes", 1))
 CLUSTR = f"{PYTHON} -m clustr_core.cli"
 if PROCESSES > 1:
-    CLUSTR = f"{PYTHON} -m torch.distributed.run --standalone --nproc_per_node={PROCESSES} -m clustr_core.cli"
+    # one thread each, where Snakemake would give each as many as the job has
+    THREADS = "env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1"
+    CLUSTR = f"{THREADS} {PYTHON} -m torch.distributed.run --standalone --nproc_per_node={PROCESSES} -m clustr_core.cli"
 CORE = sorted(str(path) for path in [*Path("clustr_core").rglob("*.py"), *Path("proofs").glob("*.v")])
 TOOLS = ["tools/execute.py", "tools/notebooks.py"]
 

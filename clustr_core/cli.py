@@ -168,6 +168,9 @@ def _certify(options: argparse.Namespace) -> None:
             raise ValueError(f"--set: expected none with prototypes, which have no recipe, got {options.set}")
         if options.shard is not None:
             raise ValueError("--shard: expected none with prototypes, which are certified at once")
+        # at once, by one: the others have nothing to add
+        if not parallel.is_first():
+            return
         table = evaluation.prototype_certificates(profile)
     else:
         run, device = _run(options), _device(options)

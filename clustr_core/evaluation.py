@@ -364,8 +364,12 @@ def dataset_of(run: Run, dataset: data.Dataset | None) -> data.Dataset:
 
 def cache_path(run: Run, dataset: data.Dataset, kind: str, what: dict, code: tuple[str, ...]) -> Path:
     """Where a measurement is kept: beside its run, under a digest of the question, the test set and the code."""
-    key = records.digest(json.dumps(what, sort_keys=True), _test_digest(dataset), code_digest(code))
-    return run.path / "tables" / f"{kind}-{key[:12]}.csv"
+    return _kept_at(run.path / "tables", kind, what, _test_digest(dataset), code)
+
+
+def _kept_at(tables: Path, kind: str, what: dict, test: str, code: tuple[str, ...]) -> Path:
+    key = records.digest(json.dumps(what, sort_keys=True), test, code_digest(code))
+    return tables / f"{kind}-{key[:12]}.csv"
 
 
 def some_test_images(
@@ -396,8 +400,7 @@ def _rows_path(subject: Subject, protocol: Protocol, eps: float, loss: str, chun
     asked = replace(protocol, eps=(eps,), losses=(), examples=None, step_size=protocol.step_size_at(eps))
     source = subject.source.identity if subject.source and protocol.attack == "transfer" else None
     what = {**asdict(asked), "loss": loss, "model": subject.identity, "source": source, "chunk": chunk.tolist()}
-    key = records.digest(json.dumps(what, sort_keys=True), test, code_digest(ATTACK_CODE))
-    return subject.tables / f"attack-{key[:12]}.csv"
+    return _kept_at(subject.tables, "attack", what, test, ATTACK_CODE)
 
 
 def _attack_rows(
@@ -538,7 +541,8 @@ def _pieces(
 ) -> list[Piece]:
     """One piece for each chunk of as many test images, in the order drawn once."""
     chunks = [chunk.sort().values for chunk in _drawn_order(dataset)[:examples].split(CHUNK)]
-    paths = [cache_path(run, dataset, kind, {**what, "chunk": chunk.tolist()}, code) for chunk in chunks]
+    test = _test_digest(dataset)
+    paths = [_kept_at(run.path / "tables", kind, {**what, "chunk": chunk.tolist()}, test, code) for chunk in chunks]
     return [Piece(path, partial(rows, chunk)) for path, chunk in zip(paths, chunks, strict=True)]
 
 

@@ -193,8 +193,9 @@ def _rank() -> int:
 def _fabric(device: torch.device, count: int, precision: Precision) -> Any:
     """Fabric in this precision, with the processes joined."""
     from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
     # it greets from every process
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)

@@ -306,6 +306,10 @@ def fit(
         return load_run(folder, expected=recipe)
     device = processes.device
     start = fit(recipe.warm_start, dataset=dataset, device=device, progress=progress) if recipe.warm_start else None
+    # the first alone, for it may have to download it
+    if dataset is None and processes.first:
+        dataset = data.load(recipe.dataset)
+    processes.wait()
     dataset = dataset or data.load(recipe.dataset)
     images = dataset.train_images[: recipe.train_examples].to(device)
     labels = dataset.train_labels[: recipe.train_examples].to(device)

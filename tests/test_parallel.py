@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from clustr_core import parallel, records, training
+from clustr_core.encoders import build_encoder
 from clustr_core.parallel import Processes
 from clustr_core.recipes import Clustr
 
@@ -98,6 +99,16 @@ def test_batch_norm_on_cpus_says_what_it_is(two):
     assert (two / "stderr").read_text().count(said) == 1
     run = training.load_run(two / "batch-norm")
     assert run.history["loss"].map(math.isfinite).all()
+
+
+def test_batch_norm_on_gpus_sees_the_whole_batch():
+    """As far as it goes without one: the layers are PyTorch's synchronised ones, with the weights they had."""
+    network = build_encoder("resnet18", (1, 8, 8), width=2)
+    before = dict(network.named_parameters())
+    assert Processes(torch.device("cuda", 0), 0, 2).prepared(network) == []
+    kinds = {type(layer) for layer in network.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)}
+    assert kinds == {torch.nn.SyncBatchNorm}
+    assert all(after is before[name] for name, after in network.named_parameters())
 
 
 def test_each_row_is_some_process_own_once(two):

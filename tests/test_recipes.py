@@ -528,10 +528,14 @@ def digests_after(path):
     return recipes.code_digest(recipes.CERTIFICATE_CODE), recipes.code_digest(recipes.SANDWICH_CODE)
 
 
-CERTIFYING = ["lipschitz", "rounding", "one_lipschitz", "certify", "dual", "soft_bounds", "smoothing", "prototypes"]
+CERTIFYING = [
+    "lipschitz", "rounding", "one_lipschitz", "certify", "dual", "soft_bounds", "smoothing", "prototypes", "parallel",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("module", [*CERTIFYING, "minimum_norm", "sandwich", "autoattack", "verdicts", "ascent"])
+@pytest.mark.parametrize(
+    "module", [*CERTIFYING, "minimum_norm", "sandwich", "accuracy", "autoattack", "verdicts", "ascent"]
+)
 def test_changed_certificate_code_is_another_certificate_and_another_sandwich(package, module):
     before = recipes.code_digest(recipes.CERTIFICATE_CODE), recipes.code_digest(recipes.SANDWICH_CODE)
     certificate, sandwich = digests_after(package / f"{module}.py")
