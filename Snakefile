@@ -1,10 +1,11 @@
 # train -> attack, certify -> chapters -> figures/<profile>/ and _build/<profile>/*.ipynb
 #
 #   snakemake --cores 2 --config profile=quick          (make figures PROFILE=quick)
-#   snakemake --executor slurm --jobs 20 --config profile=paper --set-resources train:gpu=1 attack:gpu=1
+#   snakemake --workflow-profile slurm --config profile=paper processes=8
 #
 # Training keeps its own checkpoints beside run.json, which appears when the run is complete: Snakemake deletes the
-# declared outputs of a killed job, never the checkpoints, so the next call goes on from the last epoch.
+# declared outputs of a killed job, never the checkpoints, so the next call goes on from the last epoch. Tables are made
+# of pieces that are kept beside the run in the same way.
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,13 @@ from tools import notebooks
 PROFILE = load_profile(config.get("profile", "quick"))
 NAME = PROFILE.name
 PYTHON = sys.executable
+# so many processes, on one machine, share each training and each measurement; a GPU each where GPUs are asked for
+PROCESSES = int(config.get("processes", 1))
+CLUSTR = f"{PYTHON} -m clustr_core.cli"
+if PROCESSES > 1:
+    # one thread each, where Snakemake would give each as many as the job has
+    THREADS = "env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1"
+    CLUSTR = f"{THREADS} {PYTHON} -m torch.distributed.run --standalone --nproc_per_node={PROCESSES} -m clustr_core.cli"
 CORE = sorted(str(path) for path in [*Path("clustr_core").rglob("*.py"), *Path("proofs").glob("*.v")])
 TOOLS = ["tools/execute.py", "tools/notebooks.py"]
 
@@ -35,6 +43,16 @@ TABLES = [f"results/{NAME}/{kind}-{method}.csv" for kind, methods in KINDS.items
 # the runs from which attacks are transferred
 SOURCES = sorted({RUN_OF[each.source] for each in PROFILE.attacks.values() if each.attack == "transfer"})
 CHAPTERS = {source.stem: notebooks.read_source(source) for source in notebooks.sources(Path("."))}
+
+
+def needs(mem_mb, runtime, processes=PROCESSES):
+    """What a job of profile paper asks a cluster for: a GPU and so many MB for each process, so many minutes.
+
+    These are estimates on the safe side, for profile paper has not been run. The others need no GPU, and little.
+    """
+    if NAME != "paper":
+        return {"gpu": 0, "mem_mb": 4000 * processes, "runtime": 240}
+    return {"gpu": processes, "mem_mb": mem_mb * processes, "runtime": runtime, "nodes": 1}
 
 
 def warm_start(wildcards):
@@ -68,9 +86,11 @@ rule train:
         "runs/{key}/run.json",
     params:
         method=lambda wildcards: METHOD_OF[wildcards.key],
-    threads: 1
+    threads: PROCESSES
+    resources:
+        **needs(mem_mb=16000, runtime=1440),
     shell:
-        "{PYTHON} -m clustr_core.cli train --profile {NAME} --method {params.method}"
+        "{CLUSTR} train --profile {NAME} --method {params.method}"
 
 
 rule attack:
@@ -82,9 +102,11 @@ rule attack:
     params:
         code=code_digest(ATTACK_CODE),
         protocols={name: asdict(protocol) for name, protocol in PROFILE.attacks.items()},
-    threads: 1
+    threads: PROCESSES
+    resources:
+        **needs(mem_mb=16000, runtime=1440),
     shell:
-        "{PYTHON} -m clustr_core.cli attack --profile {NAME} --method {wildcards.method}"
+        "{CLUSTR} attack --profile {NAME} --method {wildcards.method}"
 
 
 rule diagnose:
@@ -96,8 +118,10 @@ rule diagnose:
         f"results/{NAME}/ablations-{{method}}.csv",
     params:
         code=code_digest(EXAMINATION_CODE),
-        examination=asdict(PROFILE.examination),
+        examination=asdict(PROFILE.examination) if PROFILE.examination else None,
     threads: 1
+    resources:
+        **needs(mem_mb=8000, runtime=480, processes=1),
     shell:
         "{PYTHON} -m clustr_core.cli diagnose --profile {NAME} --method {wildcards.method}"
 
@@ -112,9 +136,11 @@ rule certify:
         examples=PROFILE.certified_examples,
         dataset=sorted({recipe.dataset for recipe in PROFILE.recipes.values()}),
         smoothing=asdict(PROFILE.smoothing) if PROFILE.smoothing else None,
-    threads: 1
+    threads: PROCESSES
+    resources:
+        **needs(mem_mb=8000, runtime=480),
     shell:
-        "{PYTHON} -m clustr_core.cli certify --profile {NAME} --method {wildcards.method}"
+        "{CLUSTR} certify --profile {NAME} --method {wildcards.method}"
 
 
 rule sandwich:
@@ -125,9 +151,11 @@ rule sandwich:
     params:
         code=code_digest(SANDWICH_CODE),
         budget=asdict(PROFILE.sandwich) if PROFILE.sandwich else None,
-    threads: 1
+    threads: PROCESSES
+    resources:
+        **needs(mem_mb=8000, runtime=1440),
     shell:
-        "{PYTHON} -m clustr_core.cli sandwich --profile {NAME} --method {wildcards.method}"
+        "{CLUSTR} sandwich --profile {NAME} --method {wildcards.method}"
 
 
 for chapter, source in CHAPTERS.items():

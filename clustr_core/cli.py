@@ -1,22 +1,34 @@
 """`clustr train | attack | diagnose | certify | sandwich`: the package's calls, from a shell."""
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import torch
 import yaml
 
-from clustr_core import checkpoints, data, diagnostics, evaluation, examination, records
+from clustr_core import checkpoints, data, diagnostics, evaluation, examination, parallel, records
 from clustr_core.accuracy import both_protocols, robust_accuracy_by_loss
 from clustr_core.paper import PAPER_RESTARTS, PAPER_STEPS
-from clustr_core.recipes import METHODS, Examination, Profile, Recipe, load_profile, override, run_folder
+from clustr_core.recipes import (
+    CERTIFIABLE,
+    METHODS,
+    Examination,
+    Precision,
+    Profile,
+    Recipe,
+    load_profile,
+    override,
+    run_folder,
+)
 from clustr_core.sandwich import CertificateBroken
 from clustr_core.training import Run, fit
 
@@ -33,6 +45,11 @@ examples:
   clustr attack  --official model_best.pth --dataset cifar10 --examples 256
                                                        the authors' released model, in both protocols
 
+several processes, each with its GPU or CPU, share a training, an attack, a certificate or a sandwich; so do jobs that
+know nothing of each other (a later call without --shard puts their rows together):
+  torchrun --nproc_per_node 8 -m clustr_core.cli train --profile paper --method clustr
+  clustr attack  --profile paper --method clustr --shard 3/20
+
 A profile (profiles/NAME.yaml) names the dataset, the methods' recipes and the attacks. A run lies in runs/, under a
 name made of its recipe and of the code that trains it: a finished one is loaded, a killed one goes on where it was.
 Figures come only from the notebooks: make figures PROFILE=quick.
@@ -42,12 +59,17 @@ Figures come only from the notebooks: make figures PROFILE=quick.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; bad input ends with one clear line and status 2."""
     options = _parser().parse_args(arguments)
+    if options.precision is not None:
+        options.set.append(f"precision={options.precision}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("auto-attack").setLevel(logging.WARNING)
+    # of several processes one speaks for all; an error is any one's to report
+    spoken = contextlib.nullcontext() if parallel.is_first() else contextlib.redirect_stdout(io.StringIO())
     try:
         if options.threads is not None:
             _set_threads(options.threads)
-        options.command(options)
+        with spoken:
+            options.command(options)
     except (ValueError, TypeError, OSError, CertificateBroken) as error:
         print("clustr:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -69,8 +91,11 @@ def _attack(options: argparse.Namespace) -> None:
     for name in ("dataset", "examples"):
         if (given := getattr(options, name)) is not None:
             raise ValueError(f"--{name}: expected only with --official, since the profile says it, got {given}")
-    profile, run = load_profile(options.profile or "quick"), _run(options)
-    table = evaluation.attacks_of(run, profile, device=_device(options))
+    profile, run, device = load_profile(options.profile or "quick"), _run(options), _device(options)
+    if options.shard is not None:
+        _compute_share(evaluation.attack_pieces(run, profile, device=device), options, device)
+        return
+    table = evaluation.attacks_of(run, profile, device=device)
     _write(table, profile, options, "attacks")
     _print_protocols(table)
 
@@ -83,14 +108,18 @@ def _attack_official(options: argparse.Namespace) -> None:
         raise ValueError(f"--set: expected none with --official, which has no recipe, got {options.set}")
     if options.examples is not None and options.examples < 1:
         raise ValueError(f"--examples: expected a positive number, got {options.examples}")
-    subject = _official_subject(Path(options.official), options.dataset, _device(options))
+    device = _device(options)
+    subject = _official_subject(Path(options.official), options.dataset, device)
     profile, dataset = load_profile(options.profile or "paper"), data.load(options.dataset)
     protocols = [replace(each, examples=options.examples or each.examples) for each in profile.attacks.values()]
-    tables = [evaluation.measure(subject, each, dataset) for each in protocols if each.attack != "transfer"]
+    protocols = [each for each in protocols if each.attack != "transfer"]
+    if options.shard is not None:
+        pieces = [piece for each in protocols for piece in evaluation.measure_pieces(subject, each, dataset)]
+        _compute_share(pieces, options, device)
+        return
+    tables = [evaluation.measure(subject, each, dataset) for each in protocols]
     table = pd.concat(tables, ignore_index=True).assign(method=subject.name)
-    path = Path(options.output or subject.tables.parent / "attacks.csv")
-    records.write_table(path, table)
-    print(f"wrote {os.path.relpath(path)} ({len(table)} rows)")
+    _write_at(Path(options.output or subject.tables.parent / "attacks.csv"), table)
     _print_protocols(table)
 
 
@@ -99,10 +128,12 @@ def _official_subject(path: Path, dataset: str, device: torch.device) -> evaluat
     model = checkpoints.load_official(path, dataset=dataset).to(device)
     identity = records.digest(path.read_bytes(), dataset)
     tables = records.home() / "runs" / f"official-{dataset}-{identity[:10]}" / "tables"
-    return evaluation.Subject(path.stem, lambda: model, identity, tables)
+    return evaluation.Subject(path.stem, lambda: model, identity, tables, device=device)
 
 
 def _diagnose(options: argparse.Namespace) -> None:
+    if parallel.count() > 1:
+        raise ValueError(f"diagnose: expected one process, since it is not shared out, got {parallel.count()}")
     profile, run = load_profile(options.profile or "quick"), _run(options)
     table = examination.diagnostics_of(run, profile, device=_device(options))
     _write(table, profile, options, "diagnostics")
@@ -135,10 +166,18 @@ def _certify(options: argparse.Namespace) -> None:
     if options.method == "prototypes":
         if options.set:
             raise ValueError(f"--set: expected none with prototypes, which have no recipe, got {options.set}")
-        dataset = data.load(next(iter(profile.recipes.values())).dataset)
-        table = evaluation.prototype_certificates(profile, dataset)
+        if options.shard is not None:
+            raise ValueError("--shard: expected none with prototypes, which are certified at once")
+        # at once, by one: the others have nothing to add
+        if not parallel.is_first():
+            return
+        table = evaluation.prototype_certificates(profile)
     else:
-        table = evaluation.certificates_of(_run(options), profile, device=_device(options))
+        run, device = _run(options), _device(options)
+        if options.shard is not None:
+            _compute_share(evaluation.certificate_pieces(run, profile, device=device), options, device)
+            return
+        table = evaluation.certificates_of(run, profile, device=device)
     _write(table, profile, options, "certificates")
     numbers = ["correct", "feature_radius", "radius", "lipschitz", "lipschitz_lower_bound"]
     print(pd.DataFrame(table.groupby("bound")[numbers].mean()).to_string(float_format="%.4g"))
@@ -150,10 +189,13 @@ def _sandwich(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--method: expected one of {', '.join(profile.lipschitz)}, which certify, got {recipe.method}"
         )
-    run = _run(options)
+    run, device = _run(options), _device(options)
     # a certificate in float64 is held against a model in float32, which TF32 is not
     torch.backends.cudnn.allow_tf32 = False
-    table = evaluation.sandwich_of(run, profile, device=_device(options))
+    if options.shard is not None:
+        _compute_share(evaluation.sandwich_pieces(run, profile, device=device), options, device)
+        return
+    table = evaluation.sandwich_of(run, profile, device=device)
     _write(table, profile, options, "sandwich")
     correct = table.loc[table["correct"]]
     nearest = correct.assign(ratio=correct["radius"] / correct["norm"])
@@ -165,6 +207,23 @@ def _sandwich(options: argparse.Namespace) -> None:
     print(f"no certificate of {len(set(correct['index']))} images is broken")
 
 
+def _compute_share(pieces: Sequence[evaluation.Piece], options: argparse.Namespace, device: torch.device) -> None:
+    """Keep the rows of a share of a measurement; no table is written until a call without --shard finds them all."""
+    if options.output is not None:
+        raise ValueError(f"--output: expected none with --shard, which writes no table, got {options.output}")
+    index, count = options.shard
+    evaluation.compute(pieces, device=device, share=options.shard, title=f"share {index} of {count}")
+    print(f"share {index} of {count}: {len(pieces[index - 1 :: count])} of {len(pieces)} pieces are kept")
+
+
+def _share(text: str) -> evaluation.Share:
+    """I/N of the command line."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I in 1..N, got {text!r}")
+    return int(index), int(count)
+
+
 def _run(options: argparse.Namespace) -> Run:
     return fit(_recipe(options), device=_device(options))
 
@@ -173,7 +232,11 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     profile = load_profile(options.profile or "quick")
     if options.method not in profile.recipes:
         raise ValueError(f"method: expected one of {sorted(profile.recipes)} in {profile.name}, got {options.method!r}")
-    return override(profile.recipes[options.method], _changes(options.set))
+    recipe = override(profile.recipes[options.method], _changes(options.set))
+    if recipe.guarantee == "lipschitz" and recipe.encoder not in CERTIFIABLE:
+        expected = f"one of {CERTIFIABLE} for {recipe.method}, since the rounding of others has no known bound"
+        raise ValueError(f"encoder: expected {expected}, got {recipe.encoder!r}")
+    return recipe
 
 
 def _changes(pairs: Sequence[str]) -> dict[str, Any]:
@@ -190,11 +253,11 @@ def _changes(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _device(options: argparse.Namespace) -> torch.device:
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=parallel.device_here(options.device)).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: expected one that works here, such as cpu, got {name!r} ({error})") from error
+        given = options.device
+        raise ValueError(f"--device: expected one that works here, such as cpu, got {given!r} ({error})") from error
 
 
 def _set_threads(count: int) -> None:
@@ -207,8 +270,12 @@ def _write(table: pd.DataFrame, profile: Profile, options: argparse.Namespace, k
     """The profile's own table; with --set it is another run's, and goes beside that run instead."""
     changed = bool(options.set)
     folder = run_folder(_recipe(options)) if changed else records.home() / "results" / profile.name
-    path = Path(getattr(options, "output", None) or folder / f"{kind}-{options.method}.csv")
-    records.write_table(path, table)
+    _write_at(Path(getattr(options, "output", None) or folder / f"{kind}-{options.method}.csv"), table)
+
+
+def _write_at(path: Path, table: pd.DataFrame) -> None:
+    if parallel.is_first():
+        records.write_table(path, table)
     print(f"wrote {os.path.relpath(path)} ({len(table)} rows)")
 
 
@@ -232,6 +299,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--profile", help="profiles/NAME.yaml, or a YAML file (default: quick)")
         sub.add_argument("--method", required=name != "attack", help=f"one of {', '.join(METHODS)}")
         sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a recipe's field")
+        sub.add_argument("--precision", choices=get_args(Precision), help="short for --set precision=...")
         sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
         sub.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
         if name == "attack":
@@ -240,6 +308,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--examples", type=int, help="with --official: that many test images")
         if name in ("attack", "certify", "sandwich"):
             sub.add_argument("--output", help="where to write the table")
+            sub.add_argument("--shard", type=_share, metavar="I/N", help="compute that share of the rows and no table")
     return parser
 
 

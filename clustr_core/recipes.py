@@ -21,22 +21,26 @@ Optimiser = Literal["adam", "sgd"]
 Schedule = Literal["steps", "triangle"]
 Guarantee = Literal["none", "lipschitz", "smoothing"]
 Norm = Literal["linf", "l2"]
+Precision = Literal["32-true", "bf16-mixed"]
 
 # the encoders whose Lipschitz constant is at most 1 by construction
 ONE_LIPSCHITZ = ("lip-mlp", "lip-cnn", "lip-cnn-aol", "lip-cnn-cayley")
+# those of them whose rounding `rounding.embedding_error` can bound, without which nothing is certified
+CERTIFIABLE = ("lip-mlp", "lip-cnn", "lip-cnn-aol")
 
 # the modules that decide the weights of a run, and the numbers measured on it
 _MODEL = (
     "distances", "kernels", "clusters", "ascent", "losses", "one_lipschitz", "encoders", "classifiers", "data",
 )  # fmt: skip
-TRAINING_CODE = (*_MODEL, "sampling", "training")
-ATTACK_CODE = (*_MODEL, "verdicts", "autoattack", "attacks", "paper", "evaluation")
+TRAINING_CODE = (*_MODEL, "parallel", "sampling", "training")
+ATTACK_CODE = (*_MODEL, "parallel", "verdicts", "autoattack", "attacks", "paper", "evaluation")
 EXAMINATION_CODE = (*ATTACK_CODE, "toys", "diagnostics", "examination")
 CERTIFICATE_CODE = (
-    *_MODEL, "evaluation", "lipschitz", "rounding", "dual", "soft_bounds", "certify", "smoothing", "prototypes",
+    *_MODEL, "parallel", "evaluation", "lipschitz", "rounding", "dual", "soft_bounds", "certify", "smoothing",
+    "prototypes",
 )  # fmt: skip
-SANDWICH_CODE = (*ATTACK_CODE, *CERTIFICATE_CODE, "minimum_norm", "sandwich")
-EMBEDDING_CODE = (*_MODEL, "evaluation", "embeddings")
+SANDWICH_CODE = (*ATTACK_CODE, *CERTIFICATE_CODE, "accuracy", "minimum_norm", "sandwich")
+EMBEDDING_CODE = (*_MODEL, "parallel", "evaluation", "embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,8 @@ class Recipe:
             sixth of the training, holds it until two fifths, and lowers it to 0 at the end.
         milestones: epochs after which the learning rate is divided by ten.
         seed: fixes the initial weights, every batch and every random start.
+        precision: "bf16-mixed" passes images through the network in bfloat16 where that is safe; weights, losses and
+            clusters stay in float32, and so does all that is measured afterwards.
         snapshots: epochs whose weights are kept beside the final ones (0 is the start).
     Raises:
         ValueError: if a value has no meaning.
@@ -77,6 +83,7 @@ class Recipe:
     schedule: Schedule = "steps"
     milestones: tuple[int, ...] = ()
     seed: int = 111
+    precision: Precision = "32-true"
     snapshots: tuple[int, ...] = ()
     per_class: int = 2
     kmeans_starts: int = 1

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from clustr_core.losses import (
     margin_cross_entropy,
 )
 from clustr_core.one_lipschitz import bake
+from clustr_core.parallel import Processes, join
 from clustr_core.recipes import (
     AdversarialTraining,
     Clustr,
@@ -51,6 +52,7 @@ from clustr_core.recipes import (
 from clustr_core.sampling import ClusterBatches, ShuffledBatches
 
 log = logging.getLogger(__name__)
+ALONE = Processes(torch.device("cpu"))
 CHECKPOINT, WEIGHTS, HISTORY, DONE = "checkpoint.safetensors", "model.safetensors", "history.csv", "run.json"
 
 
@@ -123,13 +125,19 @@ class _State:
     generator: torch.Generator
     images_sha256: str
     perturbation: Tensor | None
+    processes: Processes = ALONE
+    # running statistics of batch norm that the processes do not share as they are computed
+    local_statistics: list[Tensor] = field(default_factory=list)
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an objective sees of one batch. ``clusters`` and ``assignments`` are there for the magnet loss only."""
+    """What an objective sees of one batch. ``clusters`` and ``assignments`` are there for the magnet loss only.
+
+    Every process sees the whole batch and draws what is random for all of it; it computes `mine`, its own part.
+    """
 
     network: LinearClassifier | ClusterClassifier
     images: Float[Tensor, "batch channel height width"]
@@ -137,101 +145,122 @@ class Step:
     generator: torch.Generator
     assignments: Int[Tensor, " batch"] | None = None
     clusters: Clusters | None = None
+    processes: Processes = ALONE
+
+    def mine(self, rows: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "part ..."]:
+        """This process's part of the batch."""
+        return self.processes.part(rows)
+
+    def embed(self, images: Float[Tensor, "part channel height width"]) -> Float[Tensor, "part dim"]:
+        """Embeddings, in the precision of the run."""
+        return self.processes.computed(self.network.embed, images)
+
+    def logits(self, images: Float[Tensor, "part channel height width"]) -> Float[Tensor, "part class"]:
+        """Logits, in the precision of the run."""
+        return self.processes.computed(self.network, images)
+
+    def magnet(self, embeddings: Float[Tensor, "part dim"], gap: float) -> Float[Tensor, " part"]:
+        """The magnet loss of this process's part: its centroids are means over the whole batch."""
+        assert self.assignments is not None
+        batch = self.processes.whole(embeddings, len(self.labels))
+        return self.mine(magnet_loss(batch, self.assignments, self.labels, gap=gap).per_example)
 
 
 class Terms(NamedTuple):
-    """The training loss of each example, and the part of it that draws the next seed clusters."""
+    """The training loss of each example of a part, and what of it draws the next seed clusters."""
 
-    loss: Float[Tensor, " batch"]
-    magnet: Float[Tensor, " batch"] | None = None
+    loss: Float[Tensor, " part"]
+    magnet: Float[Tensor, " part"] | None = None
 
 
 @singledispatch
 def objective(recipe: Recipe, step: Step) -> Terms:
     """The loss of a batch; register another implementation for another recipe."""
-    return Terms(cross_entropy(step.network(step.images), step.labels))
+    return Terms(cross_entropy(step.logits(step.mine(step.images)), step.mine(step.labels)))
 
 
 @objective.register
 def _(recipe: AdversarialTraining, step: Step) -> Terms:
+    labels = step.mine(step.labels)
     with evaluating(step.network):
         moved = maximise(
-            lambda x: cross_entropy(step.network(x), step.labels),
-            step.images,
-            random_point(step.images, recipe.eps, "linf", step.generator),
+            lambda x: cross_entropy(step.logits(x), labels),
+            step.mine(step.images),
+            step.mine(random_point(step.images, recipe.eps, "linf", step.generator)),
             eps=recipe.eps,
             step_size=recipe.step_size,
             steps=recipe.steps,
         )
-    return Terms(cross_entropy(step.network(moved), step.labels))
+    return Terms(cross_entropy(step.logits(moved), labels))
 
 
 @objective.register
 def _(recipe: Trades, step: Step) -> Terms:
+    images = step.mine(step.images)
     with evaluating(step.network):
         with torch.no_grad():
-            clean = step.network(step.images)
+            clean = step.logits(images)
         noise = torch.empty_like(step.images).normal_(generator=step.generator)
         moved = maximise(
-            lambda x: kl_divergence(clean, step.network(x)),
-            step.images,
-            step.images + recipe.start_scale * noise,
+            lambda x: kl_divergence(clean, step.logits(x)),
+            images,
+            images + recipe.start_scale * step.mine(noise),
             eps=recipe.eps,
             step_size=recipe.step_size,
             steps=recipe.steps,
         )
-    logits = step.network(step.images)
-    divergence = kl_divergence(logits, step.network(moved))
-    return Terms(cross_entropy(logits, step.labels) + recipe.trades_weight * divergence)
+    logits = step.logits(images)
+    divergence = kl_divergence(logits, step.logits(moved))
+    return Terms(cross_entropy(logits, step.mine(step.labels)) + recipe.trades_weight * divergence)
 
 
 @objective.register
 def _(recipe: Clustr, step: Step) -> Terms:
-    assert step.assignments is not None
-    embeddings = step.network.embed(step.images)
-    magnet = magnet_loss(embeddings, step.assignments, step.labels, gap=recipe.gap).per_example
+    magnet = step.magnet(step.embed(step.mine(step.images)), recipe.gap)
     return Terms(magnet, magnet)
 
 
 @objective.register
 def _(recipe: ClustrQTrades, step: Step) -> Terms:
-    assert step.assignments is not None
     assert step.clusters is not None
     clusters, votes = step.clusters, recipe.training_neighbours
-    embeddings = step.network.embed(step.images)
-    magnet = magnet_loss(embeddings, step.assignments, step.labels, gap=recipe.gap).per_example
+    images = step.mine(step.images)
+    embeddings = step.embed(images)
+    magnet = step.magnet(embeddings, recipe.gap)
     clean = cluster_logits(embeddings, clusters, neighbours=votes).detach()
 
     def inconsistency(images: Tensor) -> Tensor:
-        return consistency_loss(clean, cluster_logits(step.network.embed(images), clusters, neighbours=votes))
+        return consistency_loss(clean, cluster_logits(step.embed(images), clusters, neighbours=votes))
 
     with evaluating(step.network):
-        start = random_point(step.images, recipe.eps, "linf", step.generator)
-        moved = maximise(inconsistency, step.images, start, eps=recipe.eps, step_size=recipe.step_size, steps=1)
+        start = step.mine(random_point(step.images, recipe.eps, "linf", step.generator))
+        moved = maximise(inconsistency, images, start, eps=recipe.eps, step_size=recipe.step_size, steps=1)
     return Terms(magnet + recipe.consistency_weight * inconsistency(moved), magnet)
 
 
 @objective.register
 def _(recipe: ClustrCert, step: Step) -> Terms:
     assert isinstance(step.network, ClusterClassifier)
-    embeddings, clusters = step.network.embed(step.images), step.network.clusters
+    embeddings, clusters = step.embed(step.mine(step.images)), step.network.clusters
     size = {"margin": recipe.margin, "temperature": recipe.temperature}
-    return Terms(certificate_loss(embeddings, step.labels, clusters, **size))
+    return Terms(certificate_loss(embeddings, step.mine(step.labels), clusters, **size))
 
 
 @objective.register
 def _(recipe: LipschitzMargin, step: Step) -> Terms:
     assert isinstance(step.network, LinearClassifier)
     head = step.network.linear.weight
-    logits = torch.nn.functional.linear(step.network.embed(step.images), head, step.network.linear.bias)
+    embeddings = step.embed(step.mine(step.images))
+    logits = torch.nn.functional.linear(embeddings, head, step.network.linear.bias)
     size = {"margin": recipe.margin, "temperature": recipe.temperature}
-    return Terms(margin_cross_entropy(logits, step.labels, head, **size))
+    return Terms(margin_cross_entropy(logits, step.mine(step.labels), head, **size))
 
 
 @objective.register
 def _(recipe: Smoothing, step: Step) -> Terms:
     noise = torch.empty_like(step.images).normal_(generator=step.generator)
-    return Terms(cross_entropy(step.network(step.images + recipe.noise * noise), step.labels))
+    noisy = step.mine(step.images + recipe.noise * noise)
+    return Terms(cross_entropy(step.logits(noisy), step.mine(step.labels)))
 
 
 @contextmanager
@@ -258,30 +287,44 @@ def fit(
 
     On a CPU a resumed run equals an uninterrupted one bit for bit. The test set is never looked at.
 
+    Under torchrun the processes share each batch: batches, draws, clusters and the mean loss that a step goes down are
+    those of one process, up to the order in which sums are taken (but for batch norm: `Processes.prepared`). They need
+    one file system: the first process writes, all read.
+
     Args:
         dataset: the recipe's dataset if it is in memory already.
         folder: where the run lies; default ``runs/<run_key>``.
-        device: default the GPU if there is one.
+        device: default the GPU if there is one; of several processes each takes its own.
     Raises:
         ValueError: if ``folder`` holds another recipe's run, a checkpoint is damaged, or ``dataset`` is another one.
     """
     folder = folder or run_folder(recipe)
     if dataset is not None and dataset.name != recipe.dataset:
         raise ValueError(f"dataset: expected {recipe.dataset!r} as in the recipe, got {dataset.name!r}")
-    if (folder / DONE).exists():
+    processes = join(device, recipe.precision)
+    if processes.from_first((folder / DONE).exists):
         return load_run(folder, expected=recipe)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = processes.device
     start = fit(recipe.warm_start, dataset=dataset, device=device, progress=progress) if recipe.warm_start else None
+    # the first alone, for it may have to download it
+    if dataset is None and processes.first:
+        dataset = data.load(recipe.dataset)
+    processes.wait()
     dataset = dataset or data.load(recipe.dataset)
     images = dataset.train_images[: recipe.train_examples].to(device)
     labels = dataset.train_labels[: recipe.train_examples].to(device)
-    state = _new_state(recipe, dataset, images, labels, start)
-    if (folder / CHECKPOINT).exists():
-        _load_checkpoint(folder / CHECKPOINT, recipe, state)
-        log.info("%s: going on after epoch %d", folder, state.epoch)
-    else:
+    state = _new_state(recipe, dataset, images, labels, start, processes)
+    resumed = processes.from_first((folder / CHECKPOINT).exists)
+    if not resumed:
         _save_progress(folder, recipe, state)
-    with tqdm(range(recipe.epochs), recipe.method, unit="epoch", initial=state.epoch, disable=not progress) as bar:
+        processes.wait()
+    if resumed or processes.count > 1:
+        # also from the start: another machine may have rounded it differently
+        _load_checkpoint(folder / CHECKPOINT, recipe, state)
+    if resumed and processes.first:
+        log.info("%s: going on after epoch %d", folder, state.epoch)
+    shown = progress and processes.first
+    with tqdm(range(recipe.epochs), recipe.method, unit="epoch", initial=state.epoch, disable=not shown) as bar:
         while state.epoch < recipe.epochs:
             row = _train_epoch(recipe, state, images, labels)
             state.history.append(row)
@@ -290,6 +333,7 @@ def fit(
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             bar.update()
     _finish(folder, recipe, state, dataset, images, labels)
+    processes.wait()
     return load_run(folder, expected=recipe)
 
 
@@ -339,22 +383,35 @@ def _train_epoch(recipe: Recipe, state: _State, images: Tensor, labels: Tensor) 
         pixels = data.to_float(_augmented(recipe, images[indices], state.generator))
         assignments = None if batch.assignments is None else batch.assignments.to(images.device)
         for moved in _replays(recipe, state, pixels):
-            step = Step(state.network, moved, labels[indices], state.generator, assignments, clusters)
-            terms = objective(recipe, step)
-            state.optimiser.zero_grad(set_to_none=True)
-            terms.loss.mean().backward()
-            state.optimiser.step()
-            magnet = terms.loss if terms.magnet is None else terms.magnet
+            step = Step(state.network, moved, labels[indices], state.generator, assignments, clusters, state.processes)
+            loss, magnet = _update(recipe, state, step)
             sampler.update(batch.indices, magnet)
-            totals += torch.stack([terms.loss.sum(), magnet.sum()]).detach()
-            count += len(terms.loss)
+            totals += torch.stack([loss.sum(), magnet.sum()])
+            count += len(loss)
         touched[batch.indices] = True
-    loss, magnet_mean = (totals / count).tolist()
-    row = {"epoch": state.epoch + 1, "loss": loss, "learning_rate": learning_rate(recipe, state.epoch + 0.5)}
+    mean_loss, mean_magnet = (totals / count).tolist()
+    row = {"epoch": state.epoch + 1, "loss": mean_loss, "learning_rate": learning_rate(recipe, state.epoch + 0.5)}
     if clusters is not None:
         coverage = float(touched.float().mean())
-        row |= {"magnet": magnet_mean, "variance": clusters.shared_variance, "coverage": coverage}
+        row |= {"magnet": mean_magnet, "variance": clusters.shared_variance, "coverage": coverage}
     return row
+
+
+def _update(recipe: Recipe, state: _State, step: Step) -> tuple[Tensor, Tensor]:
+    """One step down the batch's mean loss; the loss of each of its examples, and of that the magnet term."""
+    processes, count = state.processes, len(step.labels)
+    terms = objective(recipe, step)
+    state.optimiser.zero_grad(set_to_none=True)
+    # what each process adds to the mean; the sum of their gradients is its gradient
+    (processes.own(terms.loss, count).sum() / count).backward()
+    # not by DDP's hooks: a step has several forward passes, by other methods than `forward`, and parameters that only
+    # some recipes use, of which learnable centroids go through no forward pass at all
+    weights = [weight for group in state.optimiser.param_groups for weight in group["params"]]
+    processes.add_up(weight.grad for weight in weights if weight.grad is not None)
+    state.optimiser.step()
+    processes.average(state.local_statistics)
+    loss = processes.whole(terms.loss.detach(), count)
+    return loss, loss if terms.magnet is None else processes.whole(terms.magnet.detach(), count)
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
@@ -380,6 +437,8 @@ def _replays(recipe: Recipe, state: _State, pixels: Tensor) -> Iterator[Tensor]:
         leaf = perturbation.clone().requires_grad_()
         yield (pixels + leaf).clamp(0, 1)
         assert leaf.grad is not None
+        # each process has the gradient of its own rows, and zeros
+        state.processes.add_up([leaf.grad])
         perturbation.add_(leaf.grad.sign(), alpha=recipe.step_size).clamp_(-recipe.eps, recipe.eps)
 
 
@@ -390,8 +449,9 @@ def _clusters_and_sampler(
     seed = int(torch.randint(2**31, (), generator=state.generator, device=images.device))
     if not isinstance(recipe, Clustr):
         return None, ShuffledBatches(len(images), batch_size=recipe.batch_size, seed=seed)
-    embeddings = embed_all(state.network.encoder, images)
-    clusters, assignments = _cluster(recipe, embeddings, labels, seed)
+    processes = state.processes
+    embeddings = _embed_shared(processes, state.network.encoder, images)
+    clusters, assignments = _cluster(processes, recipe, embeddings, labels, seed)
     sampler = ClusterBatches(
         clusters,
         assignments,
@@ -399,20 +459,34 @@ def _clusters_and_sampler(
         per_cluster=recipe.per_cluster,
         seed=seed,
     )
-    losses = full_magnet_loss(embeddings, labels, clusters, gap=recipe.gap).per_example
-    sampler.update(torch.arange(len(images)), losses)
+    mine = full_magnet_loss(processes.part(embeddings), processes.part(labels), clusters, gap=recipe.gap)
+    sampler.update(torch.arange(len(images)), processes.whole(mine.per_example, len(images)))
     return clusters, sampler
 
 
-def _cluster(recipe: Recipe, embeddings: Tensor, labels: Tensor, seed: int) -> tuple[Clusters, Tensor]:
-    return fit_clusters(
-        embeddings,
-        labels,
-        per_class=recipe.per_class,
-        n_init=recipe.kmeans_starts,
-        max_iter=recipe.kmeans_iterations,
-        seed=seed % 2**31,
-    )
+def _embed_shared(processes: Processes, encoder: nn.Module, images: Tensor) -> Tensor:
+    """`embed_all`, of which each process does its part."""
+    return processes.whole(embed_all(encoder, processes.part(images)), len(images))
+
+
+def _cluster(
+    processes: Processes, recipe: Recipe, embeddings: Tensor, labels: Tensor, seed: int
+) -> tuple[Clusters, Tensor]:
+    """The k-means of the first process, for all of them."""
+
+    def fitted() -> tuple[Clusters, Tensor]:
+        clusters, assignments = fit_clusters(
+            embeddings,
+            labels,
+            per_class=recipe.per_class,
+            n_init=recipe.kmeans_starts,
+            max_iter=recipe.kmeans_iterations,
+            seed=seed % 2**31,
+        )
+        return clusters.to("cpu"), assignments.cpu()
+
+    clusters, assignments = processes.from_first(fitted)
+    return clusters.to(embeddings.device), assignments.to(embeddings.device)
 
 
 def _augmented(recipe: Recipe, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -438,19 +512,29 @@ def _new_network(
         return ClusterClassifier(encoder, blank, rule=recipe.rule, learnable=True)
 
 
-def _new_state(recipe: Recipe, dataset: data.Dataset, images: Tensor, labels: Tensor, start: Run | None) -> _State:
+def _new_state(
+    recipe: Recipe,
+    dataset: data.Dataset,
+    images: Tensor,
+    labels: Tensor,
+    start: Run | None,
+    processes: Processes = ALONE,
+) -> _State:
     network = _new_network(recipe, dataset.image_shape, dataset.num_classes)
     if start is not None:
         network.load_state_dict(_prefixed(load_file(start.path / WEIGHTS), "network."))
     network.to(images.device)
+    local_statistics = processes.prepared(network)
     if isinstance(network, ClusterClassifier) and start is None:
-        clusters, _ = _cluster(recipe, embed_all(network.encoder, images), labels, recipe.seed)
+        embeddings = _embed_shared(processes, network.encoder, images)
+        clusters, _ = _cluster(processes, recipe, embeddings, labels, recipe.seed)
         network.centroids.data.copy_(clusters.centroids)
     trained = network.encoder if isinstance(recipe, Clustr) else network
     optimiser = _optimiser(recipe, trained)
     generator = torch.Generator(images.device).manual_seed(recipe.seed)
     digest = records.digest(images.cpu().numpy().tobytes())
-    return _State(network, optimiser, generator, digest, _no_perturbation(recipe, images))
+    perturbation = _no_perturbation(recipe, images)
+    return _State(network, optimiser, generator, digest, perturbation, processes, local_statistics)
 
 
 def _no_perturbation(recipe: Recipe, images: Tensor) -> Tensor | None:
@@ -471,6 +555,8 @@ def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
 
 def _save_progress(folder: Path, recipe: Recipe, state: _State) -> None:
     """The snapshot, if this epoch is one, and the checkpoint: one safetensors file that holds all a resume needs."""
+    if not state.processes.first:
+        return
     if state.epoch in recipe.snapshots:
         with records.written_whole(_snapshot_path(folder, state.epoch)) as temporary:
             save_file(_network_tensors(state.network), temporary)
@@ -518,7 +604,9 @@ def _load_checkpoint(path: Path, recipe: Recipe, state: _State) -> None:
 
 def _finish(folder: Path, recipe: Recipe, state: _State, dataset: data.Dataset, images: Tensor, labels: Tensor) -> None:
     """Cluster the final embeddings and write the run; run.json comes last and says that it is whole."""
-    clusters = _final_clusters(recipe, state.network, images, labels)
+    clusters = _final_clusters(recipe, state, images, labels)
+    if not state.processes.first:
+        return
     tensors = {f"network.{name}": tensor for name, tensor in _network_tensors(state.network).items()}
     parts = {"centroids": clusters.centroids, "labels": clusters.labels, "variance": clusters.variance}
     tensors |= {f"clusters.{name}": tensor.contiguous() for name, tensor in parts.items()}
@@ -530,19 +618,19 @@ def _finish(folder: Path, recipe: Recipe, state: _State, dataset: data.Dataset, 
         "num_classes": dataset.num_classes,
         "image_shape": list(dataset.image_shape),
         "train_images_sha256": state.images_sha256,
+        "processes": state.processes.count,
         "threads": torch.get_num_threads(),
         **records.environment(str(images.device)),
     }
     records.write_json(folder / DONE, content)
 
 
-def _final_clusters(
-    recipe: Recipe, network: LinearClassifier | ClusterClassifier, images: Tensor, labels: Tensor
-) -> Clusters:
+def _final_clusters(recipe: Recipe, state: _State, images: Tensor, labels: Tensor) -> Clusters:
     """k-means of the final embeddings; learnt centroids stay where they are, and only their variance is measured."""
-    embeddings = embed_all(network.encoder, images)
+    network = state.network
+    embeddings = _embed_shared(state.processes, network.encoder, images)
     if not isinstance(network, ClusterClassifier):
-        return _cluster(recipe, embeddings, labels, recipe.seed)[0]
+        return _cluster(state.processes, recipe, embeddings, labels, recipe.seed)[0]
     centroids = network.centroids.detach().clone()
     rival = network.labels != labels[:, None]
     own = squared_distances(embeddings, centroids).masked_fill(rival, torch.inf).amin(dim=1)

@@ -1,5 +1,6 @@
 """The commands, as a reader types them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -191,6 +192,86 @@ def test_a_sandwich_of_a_changed_recipe_lies_beside_its_run(certifying, home):
     assert not (home / "results").exists()
     assert certifies("sandwich", "--output", str(home / "mine.csv")) == 0
     assert len(pd.read_csv(home / "mine.csv")) == 20
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [("attack", "attacks"), ("certify", "certificates"), ("sandwich", "sandwich")]
+)
+def test_jobs_that_know_nothing_of_each_other_take_shares(certifying, home, capsys, monkeypatch, command, kind):
+    lines = "attacks:\n  linf: {norm: linf, eps: [0.05, 0.1], steps: 2, examples: 15, losses: [ce, margin]}\n"
+    with (home / "profiles/certifying.yaml").open("a") as file:
+        file.write(lines)
+    monkeypatch.setattr(evaluation, "CHUNK", 4)
+    assert certifies(command) == 0
+    pieces = {path.name: path.read_bytes() for path in home.glob("runs/*/tables/*.csv")}
+    table = (certifying / f"{kind}-clustr-cert.csv").read_bytes()
+    for path in [*home.glob("runs/*/tables/*.csv"), certifying / f"{kind}-clustr-cert.csv"]:
+        path.unlink()
+    capsys.readouterr()
+    made = []
+    for index in (2, 1, 3):
+        assert certifies(command, "--shard", f"{index}/3") == 0
+        there = {path.name for path in home.glob("runs/*/tables/*.csv")}
+        made.append(len(there) - sum(made))
+        assert f"share {index} of 3: {made[-1]} of {len(pieces)} pieces are kept" in capsys.readouterr().out
+        assert not (certifying / f"{kind}-clustr-cert.csv").exists()
+    # shares are even, together they are all, and the last call only puts them together
+    assert max(made) - min(made) <= 1
+    before = {path: path.stat().st_mtime_ns for path in home.glob("runs/*/tables/*.csv")}
+    assert certifies(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in home.glob("runs/*/tables/*.csv")} == before
+    assert {path.name: path.read_bytes() for path in before} == pieces
+    assert (certifying / f"{kind}-clustr-cert.csv").read_bytes() == table
+
+
+def test_a_share_has_no_table_and_prototypes_have_no_shares(certifying, home, capsys):
+    message = refused(capsys, "--shard", "1/2", command="certify", method="prototypes", profile="certifying")
+    assert message == "clustr: --shard: expected none with prototypes, which are certified at once\n"
+    assert certifies("train") == 0
+    capsys.readouterr()
+    arguments = ("--shard", "1/2", "--output", "x.csv")
+    message = refused(capsys, *arguments, command="certify", method="clustr-cert", profile="certifying")
+    assert message == "clustr: --output: expected none with --shard, which writes no table, got x.csv\n"
+
+
+@pytest.mark.parametrize("shard", ["3", "0/2", "3/2", "1/0", "a/b", "1/2/3", "-1/2"])
+def test_a_share_that_is_none(shard, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["attack", "--method", "ce", f"--shard={shard}"])
+    assert f"expected I/N with I in 1..N, got '{shard}'" in capsys.readouterr().err
+
+
+def test_prototypes_of_a_profile_without_methods(home, capsys):
+    (home / "profiles/empty.yaml").write_text("certified_examples: 3\n")
+    message = refused(capsys, command="certify", method="prototypes", profile="empty")
+    assert message == "clustr: profile empty: expected at least one entry under methods, got none\n"
+
+
+@pytest.mark.parametrize("command", ["train", "certify"])
+def test_an_encoder_that_cannot_be_certified_is_not_trained(certifying, home, capsys, command):
+    changes = ("--set", "encoder=lip-cnn-cayley")
+    message = refused(capsys, *changes, command=command, method="clustr-cert", profile="certifying")
+    assert message == (
+        "clustr: encoder: expected one of ('lip-mlp', 'lip-cnn', 'lip-cnn-aol') for clustr-cert, since the rounding of "
+        "others has no known bound, got 'lip-cnn-cayley'\n"
+    )
+    assert contents(home / "runs") == {}
+
+
+def test_precision_is_part_of_the_run(home, capsys):
+    assert clustr("certify", "--precision", "bf16-mixed") == 0
+    changed = cli.override(recipe(), {"precision": "bf16-mixed"})
+    assert json.loads((run_folder(changed) / "run.json").read_text())["recipe"]["precision"] == "bf16-mixed"
+    assert (run_folder(changed) / "certificates-ce.csv").exists()
+    assert not run_folder(recipe()).exists()
+    assert not (home / "results").exists()
+
+
+def test_a_diagnosis_is_not_shared_out(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert refused(capsys, command="diagnose") == (
+        "clustr: diagnose: expected one process, since it is not shared out, got 2\n"
+    )
 
 
 def test_a_second_time_nothing_is_trained(home, capsys):

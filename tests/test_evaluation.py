@@ -447,6 +447,78 @@ def test_rows_of_a_certificate_that_is_meant_to_hold(name, certifying, digits):
         assert not several or (ladder[lower] < ladder[higher] - 1e-6).any()
 
 
+@pytest.mark.parametrize("name", [*CERTIFYING, "clustr", "smoothing"])
+def test_an_interrupted_certificate_goes_on_and_more_images_certify_only_what_is_new(
+    name, certifying, runs, digits, small_chunks, monkeypatch
+):
+    run = unmeasured(certifying[name] if name in certifying else runs[name])
+    budget, chunks = replace(SMOOTHING, samples=20, selection_samples=5), []
+
+    def certified(count):
+        return certificate_table(run, examples=count, smoothing=replace(budget, examples=count), dataset=digits)
+
+    kind = "_smoothing_rows" if name == "smoothing" else "_certificate_rows"
+    real = getattr(evaluation, kind)
+
+    def rows(*arguments):
+        if len(chunks) == 2:
+            raise KeyboardInterrupt
+        chunks.append(arguments[-1])
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, kind, rows)
+        with pytest.raises(KeyboardInterrupt):
+            certified(40)
+    before = tables(run)
+    assert len(before) == 2
+    table = certified(40)
+    assert before.items() <= tables(run).items()
+    assert len(tables(run)) == 3
+    assert sorted(set(table["index"])) == some_test_images(run, digits, 40)[0].tolist()
+    assert not table.duplicated(["bound", "index"]).any()
+    before = tables(run)
+    # the chunk of 8 is another now, of 16; two of 16 and one of 12 more
+    more = certified(60)
+    assert before.items() <= tables(run).items()
+    assert len(tables(run)) == 5
+    kept = more[more["index"].isin(table["index"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, table, check_exact=False, rtol=1e-5, atol=1e-6)
+    pd.testing.assert_frame_equal(certified(40), table)
+
+
+def test_a_certificate_embeds_each_image_once_and_computes_its_constants_once(
+    certifying, digits, small_chunks, monkeypatch
+):
+    run, made = unmeasured(certifying["clustr-cert"]), []
+    for name in ("lipschitz_upper_bound", "lipschitz_lower_bound", "embedding_error"):
+        real = getattr(evaluation, name)
+
+        def noted(encoder, given, real=real, name=name):
+            made.append((name, given.dtype if isinstance(given, torch.Tensor) else None))
+            return real(encoder, given)
+
+        monkeypatch.setattr(evaluation, name, noted)
+    real_embed, passes = evaluation.ClusterClassifier.embed, []
+    monkeypatch.setattr(
+        evaluation.ClusterClassifier, "embed", lambda self, x: passes.append(len(x)) or real_embed(self, x)
+    )
+    certificate_table(run, examples=40, dataset=digits)
+    assert passes == [16, 16, 8]
+    assert sorted(made, key=str) == [
+        ("embedding_error", None),
+        # in the precision of all else
+        ("lipschitz_lower_bound", torch.float64),
+        ("lipschitz_upper_bound", None),
+    ]
+
+
+@pytest.mark.parametrize("share", [(0, 2), (3, 2), (1, 0)])
+def test_a_share_that_is_none(share):
+    with pytest.raises(ValueError, match=f"share: expected i of n with i in 1..n, got {share[0]} of {share[1]}"):
+        evaluation.compute([], share=share)
+
+
 @pytest.mark.parametrize("name", CERTIFYING)
 def test_no_attack_succeeds_where_an_image_is_certified(name, certifying, digits):
     run = certifying[name]

@@ -31,8 +31,9 @@ pytestmark = pytest.mark.gpu
         Trades(epochs=2, width=8, train_examples=400, eps=0.05, step_size=0.02, steps=2),
         FreeAdversarialTraining(epochs=2, width=8, train_examples=400, eps=0.05, step_size=0.05, replays=2),
         FreeClustr(epochs=2, width=8, train_examples=400, per_cluster=8, eps=0.05, step_size=0.05, replays=2),
+        Trades(epochs=2, width=8, train_examples=400, eps=0.05, step_size=0.02, steps=2, precision="bf16-mixed"),
     ],
-    ids=lambda recipe: recipe.method,
+    ids=lambda recipe: f"{recipe.method} {recipe.precision}",
 )
 def test_train_attack_certify(recipe: Recipe, tmp_path: Path) -> None:
     run = training.fit(recipe, folder=tmp_path / "run", device="cuda", progress=False)

@@ -220,7 +220,7 @@ def test_sizes_must_be_positive(as_installed, name, value):
 
 
 def test_every_choice_must_be_a_known_one(as_installed):
-    for name in ("augmentation", "optimiser", "schedule"):
+    for name in ("augmentation", "optimiser", "schedule", "precision"):
         with pytest.raises(ValueError, match=f"{name}: expected one of"):
             CrossEntropy(**{name: "other"})
 
@@ -448,7 +448,7 @@ def others(kind, item):
     default = item.default
     encoder = "lip-cnn" if kind.guarantee == "lipschitz" else "resnet18"
     special = {"dataset": "mnist5k", "encoder": encoder, "augmentation": "crop", "optimiser": "sgd"}
-    special |= {"schedule": "triangle", "warm_start": starts(kind)(encoder=kind().encoder)}
+    special |= {"schedule": "triangle", "precision": "bf16-mixed", "warm_start": starts(kind)(encoder=kind().encoder)}
     if item.name in special:
         return special[item.name]
     if isinstance(default, tuple):
@@ -536,10 +536,14 @@ def digests_after(path):
     return recipes.code_digest(recipes.CERTIFICATE_CODE), recipes.code_digest(recipes.SANDWICH_CODE)
 
 
-CERTIFYING = ["lipschitz", "rounding", "one_lipschitz", "certify", "dual", "soft_bounds", "smoothing", "prototypes"]
+CERTIFYING = [
+    "lipschitz", "rounding", "one_lipschitz", "certify", "dual", "soft_bounds", "smoothing", "prototypes", "parallel",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("module", [*CERTIFYING, "minimum_norm", "sandwich", "autoattack", "verdicts", "ascent"])
+@pytest.mark.parametrize(
+    "module", [*CERTIFYING, "minimum_norm", "sandwich", "accuracy", "autoattack", "verdicts", "ascent"]
+)
 def test_changed_certificate_code_is_another_certificate_and_another_sandwich(package, module):
     before = recipes.code_digest(recipes.CERTIFICATE_CODE), recipes.code_digest(recipes.SANDWICH_CODE)
     certificate, sandwich = digests_after(package / f"{module}.py")

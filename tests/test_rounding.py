@@ -14,6 +14,7 @@ from clustr_core.clusters import Clusters
 from clustr_core.encoders import LipschitzNet, build_encoder
 from clustr_core.lipschitz import lipschitz_upper_bound
 from clustr_core.one_lipschitz import MaxMin, SLLConv2d, SLLLinear, bake
+from clustr_core.recipes import CERTIFIABLE, ONE_LIPSCHITZ
 from clustr_core.rounding import embedding_error
 
 ENCODERS = {
@@ -179,6 +180,16 @@ class Changed(SLLConv2d):
 def test_a_layer_without_a_bound_is_refused(encoder, layer):
     with pytest.raises(TypeError, match=f"encoder: no bound on the rounding of the layer {layer} is known"):
         embedding_error(encoder(), (3, 8, 8))
+
+
+@pytest.mark.parametrize("name", ONE_LIPSCHITZ)
+def test_the_encoders_that_certify_are_those_whose_rounding_is_bounded(name):
+    encoder = bake(build_encoder(name, (1, 8, 8), width=16))
+    if name in CERTIFIABLE:
+        assert embedding_error(encoder, (1, 8, 8)) > 0
+    else:
+        with pytest.raises(TypeError, match="no bound on the rounding"):
+            embedding_error(encoder, (1, 8, 8))
 
 
 # what a certificate pays

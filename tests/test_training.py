@@ -183,6 +183,21 @@ def test_a_fresh_run_is_the_same_whatever_the_global_random_state(recipe, train,
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_bfloat16_is_for_passes_through_the_network_only(recipe, train):
+    recipe = replace(recipe, warm_start=None, epochs=1, milestones=(), snapshots=())
+    plain, mixed = train(recipe), train(replace(recipe, precision="bf16-mixed"))
+    assert plain.path != mixed.path
+    tensors = load_file(mixed.path / "model.safetensors")
+    assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float32}
+    assert mixed.history["loss"].tolist() != plain.history["loss"].tolist()
+    # eight bits of a number are left, of which a loss is made
+    assert mixed.history["loss"].tolist() == pytest.approx(plain.history["loss"].tolist(), rel=0.1)
+    if recipe.clustered and not isinstance(recipe, ClustrCert):
+        # the first epoch's clusters are those of embeddings in float32
+        assert mixed.history["variance"].tolist() == plain.history["variance"].tolist()
+
+
 def test_another_seed_is_another_run(train):
     runs = [train(replace(CE, seed=seed)) for seed in (1, 2)]
     assert results(runs[0])["model.safetensors"] != results(runs[1])["model.safetensors"]
