@@ -89,7 +89,7 @@ def project(points: Images, images: Images, eps: Radius, norm: Norm) -> Images:
     offsets = points - images
     if norm == "linf":
         reach = _each(eps, offsets)
-        offsets.clamp_(-reach, reach)
+        offsets.clamp_(-reach, reach)  # pyright: ignore[reportCallIssue, reportArgumentType]
     else:
         lengths = flat_norm(offsets).clamp_min(torch.finfo(offsets.dtype).tiny)
         offsets *= per_item((eps / lengths).clamp_max(1), offsets)

@@ -14,8 +14,8 @@ from clustr_core.losses import cross_entropy, dlr_loss, margin_loss
 from clustr_core.verdicts import AttackResult, Model, check_logits, judge, warn_unless_logits
 
 __all__ = [
-    "LOSSES", "AttackResult", "Model", "Norm", "Rescaled", "attack_loss", "autoattack", "cell_walk", "fgsm", "pgd", "rescaled",
-    "square", "transfer",
+    "LOSSES", "AttackResult", "Model", "Norm", "Rescaled", "attack_loss", "autoattack", "cell_walk", "fgsm", "pgd",
+    "rescaled", "square", "transfer",
 ]  # fmt: skip
 
 AttackLoss = Callable[[Float[Tensor, "batch class"], Int[Tensor, " batch"]], Float[Tensor, " batch"]]

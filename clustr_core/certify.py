@@ -16,6 +16,7 @@ from clustr_core.classifiers import ClusterClassifier, Rule, cluster_logits
 from clustr_core.clusters import Clusters
 from clustr_core.distances import squared_distances
 from clustr_core.dual import least_norm
+from clustr_core.kernels import dispatch
 from clustr_core.lipschitz import check_evaluation_mode, lipschitz_upper_bound
 from clustr_core.soft_bounds import SoftBound, soft_radius
 
@@ -84,7 +85,12 @@ def certified_radius(
             parts = [_soft_feature_radius(part, clusters, wide_clusters, bound, relative) for part in chunks]
         else:
             frame = _frame_of(clusters, relative, neighbours, votes=rule == "soft" or neighbours is not None)
-            parts = [_hard_feature_radius(part, clusters, frame, bound, rule, neighbours) for part in chunks]
+            kernel = dispatch("pairwise_radius", None, embeddings) if bound == "pairwise" else None
+            if kernel:
+                parts = [_by_kernel(kernel, embeddings, clusters, frame, rule, neighbours)]
+            else:
+                hard: HardBound = bound  # pyright: ignore[reportAssignmentType]
+                parts = [_hard_feature_radius(part, clusters, frame, hard, rule, neighbours) for part in chunks]
     return (torch.cat(parts) * (1 - relative) - 2 * embedding_error).clamp_min(0) / lipschitz
 
 
@@ -252,9 +258,7 @@ def _frame_of(clusters: Clusters, relative: float, neighbours: int | None, *, vo
     origin = (clusters.centroids / len(clusters.centroids)).sum(dim=0)
     centroids = clusters.centroids - origin
     correction = _vote_correction(clusters, neighbours) if votes else torch.zeros_like(centroids[:, 0])
-    return _Frame(
-        origin, centroids, centroids.norm(dim=1), _inverse_lengths(clusters.centroids), correction, relative
-    )
+    return _Frame(origin, centroids, centroids.norm(dim=1), _inverse_lengths(clusters.centroids), correction, relative)
 
 
 def _inverse_lengths(centroids: Float[Tensor, "cluster dim"]) -> Float[Tensor, "cluster cluster"]:
@@ -269,6 +273,21 @@ def _inverse_lengths(centroids: Float[Tensor, "cluster dim"]) -> Float[Tensor, "
         longest = torch.addmm(squares, part, wide.T, alpha=-2) + square[:, None] + slack * (norms + norm[:, None]) ** 2
         out.copy_(longest.clamp_min(0).rsqrt())
     return table
+
+
+def _by_kernel(
+    kernel: Callable[..., Tensor],
+    embeddings: Tensor,
+    clusters: Clusters,
+    frame: _Frame,
+    rule: Rule,
+    neighbours: int | None,
+) -> Float[Tensor, " batch"]:
+    """The "pairwise" radius of all embeddings at once, by a kernel that streams; see `kernels.pairwise_radius`."""
+    votes = neighbours if rule == "soft" else 1
+    predicted = cluster_logits(embeddings, clusters, neighbours=votes).argmax(dim=1)
+    lengths = frame.inverse_lengths.reciprocal()
+    return kernel(embeddings, clusters.centroids, clusters.labels, predicted, lengths, frame.relative, frame.correction)
 
 
 def _hard_feature_radius(

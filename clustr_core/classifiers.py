@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import threshold_
 
 from clustr_core.clusters import Clusters
 from clustr_core.distances import squared_distances
@@ -38,6 +37,14 @@ def cluster_logits(
     Source: Alfarra et al. 2021, section 3, in the log domain.
     """
     _check(embeddings, clusters, neighbours)
+    kernel = dispatch("cluster_logits", lambda *_: _plain_logits(embeddings, clusters, neighbours), embeddings)
+    return kernel(embeddings, clusters.centroids, clusters.labels, clusters.variance, clusters.num_classes, neighbours)
+
+
+def _plain_logits(
+    embeddings: Float[Tensor, "batch dim"], clusters: Clusters, neighbours: int | None
+) -> Float[Tensor, "batch class"]:
+    """`cluster_logits` in plain PyTorch."""
     if neighbours is None or neighbours >= len(clusters.centroids):
         logits: Tensor = _AllVotes.apply(embeddings, clusters.centroids, clusters)  # pyright: ignore[reportAssignmentType]
         return logits
@@ -108,7 +115,7 @@ class _Electorate:
         votes = exponents.unflatten(1, (-1, self.num_classes))
         highest = votes.amax(dim=1)
         # votes too small to matter would be denormal in the products to come, which are slow
-        votes = threshold_(votes.sub_(highest[:, None]).exp_(), torch.finfo(votes.dtype).tiny ** 0.75, 0.0)
+        votes = torch.threshold_(votes.sub_(highest[:, None]).exp_(), torch.finfo(votes.dtype).tiny ** 0.75, 0.0)
         if self.shared:
             highest.sub_(squares[:, None], alpha=0.5)
         return _Votes(points, votes, highest, votes.sum(dim=1))
@@ -138,7 +145,7 @@ class _AllVotes(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        """d/dz = sum_j share_j ratio_j (mu_j - z), and minus each term for its mu_j; the shares are votes over totals."""
+        """d/dz = sum_j share_j ratio_j (mu_j - z), minus each term for its mu_j; a share is a vote over its total."""
         (centroids, *kept), electorate = ctx.saved_tensors, ctx.electorate
         of_embeddings = gradient.new_empty(len(gradient), centroids.shape[1])
         pulls, share_of = torch.zeros_like(electorate.weights), torch.zeros_like(electorate.ratios)

@@ -80,7 +80,7 @@ class _Magnet(torch.autograd.Function):
         exponents = (halves * precision).masked_fill_(same, -torch.inf)
         highest = exponents.amax(dim=1, keepdim=True)
         # numbers too small to matter would be denormal in the products to come, which are slow
-        shares = F.threshold_(exponents.sub_(highest).exp_(), finfo.tiny**0.75, 0.0)
+        shares = torch.threshold_(exponents.sub_(highest).exp_(), finfo.tiny**0.75, 0.0)
         total = shares.sum(dim=1, keepdim=True)
         shares.div_(total)
         per_example = total.log_().add_(highest).add_(gap).clamp_min_(0).squeeze(1)

@@ -640,7 +640,9 @@ def test_an_encoder_knows_its_dimension_and_its_shapes(name):
         build_encoder(name, (1, 8, 8), width=0)
     if name != "lip-mlp":
         for shape, width in (((1, 28, 28), 16), ((1, 8, 12), 16), ((3, 8, 8), 2), ((1, 8, 8), 18)):
-            with pytest.raises(ValueError, match=r"image_shape, width: expected sides that are multiples of 8, a width"):
+            with pytest.raises(
+                ValueError, match=r"image_shape, width: expected sides that are multiples of 8, a width"
+            ):
                 build_encoder(name, shape, width=width)
 
 

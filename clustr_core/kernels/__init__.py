@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ VARIABLE = "CLUSTR_KERNELS"
 _KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
 _TRITON_MODULES = ("cluster_logits", "pairwise_radius", "kmeans")
 _log = logging.getLogger(__name__)
+_Reference = TypeVar("_Reference", bound=Callable[..., Any] | None)
 
 
 def register(name: str, device_type: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -38,8 +39,11 @@ def register(name: str, device_type: str) -> Callable[[Callable[..., Any]], Call
     return add
 
 
-def dispatch(name: str, reference: Callable[..., Any], first: Tensor) -> Callable[..., Any]:
+def dispatch(name: str, reference: _Reference, first: Tensor) -> Callable[..., Any] | _Reference:
     """The kernel ``name`` for the device and dtype of ``first``, or ``reference`` where there is none.
+
+    Args:
+        reference: plain PyTorch, called as the kernel is; or None, for a caller that asks whether there is one.
 
     Raises:
         ValueError: if CLUSTR_KERNELS is none of `CHOICES`.
