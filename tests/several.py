@@ -133,7 +133,7 @@ def gathered(processes: Processes) -> dict:
 
 def tables(folder: Path) -> dict:
     """The table of every measurement of some runs, and which pieces this process made."""
-    made, real = [], records.write_table
+    made, real, chunk = [], records.write_table, evaluation.CHUNK
 
     def noted(path, table):
         made.append(str(path))
@@ -150,7 +150,7 @@ def tables(folder: Path) -> dict:
             asked["sandwich"] = evaluation.sandwich_of
         for kind, measure in asked.items():
             found[f"{kind}-{name}"] = measure(run, PROFILE, dataset=data.load("digits"), progress=False).to_csv()
-    records.write_table = real
+    records.write_table, evaluation.CHUNK = real, chunk
     return {"tables": found, "made": made}
 
 

@@ -1053,7 +1053,7 @@ def test_the_dataset_must_be_the_recipes(train, digits, home):
             r"'small-cnn'\], got 'vgg'",
         ),
         ({"encoder": "lip-mlp", "width": 7}, "width: expected an even number, since MaxMin sorts pairs, got 7"),
-        ({"encoder": "lip-cnn", "width": 2}, r"image_shape, width: expected .* a width of at least \d+, got"),
+        ({"encoder": "lip-cnn", "width": 2}, r"image_shape, width: expected .* a width of at least \d+, and"),
         ({"dataset": "imagenet"}, r"name: expected one of .* got 'imagenet'"),
         ({"per_class": 50}, r"labels: class \d has \d+ examples, fewer than per_class=50"),
     ],
