@@ -15,7 +15,7 @@ from clustr_core.one_lipschitz import orthogonal_linear
 
 Rule = Literal["soft", "nearest"]
 # the votes of a chunk of embeddings, in bytes
-CHUNK_BYTES = 2**21
+CHUNK_BYTES = 2**22
 
 
 def cluster_logits(
@@ -149,14 +149,14 @@ class _AllVotes(torch.autograd.Function):
         (centroids, *kept), electorate = ctx.saved_tensors, ctx.electorate
         of_embeddings = gradient.new_empty(len(gradient), centroids.shape[1])
         pulls, share_of = torch.zeros_like(electorate.weights), torch.zeros_like(electorate.ratios)
-        rows = electorate.rows()
+        rows, weights = electorate.rows(), electorate.weights / electorate.sigma
         # one buffer for all chunks: fresh memory costs more than the arithmetic
         buffer = torch.empty_like(kept[1]) if kept else gradient
         chunks = zip(kept[::3], kept[1::3], kept[2::3], gradient.split(rows), of_embeddings.split(rows), strict=True)
         for points, votes, total, above, out in chunks:
             shares = torch.mul(votes, (above / total)[:, None], out=buffer[: len(points)]).flatten(1)
-            own = (shares @ electorate.ratios)[:, None] * points
-            torch.div(own.addmm_(shares, electorate.weights, beta=-1), electorate.sigma, out=out)
+            own = (shares @ electorate.ratios).div_(-electorate.sigma)
+            torch.mul(points, own[:, None], out=out).addmm_(shares, weights)
             if ctx.needs_input_grad[1]:
                 pulls.addmm_(shares.T, points)
                 share_of += shares.sum(dim=0)
