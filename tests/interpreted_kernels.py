@@ -423,3 +423,20 @@ def test_the_benchmark_compares_like_with_like(dtype):
         for found, wanted in zip(*(v if isinstance(v, tuple) else (v,) for v in (ours, plain)), strict=True):
             size = 64 * torch.finfo(dtype).eps
             torch.testing.assert_close(found, wanted, rtol=size, atol=size, check_dtype=False)
+
+
+def test_logits_and_certificates_take_the_kernels(monkeypatch):
+    """What the package returns through the kernels is what it returns without them, gradients included."""
+    z, mu, labels, variance = draw(*SHAPES["unequal-unsorted"], dtype=torch.float32)
+    clusters = Clusters(mu, labels, variance.mean().expand(len(mu)).clone())
+    found = {}
+    for choice in ("reference", "triton"):
+        monkeypatch.setenv(kernels.VARIABLE, choice)
+        leaf = z.clone().requires_grad_()
+        logits = classifiers.cluster_logits(leaf, clusters)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), leaf)
+        radii = [certified_radius(z, clusters), certified_radius(z, clusters, rule="soft")]
+        found[choice] = [logits.detach(), gradient, *radii]
+    for plain, kernel in zip(found["reference"], found["triton"], strict=True):
+        torch.testing.assert_close(kernel, plain, rtol=2e-4, atol=2e-4)
+    assert (found["triton"][2] > 0).any()

@@ -453,3 +453,46 @@ def test_what_the_margin_radius_refuses(options, message, as_installed):
         margin_radius(z, linear, **options)
     with pytest.raises(ValueError, match="head: expected at least two classes, got 1"):
         margin_radius(z, nn.Linear(5, 1).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_certified_in_single_and_rounded_down(dtype):
+    g = torch.Generator().manual_seed(0)
+    clusters = Clusters(torch.randn(6, 5, generator=g).to(dtype), torch.arange(6) % 3, torch.ones(6).to(dtype))
+    z = torch.randn(200, 5, generator=g).to(dtype)
+    radius = certified_radius(z, clusters, bound="exact")
+    truth = certified_radius(z.double(), clusters.to(torch.float64), bound="exact")
+    assert radius.dtype == dtype
+    assert (radius.double() <= truth).all()
+    assert (radius.double() >= 0.98 * truth - 1e-5).all()
+
+
+def test_a_table_of_embeddings_and_clusters_is_never_whole(monkeypatch):
+    """Every product that a certificate makes is of one chunk."""
+    z, clusters = torch.randn(500, 8), Clusters(torch.randn(40, 8), torch.arange(40) % 4, torch.ones(40))
+    sizes, product = [], torch.addmm
+    expected = {bound: certified_radius(z, clusters, bound=bound) for bound in BOUNDS}
+
+    def noted(*arguments, **options):
+        sizes.append(product(*arguments, **options).numel())
+        return product(*arguments, **options)
+
+    monkeypatch.setattr(certify_module, "CHUNK_BYTES", 4 * 40 * 50)
+    monkeypatch.setattr(torch, "addmm", noted)
+    for bound in BOUNDS:
+        torch.testing.assert_close(certified_radius(z, clusters, bound=bound), expected[bound], rtol=1e-5, atol=1e-6)
+    assert len(sizes) >= 10 * len(BOUNDS)
+    assert max(sizes) <= 50 * 40
+
+
+def test_the_precision_of_products_is_full_and_restored():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        z, clusters = torch.randn(4, 3), Clusters(torch.randn(4, 3), torch.arange(4) % 2, torch.ones(4))
+        seen = []
+        with certify_module._full_precision():
+            seen.append(torch.get_float32_matmul_precision())
+        certified_radius(z, clusters)
+        assert (seen, torch.get_float32_matmul_precision()) == (["highest"], "medium")
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from clustr_core import classifiers
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
 from clustr_core.clusters import Clusters
 
@@ -188,3 +189,51 @@ def test_an_orthonormal_head_moves_no_two_embeddings_apart():
     apart, moved = torch.pdist(z), torch.pdist(logits)
     assert (moved <= apart * (1 + 1e-6)).all()
     assert set(dict(model.named_parameters())) == {"linear.bias", "linear.parametrizations.weight.original"}
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_logits_gradient_reaches_embeddings_and_centroids(equal):
+    z, clusters = draw(3, classes=3, per_class=3, points=7, equal=equal)
+    some = torch.tensor([0, 1, 2, 3, 4, 6])
+
+    def logits(embeddings, centroids):
+        # two classes of two clusters and one class of two, of which one is empty in the third slot
+        return cluster_logits(embeddings, Clusters(centroids, clusters.labels[some], clusters.variance[some]))
+
+    inputs = (z.requires_grad_(), clusters.centroids[some].requires_grad_())
+    assert torch.autograd.gradcheck(logits, inputs)
+    (alone,) = torch.autograd.grad(logits(z, inputs[1].detach()).sum(), z)
+    both, _ = torch.autograd.grad(logits(*inputs).sum(), inputs)
+    assert torch.equal(alone, both)
+
+
+def test_chunks_of_logits_change_nothing(monkeypatch):
+    z, clusters = draw(4, points=23)
+    z.requires_grad_()
+    whole = cluster_logits(z, clusters)
+    (gradient,) = torch.autograd.grad(whole.square().sum(), z)
+    monkeypatch.setattr(classifiers, "CHUNK_BYTES", 8 * 6 * 5)
+    parts = cluster_logits(z, clusters)
+    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), z)[0], gradient, rtol=1e-12, atol=1e-12)
+    assert torch.equal(cluster_logits(z.detach(), clusters), parts.detach())
+
+
+def test_logits_of_no_embeddings_are_empty():
+    z, clusters = draw(5, points=1)
+    none = z[:0].requires_grad_()
+    logits = cluster_logits(none, clusters)
+    assert logits.shape == (0, 3)
+    assert torch.autograd.grad(logits.sum(), none)[0].shape == none.shape
+
+
+def test_logits_are_finite_where_they_can_be_represented():
+    """d^2 overflows float32 here, d^2 / 2 sigma^2 does not; and a place far from the origin costs no digits."""
+    centroids = torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, -3.0]])
+    huge = Clusters(1e20 * centroids, torch.arange(3), torch.full((3,), 1e38))
+    logits = cluster_logits(1e20 * torch.tensor([[1.0, 1.0]]), huge)
+    torch.testing.assert_close(logits, -100 * torch.tensor([[0.5, 1.0, 8.5]]))
+    far = Clusters(centroids + 4096, torch.arange(3), torch.ones(3))
+    near = Clusters(centroids, torch.arange(3), torch.ones(3))
+    z = torch.tensor([[0.25, 0.5], [1.0, -0.125]])
+    torch.testing.assert_close(cluster_logits(z + 4096, far), cluster_logits(z, near), rtol=1e-6, atol=1e-6)
