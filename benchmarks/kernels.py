@@ -48,7 +48,8 @@ class Peak:
     half: float = float("nan")
 
 
-# the vendor's data sheets: "NVIDIA A100 Tensor Core GPU" and "NVIDIA H100 Tensor Core GPU", without sparsity
+# of the vendor's data sheets and white papers, without sparsity, as collected on glennklockwood.com/garden/processors
+# (A100, h100; looked up in November 2026)
 PEAKS = {
     "NVIDIA A100-SXM4-40GB": Peak(1.555e12, 19.5e12, 312e12),
     "NVIDIA A100-SXM4-80GB": Peak(2.039e12, 19.5e12, 312e12),
