@@ -66,7 +66,6 @@ class SmallCNN(nn.Module):
             nn.Flatten(),
             nn.Linear(2 * width * cells, embedding_dim),
         )
-        lay_out(self)
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch dim"]:
         """Embeddings."""
@@ -114,7 +113,6 @@ class ResNet18(nn.Module):
         self.layer3 = _stage(2 * width, 4 * width, stride=2)
         self.layer4 = _stage(4 * width, 8 * width, stride=2)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        lay_out(self)
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch dim"]:
         """Embeddings: the globally averaged features of the last stage."""
@@ -124,8 +122,12 @@ class ResNet18(nn.Module):
 
 
 def lay_out(module: nn.Module) -> None:
-    """Lay weights out with channels last, in which convolutions are faster (benchmarks), however the images lie."""
-    module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    """Lay a finished network's weights out with channels last, in which convolutions are faster (benchmarks).
+
+    They take no gradient any more: PyTorch 2.14 on a CPU writes past its memory where it takes that of a strided 1x1
+    convolution in this layout, with several threads and an odd number of images. So training keeps the other layout.
+    """
+    module.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:

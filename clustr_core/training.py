@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import singledispatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 import torch
@@ -22,7 +22,7 @@ from clustr_core.ascent import maximise, random_point
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier, Rule, cluster_logits
 from clustr_core.clusters import Clusters, fit_clusters
 from clustr_core.distances import squared_distances
-from clustr_core.encoders import build_encoder
+from clustr_core.encoders import build_encoder, lay_out
 from clustr_core.losses import (
     certificate_loss,
     consistency_loss,
@@ -51,6 +51,7 @@ from clustr_core.recipes import (
 )
 from clustr_core.sampling import ClusterBatches, ShuffledBatches
 
+_Network = TypeVar("_Network", bound=nn.Module)
 log = logging.getLogger(__name__)
 ALONE = Processes(torch.device("cpu"))
 CHECKPOINT, WEIGHTS, HISTORY, DONE = "checkpoint.safetensors", "model.safetensors", "history.csv", "run.json"
@@ -79,7 +80,7 @@ class Run:
         net = _new_network(self.recipe, self.image_shape, self.num_classes)
         net.load_state_dict(_prefixed(self._weights(), "network."))
         assert isinstance(net, LinearClassifier)
-        return bake(net).to(device).eval()
+        return _finished(net, device)
 
     def cluster_model(self, device: str | torch.device = "cpu", *, rule: Rule | None = None) -> ClusterClassifier:
         """The run's encoder with clusters of its training embeddings, whatever the method, in evaluation mode.
@@ -95,7 +96,7 @@ class Run:
         encoder.load_state_dict(_prefixed(tensors, "network.encoder."))
         clusters = Clusters(**_prefixed(tensors, "clusters."))
         neighbours = self.recipe.neighbours if rule == "soft" else None
-        return bake(ClusterClassifier(encoder, clusters, rule=rule, neighbours=neighbours)).to(device).eval()
+        return _finished(ClusterClassifier(encoder, clusters, rule=rule, neighbours=neighbours), device)
 
     def encoder_at(self, epoch: int, device: str | torch.device = "cpu") -> nn.Module:
         """The encoder as it was after ``epoch`` epochs, for the epochs in ``recipe.snapshots``.
@@ -107,13 +108,19 @@ class Run:
             raise ValueError(f"epoch: expected one of the snapshots {self.recipe.snapshots}, got {epoch}")
         net = _new_network(self.recipe, self.image_shape, self.num_classes)
         net.load_state_dict(load_file(_snapshot_path(self.path, epoch)))
-        return bake(net.encoder).to(device).eval()
+        return _finished(net.encoder, device)
 
     def _weights(self) -> dict[str, Tensor]:
         try:
             return load_file(self.path / WEIGHTS)
         except SafetensorError as error:
             raise ValueError(f"{self.path / WEIGHTS}: expected weights, got a damaged file ({error})") from error
+
+
+def _finished(network: _Network, device: str | torch.device) -> _Network:
+    """A network as it is attacked and certified: in evaluation mode, and `lay_out`."""
+    lay_out(bake(network))
+    return network.to(device).eval()
 
 
 @dataclass
