@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.clusters import Clusters
-from clustr_core.encoders import PIXEL_STATISTICS, ResNet18, lay_out
+from clustr_core.encoders import PIXEL_STATISTICS, ResNet18
 from clustr_core.storage import written_whole
 
 CLUSTER_KEYS = ("cluster_classes", "cluster_centers", "variance", "L", "K", "normalize_probs")
@@ -188,7 +188,6 @@ def _encoder(tensors: dict[str, Tensor], statistics: Statistics) -> ResNet18:
     for name, values in (("mean", mean), ("std", std)):
         own[f"normalize.{name}"] = torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
     encoder.load_state_dict(own, assign=True)
-    lay_out(encoder)
     return encoder
 
 
