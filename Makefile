@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test test-long proofs lab book-check book publish lint clean
+.PHONY: help figures test test-long bench proofs lab book-check book publish lint clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,11 @@ test-long: $(READY)  ## the random configurations of the certificates, twenty ti
 
 test: $(READY)  ## every test: units, properties, notebooks in profile smoke, the book
 	$(BIN)/python -m pytest
+
+bench: $(READY)  ## everything that is timed, beside its targets (nothing else should be running): results/*.csv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps adv-lib==0.2.8
+	$(BIN)/python -m benchmarks
 
 proofs:  ## check the proof of the certificates with Coq, and print what it assumes (Debian: apt-get install coq)
 	@command -v coqc > /dev/null || { echo "make proofs: coqc is needed (Debian: apt-get install coq)" >&2; exit 1; }

@@ -11,9 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-import foolbox
 import torch
-import torchattacks
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
@@ -118,6 +116,12 @@ def adversarial_library() -> ModuleType | None:
 
 def libraries(effort: Effort) -> list[Row]:
     """PGD and APGD, ours and the libraries', whole calls: time of an image-gradient beside a bare one."""
+    with warnings.catch_warnings():
+        # of a SciPy module, on import
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import foolbox
+        import torchattacks
+
     width, batch, steps = effort.pick((8, 32, 20), (2, 4, 3))
     model, images, labels = unbreakable(width, batch)
     their = adversarial_library()

@@ -90,6 +90,8 @@ def _rows(calls: dict[tuple[str, int], Call], parameter: str, effort: Effort) ->
 def layouts(effort: Effort) -> pd.DataFrame:
     """Channels last, and torch.compile where there is a C++ compiler, over contiguous weights without either.
 
+    Not for training, which keeps the contiguous layout: see `encoders.lay_out`.
+
     Returns:
         columns ``encoder width pass layout ratio``.
     """
@@ -97,7 +99,7 @@ def layouts(effort: Effort) -> pd.DataFrame:
     for name, width, shape in ENCODERS[: effort.pick(len(ENCODERS), 1)]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            made = build_encoder(name, shape, width=effort.pick(width, 4)).eval()
+            made = build_encoder(name, shape, width=effort.pick(width, 4)).eval().requires_grad_(False)
         variants: dict[str, nn.Module | Callable[..., Tensor]] = {
             "contiguous": copy.deepcopy(made).to(memory_format=torch.contiguous_format),
             "channels last": copy.deepcopy(made).to(memory_format=torch.channels_last),
@@ -105,7 +107,7 @@ def layouts(effort: Effort) -> pd.DataFrame:
         if name == "resnet18" and width == 16 and shutil.which("g++") and not effort.quick:
             variants["channels last, compiled"] = torch.compile(variants["channels last"], dynamic=False)
         images = torch.rand(effort.pick(32, 2), *shape, generator=torch.Generator().manual_seed(0))
-        for kind, call in {"forward": _forward, "input gradient": _gradient, "training": _training}.items():
+        for kind, call in {"forward": _forward, "input gradient": _gradient}.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 times = interleaved({v: partial(call, m, images) for v, m in variants.items()}, effort)
@@ -125,10 +127,6 @@ def _forward(encoder, images: Tensor) -> None:
 def _gradient(encoder, images: Tensor) -> None:
     leaf = images.clone().requires_grad_()
     torch.autograd.grad(encoder(leaf).square().sum(), leaf)
-
-
-def _training(encoder, images: Tensor) -> None:
-    torch.autograd.grad(encoder(images).square().sum(), [p for p in encoder.parameters() if p.requires_grad])
 
 
 def predictions(effort: Effort) -> pd.DataFrame:
@@ -185,16 +183,14 @@ def _works(effort: Effort) -> dict[str, dict[str, tuple[costs.Work, Call]]]:
         call = partial(certified_radius, embeddings, clusters)
         found["pairwise certificate"][f"{count:,} x {classes * 10:,} x {dim}"] = (work, call)
     for count in effort.pick((10_000, 20_000, 15_000), (200, 100)):
-        points, drawn, clusters = scene(count, 10, 10, effort.pick(256, 8))
-        labels_of = clusters.labels[drawn]
         # pure noise, so that Lloyd's iterations do not settle before their end
-        noise = torch.randn(points.shape, generator=torch.Generator().manual_seed(0))
-        call = partial(fit_clusters, noise, labels_of, per_class=10)
-        work = costs.kmeans(count, 10, points.shape[1])
-        found["k-means refresh"][f"{count:,} x 10 classes x 10 x {points.shape[1]}"] = (work, call)
+        noise = torch.randn(count, effort.pick(256, 8), generator=torch.Generator().manual_seed(0))
+        call = partial(fit_clusters, noise, torch.arange(count) % 10, per_class=10)
+        work = costs.kmeans(count, 10, noise.shape[1])
+        found["k-means refresh"][f"{count:,} x 10 classes x 10 x {noise.shape[1]}"] = (work, call)
     for per_cluster in effort.pick((20, 10, 15), (4, 2)):
         recipe = Clustr(dataset="cifar10", encoder="resnet18", width=width, per_cluster=per_cluster)
-        trainee = Trainee(recipe, effort.pick(600, 60))
+        trainee = Trainee(recipe, effort.pick(2400, 60))
         batch = recipe.clusters_per_batch * per_cluster
         work = costs.training(network, batch)
         found["training step"][f"{batch} images"] = (work, trainee.train)
