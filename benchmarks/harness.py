@@ -35,8 +35,8 @@ class Effort:
         quick: tiny sizes, which show that a suite runs and nothing about speed.
     """
 
-    rounds: int = 15
-    seconds: float = 12.0
+    rounds: int = 11
+    seconds: float = 8.0
     quick: bool = False
 
     def pick(self, full: _T, quick: _T) -> _T:
