@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness import Effort, Row, interleaved
+from benchmarks.harness import Effort, Row, interleaved, seconds
 from clustr_core.recipes import load_profile, run_folder
 
 CONTRACT = (
@@ -35,8 +35,7 @@ def chapters(effort: Effort) -> list[Row]:
     for source in sources[: effort.pick(len(sources), 0)]:
         command = ["-m", "tools.execute", f"notebooks/{source.name}", "--profile", profile]
         output = f"_build/bench/{source.stem}.ipynb"
-        times = interleaved({"chapter": partial(_python, *command, "--output", output)}, Effort(1, 60.0))
-        taken = times.median("chapter") if finished else float("nan")
+        taken = seconds(partial(_python, *command, "--output", output)) if finished else float("nan")
         setting = f"profile {profile}, " + ("runs finished" if finished else "runs missing: make figures")
         rows.append(Row("chapters", source.stem, taken, "s", "executing a chapter", setting, 20.0))
     return rows
