@@ -170,7 +170,8 @@ def _one_step(trainee: Trainee) -> dict[str, float]:
     step.embed(step.images)
     timed("forward", lambda: step.embed(step.images))
     timed("loss", lambda: training.objective(trainee.recipe, step).loss.mean())
-    spent["loss"] -= spent["forward"]
+    # two times that differ by little: less than nothing is nothing
+    spent["loss"] = max(0.0, spent["loss"] - spent["forward"])
     loss = made[-1]
     state.optimiser.zero_grad(set_to_none=True)
     timed("backward", lambda: loss.backward())

@@ -87,8 +87,8 @@ class Machine:
     """Peak numbers of one device, and how many of them work side by side.
 
     Args:
-        matrix_flops: of matrix products, a second.
-        operations: elementwise, a second.
+        matrix_flops: of a network's matrix products, a second.
+        operations: elementwise and of products in float32, a second.
         bandwidth: bytes a second between a device and its memory; infinite where only arithmetic is modelled.
         link: bytes a second that a device can send to the others.
         efficiency: the share of the peak that is reached.
@@ -124,7 +124,9 @@ def seconds(work: Work, machine: Machine) -> float:
 
     Source: the roofline of Williams et al. 2009, matrix products and elementwise work one after the other.
     """
-    arithmetic = work.flops / machine.matrix_flops + work.operations / machine.operations
+    # networks may use what tensor cores offer; clusters and certificates are computed in the full float32
+    products = machine.matrix_flops if work.kind in ("forward", "gradient", "training") else machine.operations
+    arithmetic = work.flops / products + work.operations / machine.operations
     reached = getattr(machine.efficiency, work.kind)
     return max(arithmetic / reached, work.bytes / machine.bandwidth) / machine.devices
 
@@ -327,7 +329,8 @@ def certificate(points: float, clusters: int, per_class: int, dim: int, *, bound
     votes. soft-dual: such a bisection for each of the weights that are tried.
     """
     pairs = points * clusters
-    flops = 2.0 * (pairs + clusters**2) * dim
+    # the product of the centroids with each other is in float64, at twice the price
+    flops = 2.0 * (pairs + 2 * clusters**2) * dim
     operations: float = _OPERATIONS * pairs
     if bound == "exact":
         flops += points * (2.0 * per_class**2 * dim + per_class**4)

@@ -97,7 +97,8 @@ def test_seconds_are_the_slower_of_arithmetic_and_memory():
     half = costs.calibrated(MACHINE, work, 4.0)
     assert half.efficiency.forward == 0.5
     assert costs.seconds(work.times(3), half) == pytest.approx(12.0)
-    assert costs.seconds(replace(work, kind="kmeans"), half) == 2.0
+    # products of clusters are not the tensor cores'
+    assert costs.seconds(replace(work, kind="kmeans"), half) == 11.0
 
 
 @pytest.mark.parametrize("measured", [0.0, -1.0, 0.01])
