@@ -69,7 +69,7 @@ def _verdict(model: nn.Module, images: Tensor) -> None:
 
 def pgd_overhead(effort: Effort) -> list[Row]:
     """PGD beside its bare gradients, in NCHW and in channels_last, its verdicts' forward passes taken off."""
-    width, batch, steps = effort.pick((32, 32, 20), (2, 4, 3))
+    width, batch, steps = effort.pick((32, 64, 20), (2, 4, 3))
     model, images, labels = unbreakable(width, batch)
     # as `Run.model` lays out a finished network
     beside = copy.deepcopy(model)
@@ -128,7 +128,7 @@ def libraries(effort: Effort) -> list[Row]:
     their = adversarial_library()
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
     of_foolbox = foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=steps)
-    apgd_steps = effort.pick(50, 3)
+    apgd_steps = effort.pick(100, 3)
     calls: dict[str, tuple[int, Call | None]] = {
         "pgd": (steps, partial(pgd, model, images, labels, eps=EPS, step_size=STEP, steps=steps)),
         "pgd of torchattacks": (
@@ -165,7 +165,7 @@ def _library_apgd(model: nn.Module, images: Tensor, labels: Tensor, steps: int) 
 
 def whole_autoattack(effort: Effort) -> list[Row]:
     """AutoAttack through our adapter beside the library's own four parts, one after the other on what is left."""
-    width, count = effort.pick((8, 8), (2, 2))
+    width, count = effort.pick((8, 16), (2, 2))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = build_encoder("small-cnn", (1, 16, 16), width=width).eval()
