@@ -10,15 +10,16 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from benchmarks.harness import Effort, Row, Times, interleaved, seconds
+from benchmarks.harness import Call, Effort, Row, Times, interleaved, seconds
 from clustr_core import data, training
-from clustr_core.certify import certified_radius
+from clustr_core.certify import certified_radius, margin_radius
 from clustr_core.classifiers import ClusterClassifier
 from clustr_core.clusters import Clusters
 from clustr_core.data import random_crop_flip, to_float
 from clustr_core.encoders import build_encoder
-from clustr_core.recipes import Clustr, Recipe, load_profile
+from clustr_core.recipes import Clustr, Recipe, Smoothing, load_profile
 from clustr_core.sampling import ClusterBatches
+from clustr_core.smoothing import certify_smoothed
 
 PARTS = ("sampling", "augmentation", "forward", "loss", "backward", "optimiser", "refresh")
 SHOWN = ("ce", "clustr", "clustr-qtrades", "clustr-cert")
@@ -186,8 +187,8 @@ def methods_cost(effort: Effort, profile: str = "cpu-cifar10") -> pd.DataFrame:
         one row a method: ``step_ratio``, one training step over one of ce, for each image of the batch; ``steps`` in an
         epoch of 50,000 images and ``epochs``; ``training_ratio``, the whole training with its refreshes, and with that
         which it starts from, over ce's; ``forward_ratio``, one image through its model over one through ce's;
-        ``certificate_ratio``, one certified image over one forward pass of the same encoder, "exact", NaN for an
-        ordinary encoder.
+        ``certificate_ratio``, one certified image over one forward pass of the same encoder, NaN for an ordinary one:
+        "exact" for clusters, the margin of a linear head, 1,000 samples (and 100 to select) for smoothing.
     """
     recipes, count, images = load_profile(profile).recipes, effort.pick(1200, 120), 50_000
     trainees = {method: Trainee(recipe, count) for method, recipe in recipes.items()}
@@ -228,17 +229,33 @@ def _forward(trainee: Trainee, images: Tensor) -> None:
 
 
 def _certificate_ratio(trainee: Trainee, images: Tensor, effort: Effort) -> float:
-    network = trainee.state.network
-    if trainee.recipe.guarantee != "lipschitz" or not isinstance(network, ClusterClassifier):
+    certified, count = _certified(trainee, images, samples=effort.pick(1000, 20))
+    if certified is None:
         return float("nan")
-
-    def certified() -> None:
-        with torch.no_grad():
-            certified_radius(network.embed(images), network.clusters, bound="exact")
 
     def forward() -> None:
         with torch.no_grad():
-            network.embed(images)
+            trainee.state.network.embed(images)
 
     times: Times = interleaved({"certified": certified, "forward": forward}, effort)
-    return times.ratio("certified", "forward")
+    return times.ratio("certified", "forward") * len(images) / count
+
+
+def _certified(trainee: Trainee, images: Tensor, *, samples: int) -> tuple[Call | None, int]:
+    """What certifies images as the method promises, and how many of them; None where it promises nothing."""
+    recipe, network = trainee.recipe, trainee.state.network
+    if isinstance(recipe, Smoothing):
+        return partial(certify_smoothed, network, images[:1], noise=recipe.noise, samples=samples), 1
+    if recipe.guarantee != "lipschitz":
+        return None, 0
+    clusters = network.clusters if isinstance(network, ClusterClassifier) else trainee.clusters
+
+    def radii() -> None:
+        with torch.no_grad():
+            embeddings = network.embed(images)
+            if clusters is None:
+                margin_radius(embeddings, network.linear)
+            else:
+                certified_radius(embeddings, clusters, bound="exact")
+
+    return radii, len(images)
