@@ -34,7 +34,14 @@ from clustr_core.kernels.cluster_logits import cluster_logits
 from clustr_core.kernels.pairwise_radius import pairwise_radius
 
 ARCHITECTURES = (80, 90)
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", int: "i32", float: "fp32"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int8: "*i8",
+    int: "i32",
+    float: "fp32",
+}
 OPTIONS = ("num_warps", "num_stages")
 RELATIVE = 1e-4
 

@@ -1,8 +1,7 @@
 """The ladder of certified radii: how far an input may move before the predicted class can change."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,7 +13,7 @@ from clustr_core import rounding
 from clustr_core.ascent import Norm
 from clustr_core.classifiers import ClusterClassifier, Rule, cluster_logits
 from clustr_core.clusters import Clusters
-from clustr_core.distances import squared_distances
+from clustr_core.distances import HALVES, full_precision, middle, rows_within, squared_distances
 from clustr_core.dual import least_norm
 from clustr_core.kernels import dispatch
 from clustr_core.lipschitz import check_evaluation_mode, lipschitz_upper_bound
@@ -28,6 +27,7 @@ SOFT_BOUNDS: tuple[SoftBound, ...] = get_args(SoftBound)
 CHUNK_BYTES = 2**22
 
 
+@torch.no_grad()
 def certified_radius(
     embeddings: Float[Tensor, "batch dim"],
     clusters: Clusters,
@@ -50,9 +50,10 @@ def certified_radius(
     triangle <= nearest <= pairwise <= exact, and each is sound; no certificate that knows only z and L exceeds "exact".
     The soft rule has bounds of its own, "soft-global" to "soft-dual": see `soft_bounds.soft_radius`.
 
-    Negative radii become 0. The radius is lowered by a bound on the rounding of this computation, in the inputs'
-    dtype; for the rounding inside the encoder there is ``embedding_error``. Embeddings are taken in chunks: beyond
-    them, the centroids and the answer, memory does not grow with the batch.
+    Negative radii become 0, and no gradient goes through: `losses.certificate_loss` is for that. The radius is lowered
+    by a bound on the rounding of this computation, in the inputs' dtype (half precision is computed in float32, and
+    rounded down); for the rounding inside the encoder there is ``embedding_error``. Embeddings are taken in chunks:
+    beyond them, the centroids and their mutual distances, and the answer, memory does not grow with the batch.
 
     Args:
         lipschitz: an upper bound on the encoder's L2 Lipschitz constant, for pixels in [0, 1].
@@ -71,15 +72,15 @@ def certified_radius(
     """
     _check(embeddings, clusters, bound, rule, neighbours)
     _check_encoder(lipschitz, embedding_error)
-    if embeddings.dtype in (torch.bfloat16, torch.float16):
+    if embeddings.dtype in HALVES:
         wide = certified_radius(
             embeddings.float(), clusters.to(torch.float32), bound=bound, lipschitz=lipschitz, rule=rule,
             neighbours=neighbours, embedding_error=embedding_error,
         )  # fmt: skip
-        return (wide * (1 - torch.finfo(embeddings.dtype).eps)).to(embeddings)
+        return _rounded_down(wide, embeddings.dtype)
     relative = _relative_rounding(embeddings)
     chunks = embeddings.split(_rows(clusters, bound))
-    with _full_precision():
+    with full_precision(embeddings.device):
         if bound in SOFT_BOUNDS:
             wide_clusters = clusters.to(torch.float64)
             parts = [_soft_feature_radius(part, clusters, wide_clusters, bound, relative) for part in chunks]
@@ -87,7 +88,7 @@ def certified_radius(
             frame = _frame_of(clusters, relative, neighbours, votes=rule == "soft" or neighbours is not None)
             kernel = dispatch("pairwise_radius", None, embeddings) if bound == "pairwise" else None
             if kernel:
-                parts = [_by_kernel(kernel, embeddings, clusters, frame, rule, neighbours)]
+                parts = [_by_kernel(kernel, embeddings, clusters, frame, relative, rule, neighbours)]
             else:
                 hard: HardBound = bound  # pyright: ignore[reportAssignmentType]
                 parts = [_hard_feature_radius(part, clusters, frame, hard, rule, neighbours) for part in chunks]
@@ -131,7 +132,7 @@ def certify(
         error = rounding.embedding_error(model.encoder, (channels, height, width))
     except TypeError:  # an encoder whose rounding nothing is known of
         error = 0.0
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(images.device):
         embeddings = model.embed(images)
     options = {"lipschitz": lipschitz, "embedding_error": error, "rule": model.rule, "neighbours": model.neighbours}
     if bound is not None:
@@ -165,8 +166,9 @@ def margin_radius(
         raise ValueError("embeddings: expected finite values, got NaN or infinity")
     weight = head.weight.detach()
     bias = head.bias.detach() if head.bias is not None else weight.new_zeros(head.out_features)
-    predicted = (embeddings @ weight.T + bias).argmax(dim=1)
-    radius = linear_radius(weight, bias, embeddings, predicted)
+    with full_precision(embeddings.device):
+        predicted = (embeddings @ weight.T + bias).argmax(dim=1)
+        radius = linear_radius(weight, bias, embeddings, predicted)
     size = weight.norm(dim=1).amax() * embeddings.norm(dim=1) + bias.abs().amax()
     shortest = squared_distances(weight, weight).fill_diagonal_(torch.inf).amin().sqrt()
     slack = 4 * _relative_rounding(embeddings) * size / shortest
@@ -233,8 +235,8 @@ class _Frame:
     """What all chunks share: the centroids, seen from their mean, and what rounding is taken off.
 
     With z and mu_j seen from there, q_j = ||mu_j||^2 / 2 - z . mu_j is (d_j^2 - ||z||^2) / 2: differences of q are all
-    that a radius needs, and all q are one matrix product. Computed, it errs by at most half of
-    ``relative`` (||z|| + ||mu_j||)^2.
+    that a radius needs, and all q are one matrix product. Computed, in whatever order it is summed, a q is within
+    ``slack`` (||z|| + ||mu_j||)^2 of the true one: half a rounding for each of dim terms, and a few for the rest.
 
     Args:
         inverse_lengths: at most 1 / ||mu_i - mu_j||.
@@ -246,7 +248,7 @@ class _Frame:
     norms: Float[Tensor, " cluster"]
     inverse_lengths: Float[Tensor, "cluster cluster"]
     correction: Float[Tensor, " cluster"]
-    relative: float
+    slack: float
 
     @property
     def underflow(self) -> float:
@@ -255,22 +257,30 @@ class _Frame:
 
 
 def _frame_of(clusters: Clusters, relative: float, neighbours: int | None, *, votes: bool) -> _Frame:
-    origin = (clusters.centroids / len(clusters.centroids)).sum(dim=0)
+    origin = middle(clusters.centroids)
     centroids = clusters.centroids - origin
     correction = _vote_correction(clusters, neighbours) if votes else torch.zeros_like(centroids[:, 0])
-    return _Frame(origin, centroids, centroids.norm(dim=1), _inverse_lengths(clusters.centroids), correction, relative)
+    return _Frame(origin, centroids, centroids.norm(dim=1), _inverse_lengths(clusters), correction, relative / 2)
 
 
-def _inverse_lengths(centroids: Float[Tensor, "cluster dim"]) -> Float[Tensor, "cluster cluster"]:
-    """At most 1 / ||mu_i - mu_j||, from one product in float64, whose rounding only makes the lengths longer."""
-    wide = centroids.double()
-    wide = wide - wide.mean(dim=0)
+def _inverse_lengths(clusters: Clusters) -> Float[Tensor, "cluster cluster"]:
+    """1 / ||mu_i - mu_j|| of clusters of different classes, rounded down but for the last rounding to their dtype.
+
+    From one product in float64, where rounding only makes a length longer; from differences where that would show.
+    """
+    wide = clusters.centroids.double()
+    wide = wide - middle(wide)
     squares, norms = wide.square().sum(dim=1), wide.norm(dim=1)
-    slack = 2 * _relative_rounding(wide)
-    table = torch.empty(len(wide), len(wide), dtype=centroids.dtype, device=centroids.device)
-    rows = max(1, CHUNK_BYTES // (8 * len(wide)))
-    for part, square, norm, out in zip(*(x.split(rows) for x in (wide, squares, norms, table)), strict=True):
-        longest = torch.addmm(squares, part, wide.T, alpha=-2) + square[:, None] + slack * (norms + norm[:, None]) ** 2
+    relative = _relative_rounding(wide)
+    table = torch.empty(len(wide), len(wide), dtype=clusters.centroids.dtype, device=wide.device)
+    rows = rows_within(CHUNK_BYTES, len(wide), wide.dtype)
+    parts = (each.split(rows) for each in (wide, squares, norms, clusters.labels, table))
+    for part, square, norm, label, out in zip(*parts, strict=True):
+        reach = (norms + norm[:, None]) ** 2
+        longest = torch.addmm(squares, part, wide.T, alpha=-2) + square[:, None] + 2 * relative * reach
+        near = (longest < 1e-6 * reach) & (label[:, None] != clusters.labels)
+        if near.any():
+            longest = longest.where(~near, squared_distances(part, wide) * (1 + 2 * relative))
         out.copy_(longest.clamp_min(0).rsqrt())
     return table
 
@@ -280,6 +290,7 @@ def _by_kernel(
     embeddings: Tensor,
     clusters: Clusters,
     frame: _Frame,
+    relative: float,
     rule: Rule,
     neighbours: int | None,
 ) -> Float[Tensor, " batch"]:
@@ -287,7 +298,7 @@ def _by_kernel(
     votes = neighbours if rule == "soft" else 1
     predicted = cluster_logits(embeddings, clusters, neighbours=votes).argmax(dim=1)
     lengths = frame.inverse_lengths.reciprocal()
-    return kernel(embeddings, clusters.centroids, clusters.labels, predicted, lengths, frame.relative, frame.correction)
+    return kernel(embeddings, clusters.centroids, clusters.labels, predicted, lengths, relative, frame.correction)
 
 
 def _hard_feature_radius(
@@ -307,15 +318,15 @@ def _hard_feature_radius(
     else:
         predicted = clusters.labels[halves.min(dim=1).indices]
     own = _own_clusters(clusters, predicted)
-    if bound == "triangle":
-        lengths = _lengths(halves, size, frame)
     # own clusters rounded up, rivals down, so that every difference is at most (d_j^2 - d_i^2) / 2
-    up = halves.gather(1, own) + frame.relative * (size + frame.norms[own]) ** 2 + frame.underflow
-    slack = frame.relative * frame.norms.square() + frame.correction + frame.underflow
-    down = halves.addr_(size.squeeze(1), frame.norms, alpha=-2 * frame.relative).sub_(slack)
-    down = down.sub_(frame.relative * size.square()).scatter_(1, own, torch.inf)
+    up = halves.gather(1, own) + frame.slack * (size + frame.norms[own]) ** 2 + frame.underflow
+    taken_off = frame.slack * frame.norms.square() + frame.correction + frame.underflow
+    down = halves.addr_(size.squeeze(1), frame.norms, alpha=-2 * frame.slack).sub_(taken_off)
+    down = down.sub_(frame.slack * size.square()).scatter_(1, own, torch.inf)
     nearest, highest = own.gather(1, up.argmin(dim=1, keepdim=True)), up.amin(dim=1, keepdim=True)
     if bound == "triangle":
+        # nothing cancels in a sum of distances, and there is no product to be had for it
+        lengths = squared_distances(embeddings, clusters.centroids).sqrt()
         radii = (down - highest) / (lengths + lengths.gather(1, nearest))
         return _or_nothing(radii.scatter_(1, own, torch.inf).amin(dim=1))
     lower = frame.inverse_lengths.index_select(0, nearest.squeeze(1)).mul_(down - highest)
@@ -333,12 +344,6 @@ def _hard_feature_radius(
         return pairwise(rows, rival).maximum(_or_nothing(together))
 
     return _least(lower, pairwise if bound == "pairwise" else exact)
-
-
-def _lengths(halves: Tensor, size: Tensor, frame: _Frame) -> Float[Tensor, "batch cluster"]:
-    """The distances to the centroids, rounded up."""
-    slack = 2 * frame.relative * ((size + frame.norms) ** 2 + size.square()) + 2 * frame.underflow
-    return (2 * halves + size.square() + slack).clamp_min(0).sqrt()
 
 
 def _least(
@@ -375,21 +380,10 @@ def _own_clusters(clusters: Clusters, predicted: Int[Tensor, " batch"]) -> Int[T
 
 def _rows(clusters: Clusters, bound: Bound) -> int:
     """So many embeddings at once that the largest table of a chunk stays within `CHUNK_BYTES`."""
-    row = clusters.centroids.element_size() * len(clusters.centroids)
+    count = len(clusters.centroids)
     if bound in SOFT_BOUNDS:
-        row = 8 * len(clusters.centroids) * clusters.by_class[0].shape[1]
-    return max(1, CHUNK_BYTES // row)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Matrix products in the full precision of their dtype inside the block: no TF32, no bfloat16."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+        return rows_within(CHUNK_BYTES, count * clusters.by_class[0].shape[1], torch.float64)
+    return rows_within(CHUNK_BYTES, count, clusters.centroids.dtype)
 
 
 def _vote_correction(clusters: Clusters, neighbours: int | None) -> Float[Tensor, " cluster"]:
@@ -402,7 +396,14 @@ def _vote_correction(clusters: Clusters, neighbours: int | None) -> Float[Tensor
 
 def _relative_rounding(embeddings: Tensor) -> float:
     """Bound on the relative error of a squared distance: one rounding for each of dim terms, and a few more."""
-    return (embeddings.shape[1] + 8) * torch.finfo(embeddings.dtype).eps / 2
+    return (embeddings.shape[1] + 16) * torch.finfo(embeddings.dtype).eps / 2
+
+
+def _rounded_down(radius: Float[Tensor, " batch"], dtype: torch.dtype) -> Float[Tensor, " batch"]:
+    """The largest numbers of a 16-bit dtype that exceed none of these, which are not negative."""
+    rounded = radius.to(dtype)
+    # the bits of positive numbers are ordered as they are
+    return (rounded.view(torch.int16) - (rounded.float() > radius).to(torch.int16)).view(dtype)
 
 
 def _check_encoder(lipschitz: float, embedding_error: float) -> None:

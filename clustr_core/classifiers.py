@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from clustr_core.clusters import Clusters
-from clustr_core.distances import squared_distances
+from clustr_core.distances import HALVES, full_precision, middle, rows_within, squared_distances
 from clustr_core.kernels import dispatch
 from clustr_core.one_lipschitz import orthogonal_linear
 
@@ -37,6 +37,9 @@ def cluster_logits(
     Source: Alfarra et al. 2021, section 3, in the log domain.
     """
     _check(embeddings, clusters, neighbours)
+    dtype = torch.promote_types(embeddings.dtype, clusters.centroids.dtype)
+    embeddings = embeddings.to(dtype)
+    clusters = clusters if clusters.centroids.dtype == dtype else clusters.to(dtype)
     kernel = dispatch("cluster_logits", lambda *_: _plain_logits(embeddings, clusters, neighbours), embeddings)
     return kernel(embeddings, clusters.centroids, clusters.labels, clusters.variance, clusters.num_classes, neighbours)
 
@@ -44,7 +47,9 @@ def cluster_logits(
 def _plain_logits(
     embeddings: Float[Tensor, "batch dim"], clusters: Clusters, neighbours: int | None
 ) -> Float[Tensor, "batch class"]:
-    """`cluster_logits` in plain PyTorch."""
+    """`cluster_logits` in plain PyTorch; half precision is computed in float32."""
+    if embeddings.dtype in HALVES:
+        return _plain_logits(embeddings.float(), clusters.to(torch.float32), neighbours).to(embeddings.dtype)
     if neighbours is None or neighbours >= len(clusters.centroids):
         logits: Tensor = _AllVotes.apply(embeddings, clusters.centroids, clusters)  # pyright: ignore[reportAssignmentType]
         return logits
@@ -97,12 +102,13 @@ class _Electorate:
     def of(cls, clusters: Clusters) -> "_Electorate":
         columns, filled = clusters.by_class
         order, empty = columns.T.flatten(), ~filled.T.flatten()
-        sigma = clusters.variance[0].sqrt()
-        origin = (clusters.centroids / len(clusters.centroids)).sum(dim=0)
-        centroids = ((clusters.centroids - origin) / sigma)[order]
-        ratios = (clusters.variance[0] / clusters.variance)[order]
-        weights = ratios[:, None] * centroids
-        constants = ((weights * centroids).sum(dim=1) / -2).masked_fill(empty, -torch.inf)
+        # in this order from here on, so that the clusters' own order changes no bit
+        centroids, variance = clusters.centroids[order], clusters.variance[order]
+        sigma, origin = variance[0].sqrt(), middle(centroids)
+        ratios = variance[0] / variance
+        scaled = (centroids - origin) / sigma
+        weights = ratios[:, None] * scaled
+        constants = ((weights * scaled).sum(dim=1) / -2).masked_fill(empty, -torch.inf)
         shared = bool((ratios == 1).all())
         return cls(order, empty, len(columns), origin, sigma, ratios, weights, constants, shared)
 
@@ -122,7 +128,7 @@ class _Electorate:
 
     def rows(self) -> int:
         """So many embeddings at once that a chunk's votes stay in a core's cache."""
-        return max(1, CHUNK_BYTES // (len(self.order) * self.weights.element_size()))
+        return rows_within(CHUNK_BYTES, len(self.order), self.weights.dtype)
 
 
 class _AllVotes(torch.autograd.Function):
@@ -133,11 +139,12 @@ class _AllVotes(torch.autograd.Function):
         electorate = _Electorate.of(clusters)
         rows, kept = electorate.rows(), []
         logits = embeddings.new_empty(len(embeddings), electorate.num_classes)
-        for part, out in zip(embeddings.split(rows), logits.split(rows), strict=True):
-            points, votes, highest, total = electorate.votes(part)
-            torch.add(highest, total.log(), out=out)
-            if any(ctx.needs_input_grad):
-                kept += [points, votes, total]
+        with full_precision(embeddings.device):
+            for part, out in zip(embeddings.split(rows), logits.split(rows), strict=True):
+                points, votes, highest, total = electorate.votes(part)
+                torch.add(highest, total.log(), out=out)
+                if any(ctx.needs_input_grad):
+                    kept += [points, votes, total]
         ctx.electorate = electorate
         ctx.save_for_backward(centroids, *kept)
         return logits
@@ -153,13 +160,14 @@ class _AllVotes(torch.autograd.Function):
         # one buffer for all chunks: fresh memory costs more than the arithmetic
         buffer = torch.empty_like(kept[1]) if kept else gradient
         chunks = zip(kept[::3], kept[1::3], kept[2::3], gradient.split(rows), of_embeddings.split(rows), strict=True)
-        for points, votes, total, above, out in chunks:
-            shares = torch.mul(votes, (above / total)[:, None], out=buffer[: len(points)]).flatten(1)
-            own = (shares @ electorate.ratios).div_(-electorate.sigma)
-            torch.mul(points, own[:, None], out=out).addmm_(shares, weights)
-            if ctx.needs_input_grad[1]:
-                pulls.addmm_(shares.T, points)
-                share_of += shares.sum(dim=0)
+        with full_precision(gradient.device):
+            for points, votes, total, above, out in chunks:
+                shares = torch.mul(votes, (above / total)[:, None], out=buffer[: len(points)]).flatten(1)
+                own = (shares @ electorate.ratios).div_(-electorate.sigma)
+                torch.mul(points, own[:, None], out=out).addmm_(shares, weights)
+                if ctx.needs_input_grad[1]:
+                    pulls.addmm_(shares.T, points)
+                    share_of += shares.sum(dim=0)
         if not ctx.needs_input_grad[1]:
             return of_embeddings, None, None
         moved = (electorate.ratios[:, None] * pulls - share_of[:, None] * electorate.weights) / electorate.sigma

@@ -1,8 +1,14 @@
-"""Squared L2 distances and norms: the ground floor."""
+"""Squared L2 distances and norms, and what matrix products of them need: the ground floor."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+# too coarse for distances: what comes in them is computed in float32
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def squared_distances(
@@ -11,10 +17,33 @@ def squared_distances(
     """d_j^2 = ||z - mu_j||^2 from the differences themselves.
 
     The expansion ||z||^2 - 2<z, mu> + ||mu||^2 is one matrix product and faster, but it cancels: a small distance
-    between points far from the origin loses up to all of its digits, and a certificate is made of exactly these.
+    between points far from the origin loses up to all of its digits. Where many distances are needed, logits and
+    certificates do take it, from the centroids' `middle`, and account for what is lost.
     """
     distances = torch.cdist(points, centroids, compute_mode="donot_use_mm_for_euclid_dist")
     return distances.square()
+
+
+def middle(centroids: Float[Tensor, "cluster dim"]) -> Float[Tensor, " dim"]:
+    """The centroids' mean, which does not overflow where they do not."""
+    return (centroids / len(centroids)).sum(dim=0)
+
+
+def rows_within(size: int, width: int, dtype: torch.dtype) -> int:
+    """How many rows of ``width`` numbers fit into ``size`` bytes; at least one."""
+    return max(1, size // (width * dtype.itemsize))
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products in the full precision of their dtype inside the block: no autocast, no TF32, no bfloat16."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def flat_norm(batch: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:

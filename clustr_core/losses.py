@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clustr_core.clusters import Clusters
-from clustr_core.distances import squared_distances
+from clustr_core.distances import HALVES, full_precision, squared_distances
 
 
 class MagnetLoss(NamedTuple):
@@ -34,6 +34,8 @@ def magnet_loss(
     gradient, l_n = max(0, d_own^2 / 2 sigma^2 + gap + logsumexp over the batch's clusters of other classes of
     -d_j^2 / 2 sigma^2).
 
+    Half precision is computed, and returned, in float32.
+
     Args:
         assignments: the cluster of each row; any integers.
         labels: the class of each row; a cluster holds one class.
@@ -41,16 +43,19 @@ def magnet_loss(
     Returns:
         ``loss`` (the mean), ``per_example`` and ``variance``, in that order.
     Raises:
-        ValueError: if the shapes differ, a value is not finite, a cluster holds two classes, or there is no rival.
+        ValueError: if the shapes differ, a value or its square is not finite, a cluster holds two classes, or there is
+            no rival.
     Source: Rippel et al. 2016, equation 5. Deviation from the paper's released code: a logsumexp instead of
         the logarithm of a sum + 1e-8, which caps the loss at 18.4 and stops the gradient of badly wrong examples.
     """
     _check_lengths(embeddings, labels, assignments)
     own, cluster_labels = _cluster_of_rows(assignments, labels)
-    per_example, variance = _Magnet.apply(embeddings, own, cluster_labels, gap)  # pyright: ignore[reportGeneralTypeIssues]
+    wide = embeddings.float() if embeddings.dtype in HALVES else embeddings
+    per_example, variance = _Magnet.apply(wide, own, cluster_labels, gap)  # pyright: ignore[reportGeneralTypeIssues]
     # whatever is not finite makes the variance so: only then look for it
     if not math.isfinite(variance.detach()):
         _check_finite(embeddings)
+        raise ValueError(f"embeddings: expected values whose squares do not overflow, got {embeddings.abs().max():.4g}")
     return MagnetLoss(per_example.mean(), per_example, variance)
 
 
@@ -66,14 +71,15 @@ class _Magnet(torch.autograd.Function):
         column, finfo = own[:, None], torch.finfo(embeddings.dtype)
         member = embeddings.new_zeros(len(own), len(cluster_labels)).scatter_(1, column, 1.0)
         sizes = member.sum(dim=0)[:, None]
-        centroids = (member.T @ embeddings).div_(sizes)
-        offsets = torch.addmm(embeddings, member, centroids, alpha=-1)
-        variance = torch.linalg.vector_norm(offsets).square_().div_(max(len(own) - 1, 1))
-        centroids.sub_(centroids.mean(dim=0))
-        between = centroids @ centroids.T
-        between.sub_(between.diagonal() / 2)
-        halves = torch.addmm(between.index_select(0, own), offsets, centroids.T)
+        with full_precision(embeddings.device):
+            centroids = (member.T @ embeddings).div_(sizes)
+            offsets = torch.addmm(embeddings, member, centroids, alpha=-1)
+            centroids.sub_(centroids.mean(dim=0))
+            between = centroids @ centroids.T
+            between.sub_(between.diagonal() / 2)
+            halves = torch.addmm(between.index_select(0, own), offsets, centroids.T)
         halves.sub_(halves.gather(1, column))
+        variance = torch.linalg.vector_norm(offsets).square_().div_(max(len(own) - 1, 1))
         # all examples on their centroids (a batch of singletons): any scale is right, a finite one is needed
         precision = variance.clamp_min(finfo.eps**2).reciprocal_()
         same = (cluster_labels == cluster_labels[:, None]).index_select(0, own)
@@ -96,11 +102,15 @@ class _Magnet(torch.autograd.Function):
         of_precision = (weights * shares * halves).sum() * (variance > torch.finfo(variance.dtype).eps ** 2)
         of_variance = above_variance - precision.square() * of_precision
         flow = (shares - member).mul_(weights * precision)
-        between = member.T @ flow
-        of_centroids = (flow.T @ offsets).addmm_(between.T, centroids).sub_(between.sum(dim=0)[:, None] * centroids)
-        of_embeddings = offsets * (of_variance * (2 / max(len(offsets) - 1, 1)))
-        pulls = torch.cat([centroids, of_centroids.div_(sizes)])
-        return of_embeddings.addmm_(torch.cat([flow, member], dim=1), pulls), None, None, None
+        pull = of_variance * (2 / max(len(offsets) - 1, 1))
+        with full_precision(above.device):
+            between = member.T @ flow
+            # the offsets of a cluster add up to nothing but the rounding of its mean, which this takes back
+            of_centroids = (flow - pull * member).T @ offsets
+            of_centroids.addmm_(between.T, centroids).sub_(between.sum(dim=0)[:, None] * centroids).div_(sizes)
+            pulls = torch.cat([centroids, of_centroids])
+            of_embeddings = (offsets * pull).addmm_(torch.cat([flow, member], dim=1), pulls)
+        return of_embeddings, None, None, None
 
 
 def full_magnet_loss(

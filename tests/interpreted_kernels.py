@@ -440,3 +440,12 @@ def test_logits_and_certificates_take_the_kernels(monkeypatch):
     for plain, kernel in zip(found["reference"], found["triton"], strict=True):
         torch.testing.assert_close(kernel, plain, rtol=2e-4, atol=2e-4)
     assert (found["triton"][2] > 0).any()
+
+
+def test_of_centroids_that_coincide_only_so_many_vote():
+    """A certificate counts on it: with two voters, one of them ours, three rivals in one place have one vote."""
+    centroids, labels = torch.tensor([[0.0], [2.0], [2.0], [2.0]]), torch.tensor([0, 1, 1, 1])
+    z = torch.tensor([[0.5], [0.99]])
+    logits = cluster_logits(z, centroids, labels, torch.ones(4), 2, 2)
+    assert logits.argmax(dim=1).tolist() == [0, 0]
+    torch.testing.assert_close(logits[:, 1], -(2 - z.squeeze(1)).square() / 2)

@@ -485,14 +485,65 @@ def test_a_table_of_embeddings_and_clusters_is_never_whole(monkeypatch):
     assert max(sizes) <= 50 * 40
 
 
-def test_the_precision_of_products_is_full_and_restored():
+@pytest.mark.parametrize("bound", [*BOUNDS, "exact"])
+def test_neither_autocast_nor_a_coarser_product_touches_a_certificate(bound, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    z, clusters = (
+        torch.randn(200, 32, generator=g),
+        Clusters(torch.randn(12, 32, generator=g), torch.arange(12) % 4, torch.ones(12)),
+    )
+    expected, seen, product = certified_radius(z, clusters, bound=bound), set(), torch.addmm
+
+    def noted(*arguments, **options):
+        seen.add(torch.get_float32_matmul_precision())
+        return product(*arguments, **options)
+
+    monkeypatch.setattr(torch, "addmm", noted)
     torch.set_float32_matmul_precision("medium")
     try:
-        z, clusters = torch.randn(4, 3), Clusters(torch.randn(4, 3), torch.arange(4) % 2, torch.ones(4))
-        seen = []
-        with certify_module._full_precision():
-            seen.append(torch.get_float32_matmul_precision())
-        certified_radius(z, clusters)
-        assert (seen, torch.get_float32_matmul_precision()) == (["highest"], "medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(certified_radius(z, clusters, bound=bound), expected)
+        assert (seen, torch.get_float32_matmul_precision()) == ({"highest"}, "medium")
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_a_model_is_certified_alike_inside_autocast():
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 8))
+    clusters = Clusters(torch.randn(6, 8), torch.arange(6) % 3, torch.ones(6))
+    images = torch.rand(20, 1, 4, 4)
+    for model in (ClusterClassifier(encoder, clusters), ClusterClassifier(encoder, clusters, learnable=True)):
+        expected = certify(model.eval(), images, lipschitz=1.0)
+        assert (expected > 0).any()
+        assert not expected.requires_grad
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(certify(model, images, lipschitz=1.0), expected)
+
+
+def test_the_margin_radius_is_the_same_inside_autocast():
+    torch.manual_seed(0)
+    head, z = nn.Linear(32, 5), torch.randn(100, 32)
+    expected = margin_radius(z, head)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(margin_radius(z, head), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lipschitz", [1.5e7, 2e4, 1.0, 1e-3])
+def test_half_precision_is_rounded_down_among_the_smallest_and_the_largest(dtype, lipschitz):
+    g = torch.Generator().manual_seed(1)
+    clusters = Clusters((100 * torch.randn(8, 32, generator=g)).to(dtype), torch.arange(8) % 4, torch.ones(8).to(dtype))
+    z = (100 * torch.randn(100, 32, generator=g)).to(dtype)
+    truth = certified_radius(z.double(), clusters.to(torch.float64), bound="pairwise", lipschitz=lipschitz)
+    radius = certified_radius(z, clusters, bound="pairwise", lipschitz=lipschitz)
+    assert radius.isfinite().all()
+    assert (radius.double() <= truth).all()
+
+
+def test_centroids_that_nearly_coincide_far_from_each_others_middle():
+    """The rival that decides is near the own centroid in a large spread: the length between them keeps its digits."""
+    centroids = torch.tensor([[1, 0], [1 + 1e-8, 0], [0, 1], [0, -1]], dtype=torch.float64)
+    clusters = Clusters(centroids, torch.tensor([0, 1, 0, 1]), torch.ones(4).double())
+    z = torch.tensor([[0.5, 0.0]]).double()
+    assert float(certified_radius(z, clusters)) == pytest.approx(math.sqrt(0.125), rel=1e-6)

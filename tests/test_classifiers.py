@@ -237,3 +237,27 @@ def test_logits_are_finite_where_they_can_be_represented():
     near = Clusters(centroids, torch.arange(3), torch.ones(3))
     z = torch.tensor([[0.25, 0.5], [1.0, -0.125]])
     torch.testing.assert_close(cluster_logits(z + 4096, far), cluster_logits(z, near), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("neighbours", [None, 3])
+def test_logits_inside_autocast_are_those_outside(neighbours):
+    z, clusters = draw(6, points=40)
+    z, clusters = z.float().requires_grad_(), clusters.to(torch.float32)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = cluster_logits(z, clusters, neighbours=neighbours)
+            found.append((logits.detach(), *torch.autograd.grad(logits.sum(), z)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_half_precision_is_computed_in_float32():
+    z, clusters = draw(7, points=40)
+    coarse = z.bfloat16()
+    logits = cluster_logits(coarse, clusters.to(torch.bfloat16))
+    assert logits.dtype == torch.bfloat16
+    expected = cluster_logits(coarse.float(), clusters.to(torch.bfloat16).to(torch.float32))
+    assert torch.equal(logits, expected.bfloat16())
+    # an embedding from autocast beside centroids in float32
+    mixed = cluster_logits(coarse, clusters.to(torch.float32))
+    assert torch.equal(mixed, cluster_logits(coarse.float(), clusters.to(torch.float32)))

@@ -108,6 +108,55 @@ def test_scale_shift_and_rotation_change_nothing_but_the_variance(seed, scale):
     torch.testing.assert_close(found.variance, scale**2 * plain.variance, rtol=1e-8, atol=0)
 
 
+def test_tight_clusters_far_apart_keep_the_digits_of_their_gradient():
+    """In float32, where a mean is rounded by a good part of the distance to it."""
+    g = torch.Generator().manual_seed(0)
+    assignments = torch.arange(48) % 12
+    rows = 100 * torch.randn(12, 16, generator=g)[assignments] + 1e-3 * torch.randn(48, 16, generator=g)
+    gradients = []
+    for z in (rows, rows.double()):
+        leaf = z.clone().requires_grad_()
+        found = magnet_loss(leaf, assignments, assignments % 4, gap=1e12)
+        # the variance alone: where the hinge is open, the loss is the gap and little else
+        (gradient,) = torch.autograd.grad(found.variance, leaf)
+        gradients.append(gradient.double())
+    single, double = gradients
+    assert (single - double).norm() <= 1e-2 * double.norm()
+    # its part along the clusters' own means, of which the variance knows nothing
+    means = torch.zeros(12, 16, dtype=torch.float64).index_add(0, assignments, single) / 4
+    assert means.norm() <= 1e-5 * single.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("each", [1, 4])
+def test_half_precision_is_computed_in_float32(dtype, each):
+    g = torch.Generator().manual_seed(0)
+    assignments = torch.arange(12 * each) % 12
+    z = (100 * torch.randn(12 * each, 16, generator=g)).to(dtype)
+    found = magnet_loss(z, assignments, assignments % 4)
+    expected = magnet_loss(z.float(), assignments, assignments % 4)
+    assert found.loss.isfinite()
+    assert torch.equal(found.per_example, expected.per_example)
+
+
+def test_squares_that_overflow_are_named():
+    assignments = torch.arange(24) % 6
+    z = 3e18 * torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="embeddings: expected values whose squares do not overflow, got"):
+        magnet_loss(z, assignments, assignments % 3)
+
+
+def test_magnet_loss_inside_autocast_is_that_outside():
+    assignments = torch.arange(24) % 6
+    z = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = magnet_loss(z, assignments, assignments % 3).loss
+            found.append((loss.detach(), *torch.autograd.grad(loss, z)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_the_gap_is_added_where_the_hinge_is_open():
     z, assignments, labels = batch()
     small, large = (magnet_loss(z, assignments, labels, gap=gap).per_example for gap in (10.0, 12.5))

@@ -97,7 +97,7 @@ def test_several_prototypes_a_class_certify_no_more_than_the_truth(digits):
         assert (radius <= truth).all()
         inside = images + (radius / truth)[:, None] * (nearest - images)
         assert (nearest_logits(inside, clusters).argmax(dim=1) == own).all()
-    assert radii(table, "exact").tolist() == pytest.approx(truth.tolist(), rel=3e-4, abs=1e-4)
+    assert radii(table, "exact").tolist() == pytest.approx(truth.tolist(), rel=1e-4, abs=1e-4)
     assert (radii(table, "nearest") < 0.99 * truth).any()
     beyond = images + 1.001 * (nearest - images)
     assert (nearest_logits(beyond, clusters).argmax(dim=1) != own).all()

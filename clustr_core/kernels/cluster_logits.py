@@ -50,8 +50,8 @@ def cluster_logits(
     Args:
         labels: the class of each cluster, in 0..C-1, in any order.
         num_classes: C.
-        neighbours: let only that many nearest centroids vote, and all that are as near as the last of them; a class
-            without a vote gets a finite logit below that of every class with one. None lets all vote.
+        neighbours: let only that many nearest centroids vote (of those that are equally near, some); a class without a
+            vote gets a finite logit below that of every class with one. None lets all vote.
     Raises:
         ValueError: if ``variance`` requires a gradient, which it would not get.
         TypeError: if the inputs are neither float32 nor of half precision.
@@ -81,8 +81,9 @@ class _ClusterLogits(torch.autograd.Function):
             if neighbours is None:
                 _stream(embeddings[rows], targets, logits[rows])
             else:
-                votes = _votes(*_distances(embeddings[rows], targets, neighbours), targets)
-                logits[rows] = _placed(*votes, embeddings.dtype)
+                distances = _distances(embeddings[rows], targets)
+                found = _votes(distances, _voting(distances, neighbours), targets)
+                logits[rows] = _placed(*found, embeddings.dtype)
         return logits.to(embeddings.dtype)
 
     @staticmethod
@@ -137,8 +138,8 @@ def _stream(embeddings: Tensor, targets: _Targets, logits: Tensor) -> None:
     )  # fmt: skip
 
 
-def _distances(embeddings: Tensor, targets: _Targets, neighbours: int | None) -> tuple[Tensor, Tensor]:
-    """d_j^2 of some rows, and the largest that has a vote in each."""
+def _distances(embeddings: Tensor, targets: _Targets) -> Tensor:
+    """d_j^2 of some rows."""
     points, squares = operand(embeddings, targets.origin)
     distances = squares.new_empty(len(points), len(targets.operand))
     grid = (triton.cdiv(distances.shape[0], ROWS), triton.cdiv(distances.shape[1], COLUMNS))
@@ -146,17 +147,23 @@ def _distances(embeddings: Tensor, targets: _Targets, neighbours: int | None) ->
         distances_kernel, grid, points, squares, targets.operand, targets.squares, distances,
         *distances.shape, points.shape[1], ROWS=ROWS, COLUMNS=COLUMNS, **product_constants(points.dtype),
     )  # fmt: skip
+    return distances
+
+
+def _voting(distances: Tensor, neighbours: int | None) -> Tensor:
+    """Which clusters have a vote in each row: 1, or 0; a NaN votes, so that it is seen."""
     if neighbours is None:
-        return distances, torch.full_like(squares, torch.inf)
-    return distances, distances.topk(neighbours, dim=1, largest=False).values.amax(dim=1)
+        return torch.ones_like(distances, dtype=torch.int8)
+    voting = distances.isnan().to(torch.int8)
+    return voting.scatter_(1, distances.topk(neighbours, dim=1, largest=False).indices, 1)
 
 
-def _votes(distances: Tensor, threshold: Tensor, targets: _Targets) -> tuple[Tensor, Tensor, Tensor]:
+def _votes(distances: Tensor, voting: Tensor, targets: _Targets) -> tuple[Tensor, Tensor, Tensor]:
     """The logsumexp of each class's votes, and, where it has none, its largest exponent and how many attain it."""
     logits, nearest, ties = distances.new_empty(3, len(distances), targets.num_classes)
     grid = (triton.cdiv(len(distances), ROWS), triton.cdiv(targets.num_classes, 16))
     tiles.launch(
-        votes_kernel, grid, distances, threshold, targets.variance, targets.order, targets.starts,
+        votes_kernel, grid, distances, voting, targets.variance, targets.order, targets.starts,
         logits, nearest, ties, *distances.shape, targets.num_classes, ROWS=ROWS, CLASSES=16,
     )  # fmt: skip
     return logits, nearest, ties
@@ -173,8 +180,9 @@ def _placed(logits: Tensor, nearest: Tensor, ties: Tensor, dtype: torch.dtype) -
 
 def _weights(embeddings: Tensor, targets: _Targets, gradient: Tensor, neighbours: int | None) -> Tensor:
     """How strongly each centroid pulls each row: d loss / d z = sum_j weight_j (mu_j - z)."""
-    distances, threshold = _distances(embeddings, targets, neighbours)
-    logits, nearest, ties = _votes(distances, threshold, targets)
+    distances = _distances(embeddings, targets)
+    voting = _voting(distances, neighbours)
+    logits, nearest, ties = _votes(distances, voting, targets)
     to_logits, to_nearest = gradient.contiguous(), nearest
     if neighbours is not None:
         with torch.enable_grad():
@@ -184,7 +192,7 @@ def _weights(embeddings: Tensor, targets: _Targets, gradient: Tensor, neighbours
     weights = torch.empty_like(distances)
     grid = (triton.cdiv(distances.shape[0], ROWS // 2), triton.cdiv(distances.shape[1], COLUMNS))
     tiles.launch(
-        weights_kernel, grid, distances, threshold, targets.variance, targets.labels, logits, to_logits, nearest,
+        weights_kernel, grid, distances, voting, targets.variance, targets.labels, logits, to_logits, nearest,
         to_nearest, weights, *distances.shape, targets.num_classes,
         ROWS=ROWS // 2, COLUMNS=COLUMNS, SOME_VOTE=neighbours is not None,
     )  # fmt: skip
@@ -276,14 +284,13 @@ def distances_kernel(
 @triton.jit
 @no_type_check
 def votes_kernel(
-    distances, threshold, variance, order, starts, logits, nearest, ties, count, clusters, num_classes,
+    distances, votes, variance, order, starts, logits, nearest, ties, count, clusters, num_classes,
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """logsumexp over the clusters within the threshold; ties is 0 where a class has one."""
+    """logsumexp over the clusters that have a vote; ties is 0 where a class has one."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     classes = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)
     row_ok, class_ok = rows < count, classes < num_classes
-    limit = tl.load(threshold + rows, mask=row_ok, other=0.0)
     first = tl.load(starts + classes, mask=class_ok, other=0)
     size = tl.load(starts + classes + 1, mask=class_ok, other=0) - first
     highest = tl.full((ROWS, CLASSES), float("-inf"), tl.float32)
@@ -294,10 +301,10 @@ def votes_kernel(
         filled = slot < size
         columns = tl.load(order + first + slot, mask=filled, other=0)
         ok = row_ok[:, None] & filled[None, :]
-        distance = tl.load(distances + rows[:, None] * clusters + columns[None, :], mask=ok, other=float("inf"))
+        here = rows[:, None] * clusters + columns[None, :]
+        distance = tl.load(distances + here, mask=ok, other=float("inf"))
         exponents = exponents_of(distance, tl.load(variance + columns, mask=filled, other=1.0))
-        # a NaN votes, so that it is seen
-        voting = filled[None, :] & ~(distance > limit[:, None])
+        voting = tl.load(votes + here, mask=ok, other=0) != 0
         highest, total = add_exponents(highest, total, exponents, voting)
         again = tl.where(exponents == largest, attained + 1, attained)
         attained = tl.where(filled[None, :], tl.where(exponents > largest, 1.0, again), attained)
@@ -312,7 +319,7 @@ def votes_kernel(
 @triton.jit
 @no_type_check
 def weights_kernel(
-    distances, threshold, variance, labels, logits, to_logits, nearest, to_nearest, weights,
+    distances, votes, variance, labels, logits, to_logits, nearest, to_nearest, weights,
     count, clusters, num_classes, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOME_VOTE: tl.constexpr,
 ):  # fmt: skip
     """A tile of d loss / d exponent, over sigma^2: through the logsumexp, or a voteless class's nearest clusters."""
@@ -330,8 +337,7 @@ def weights_kernel(
     share = tl.where(exponents == float("-inf"), 0.0, tl.exp(exponents - logit))
     weight = tl.load(to_logits + at, mask=ok, other=0.0) * share
     if SOME_VOTE:
-        limit = tl.load(threshold + rows, mask=row_ok, other=0.0)
-        weight = tl.where(distance > limit[:, None], 0.0, weight)
+        weight = tl.where(tl.load(votes + here, mask=ok, other=0) != 0, weight, 0.0)
         alone = tl.load(to_nearest + at, mask=ok, other=0.0)
         weight += tl.where(exponents == tl.load(nearest + at, mask=ok, other=0.0), alone, 0.0)
     tl.store(weights + here, weight / sigma2[None, :], mask=ok)
