@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -141,10 +142,12 @@ def logits(effort: Effort) -> list[Row]:
     upstream = torch.randn(count, classes, generator=torch.Generator().manual_seed(1))
     weights = torch.randn(count, classes * per_class, generator=torch.Generator().manual_seed(2))
     rows = []
-    for learnt in (False, True):
+    # checked and sorted once, as a model does it
+    with_gradient = replace(clusters, centroids=clusters.centroids.clone().requires_grad_())
+    for learnt, given in ((False, clusters), (True, with_gradient)):
         times = interleaved(
             {
-                "ours": partial(_forward_backward, cluster_logits, embeddings, clusters, upstream, learnt),
+                "ours": partial(_forward_backward, cluster_logits, embeddings, given, upstream),
                 "gemms": partial(_logit_products, embeddings, clusters.centroids, weights, learnt),
             },
             effort,
@@ -160,7 +163,7 @@ def logits(effort: Effort) -> list[Row]:
     torch.testing.assert_close(cluster_logits(part, clusters), broadcast_logits(part, clusters), rtol=1e-4, atol=1e-4)
     times = interleaved(
         {
-            form.__name__: partial(_forward_backward, form, part, clusters, upstream[:few], True)
+            form.__name__: partial(_forward_backward, form, part, with_gradient, upstream[:few])
             for form in (cluster_logits, broadcast_logits)
         },
         effort,
@@ -171,12 +174,11 @@ def logits(effort: Effort) -> list[Row]:
     return [*rows, Row("logits", "beside the broadcast", ratio, "ratio", compared, shape, rounds=times.rounds)]
 
 
-def _forward_backward(form, embeddings: Tensor, clusters: Clusters, upstream: Tensor, learnt: bool) -> list[Tensor]:
+def _forward_backward(form, embeddings: Tensor, clusters: Clusters, upstream: Tensor) -> list[Tensor]:
+    """Logits, and their gradients by the embeddings and, if they are learnt, the centroids."""
     points = embeddings.detach().requires_grad_()
-    centroids = clusters.centroids.detach().requires_grad_(learnt)
-    outputs = form(points, Clusters(centroids, clusters.labels, clusters.variance))
-    leaves = [points, centroids] if learnt else [points]
-    return list(torch.autograd.grad(outputs, leaves, upstream))
+    leaves = [points, clusters.centroids] if clusters.centroids.requires_grad else [points]
+    return list(torch.autograd.grad(form(points, clusters), leaves, upstream))
 
 
 def _logit_products(embeddings: Tensor, centroids: Tensor, weights: Tensor, learnt: bool) -> list[Tensor]:

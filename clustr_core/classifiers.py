@@ -103,13 +103,13 @@ class _Electorate:
         columns, filled = clusters.by_class
         order, empty = columns.T.flatten(), ~filled.T.flatten()
         # in this order from here on, so that the clusters' own order changes no bit
-        centroids, variance = clusters.centroids[order], clusters.variance[order]
+        centroids, variance = clusters.centroids.index_select(0, order), clusters.variance[order]
         sigma, origin = variance[0].sqrt(), middle(centroids)
         ratios = variance[0] / variance
-        scaled = (centroids - origin) / sigma
-        weights = ratios[:, None] * scaled
-        constants = ((weights * scaled).sum(dim=1) / -2).masked_fill(empty, -torch.inf)
         shared = bool((ratios == 1).all())
+        scaled = centroids.sub_(origin).div_(sigma)
+        weights = scaled if shared else ratios[:, None] * scaled
+        constants = torch.linalg.vecdot(weights, scaled).div_(-2).masked_fill_(empty, -torch.inf)
         return cls(order, empty, len(columns), origin, sigma, ratios, weights, constants, shared)
 
     def votes(self, embeddings: Tensor) -> _Votes:
@@ -136,10 +136,10 @@ class _AllVotes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, centroids: Tensor, clusters: Clusters) -> Tensor:
-        electorate = _Electorate.of(clusters)
-        rows, kept = electorate.rows(), []
-        logits = embeddings.new_empty(len(embeddings), electorate.num_classes)
         with full_precision(embeddings.device):
+            electorate = _Electorate.of(clusters)
+            rows, kept = electorate.rows(), []
+            logits = embeddings.new_empty(len(embeddings), electorate.num_classes)
             for part, out in zip(embeddings.split(rows), logits.split(rows), strict=True):
                 points, votes, highest, total = electorate.votes(part)
                 torch.add(highest, total.log(), out=out)
@@ -156,21 +156,24 @@ class _AllVotes(torch.autograd.Function):
         (centroids, *kept), electorate = ctx.saved_tensors, ctx.electorate
         of_embeddings = gradient.new_empty(len(gradient), centroids.shape[1])
         pulls, share_of = torch.zeros_like(electorate.weights), torch.zeros_like(electorate.ratios)
-        rows, weights = electorate.rows(), electorate.weights / electorate.sigma
+        rows = electorate.rows()
         # one buffer for all chunks: fresh memory costs more than the arithmetic
         buffer = torch.empty_like(kept[1]) if kept else gradient
-        chunks = zip(kept[::3], kept[1::3], kept[2::3], gradient.split(rows), of_embeddings.split(rows), strict=True)
+        # into units of sigma, as everything here
+        above = gradient / electorate.sigma
+        chunks = zip(kept[::3], kept[1::3], kept[2::3], above.split(rows), of_embeddings.split(rows), strict=True)
         with full_precision(gradient.device):
-            for points, votes, total, above, out in chunks:
-                shares = torch.mul(votes, (above / total)[:, None], out=buffer[: len(points)]).flatten(1)
-                own = (shares @ electorate.ratios).div_(-electorate.sigma)
-                torch.mul(points, own[:, None], out=out).addmm_(shares, weights)
+            for points, votes, total, part, out in chunks:
+                shares = torch.mul(votes, (part / total)[:, None], out=buffer[: len(points)]).flatten(1)
+                # the shares of a class add up to what comes from above
+                own = part.sum(dim=1) if electorate.shared else shares @ electorate.ratios
+                torch.mul(points, own.neg_()[:, None], out=out).addmm_(shares, electorate.weights)
                 if ctx.needs_input_grad[1]:
                     pulls.addmm_(shares.T, points)
                     share_of += shares.sum(dim=0)
         if not ctx.needs_input_grad[1]:
             return of_embeddings, None, None
-        moved = (electorate.ratios[:, None] * pulls - share_of[:, None] * electorate.weights) / electorate.sigma
+        moved = electorate.ratios[:, None] * pulls - share_of[:, None] * electorate.weights
         return of_embeddings, torch.zeros_like(centroids).index_add_(0, electorate.order, moved), None
 
 

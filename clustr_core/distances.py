@@ -26,7 +26,7 @@ def squared_distances(
 
 def middle(centroids: Float[Tensor, "cluster dim"]) -> Float[Tensor, " dim"]:
     """The centroids' mean, which does not overflow where they do not."""
-    return (centroids / len(centroids)).sum(dim=0)
+    return centroids.new_full((len(centroids),), 1 / len(centroids)) @ centroids
 
 
 def rows_within(size: int, width: int, dtype: torch.dtype) -> int:
