@@ -73,8 +73,8 @@ def compute(
 ) -> None:
     """Compute and keep those pieces that are not there yet: all of them, or every n-th, beginning with the i-th.
 
-    An interrupted call loses at most one piece a process. Processes that torchrun started take the missing ones in turn, and wait
-    for each other; jobs that know nothing of each other take a share each.
+    An interrupted call loses at most one piece a process. Processes that torchrun started take the missing ones in
+    turn, and wait for each other; jobs that know nothing of each other take a share each.
 
     Args:
         share: i and n.
