@@ -570,8 +570,7 @@ def _save_progress(folder: Path, recipe: Recipe, state: _State) -> None:
     packed = state.optimiser.state_dict()
     tensors = {f"network.{name}": tensor for name, tensor in _network_tensors(state.network).items()}
     for index, slots in packed["state"].items():
-        kept = {name: tensor for name, tensor in slots.items() if tensor is not None}
-        tensors |= {f"optimiser.{index}.{name}": tensor.contiguous() for name, tensor in kept.items()}
+        tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in slots.items() if tensor is not None}
     tensors["generator"] = state.generator.get_state()
     if state.perturbation is not None:
         tensors["perturbation"] = state.perturbation
