@@ -163,3 +163,18 @@ def test_training_is_told_as_well(as_installed, name, value):
     options = {"eps": 0.1, "step_size": 0.1, "steps": 2} | {name: value}
     with pytest.raises(ValueError, match=f"{name}: expected a positive"):
         maximise(lambda x: x.sum(), some_images(2), some_images(2), **options)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_each_image_may_have_a_radius_of_its_own(norm):
+    images = torch.full((3, 1, 4, 4), 0.5)
+    radii = torch.tensor([0.0, 0.05, 0.2])
+    points = images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    together = project(points, images, radii, norm)
+    for n, eps in enumerate(radii.tolist()):
+        alone = project(points[n : n + 1], images[n : n + 1], eps, norm)
+        torch.testing.assert_close(together[n : n + 1], alone)
+    offsets = (random_point(images, radii, norm, torch.Generator().manual_seed(1)) - images).flatten(1)
+    reach = offsets.abs().amax(dim=1) if norm == "linf" else offsets.norm(dim=1)
+    assert (reach <= radii * (1 + 1e-5)).all()
+    assert (reach[1:] > 0).all()

@@ -707,3 +707,16 @@ def test_channels_that_do_not_fit_are_named():
         MaxMin()(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="images: expected at most 2 channels, got 3"):
         PadChannels(2)(torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("layer", [SLLConv2d(4), SLLLinear(4)], ids=["convolution", "vector"])
+def test_a_row_of_zeros_moves_nothing_whatever_its_bias(layer):
+    with torch.no_grad():
+        layer.weight[0] = 0
+        layer.bias[0] = 1e6
+    x = torch.rand(2, 4, 3, 3) if isinstance(layer, SLLConv2d) else torch.rand(2, 4)
+    found = layer(x)
+    assert found.isfinite().all()
+    with torch.no_grad():
+        layer.bias[0] = -1.0
+    torch.testing.assert_close(found, layer(x))

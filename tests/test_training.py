@@ -1101,3 +1101,14 @@ def test_a_checkpoint_cut_short_by_an_error_is_never_seen(train, killed, home, m
 def test_a_checkpoint_holds_no_more_than_a_resume_needs(train):
     tensors = load_file(train(CE).path / "checkpoint.safetensors")
     assert {name.split(".")[0] for name in tensors} == {"network", "optimiser", "generator"}
+
+
+def test_a_finished_network_lies_with_channels_last_and_takes_no_gradient(tmp_path, digits):
+    run = fit(CrossEntropy(epochs=1, snapshots=(1,), **SMALL), dataset=digits, folder=tmp_path / "run", progress=False)
+    for network in (run.model(), run.cluster_model(), run.encoder_at(1)):
+        weights = [weight for weight in network.parameters() if weight.dim() == 4 and min(weight.shape[1:]) > 1]
+        assert weights
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+        assert not any(weight.requires_grad for weight in network.parameters())
+    network = training._new_network(run.recipe, digits.image_shape, digits.num_classes)
+    assert all(weight.is_contiguous() and weight.requires_grad for weight in network.parameters())
