@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.attacking import EPS, STEP, unbreakable
 from benchmarks.certifying import scene
-from benchmarks.harness import Call, Effort, interleaved
+from benchmarks.harness import Call, Effort, interleaved, one_thread
 from benchmarks.steps import Trainee
 from clustr_core import costs
 from clustr_core.attacks import pgd
@@ -138,27 +138,27 @@ def _gradient(encoder, images: Tensor) -> None:
 
 
 def predictions(effort: Effort) -> pd.DataFrame:
-    """The cost model beside this machine: each kind of work is calibrated at one size, and the others are predicted.
+    """The cost model beside one thread of this machine: one size of each kind of work calibrates it for the others.
+
+    One thread, as each job of the pipeline has: two libraries' threads, which wait for work by spinning, would fight.
 
     Returns:
         columns ``what setting predicted measured ratio calibrated``, in seconds.
     """
-    works = _works(effort)
-    calls = {f"{what} {setting}": call for what, points in works.items() for setting, (_, call) in points.items()}
     # memory traffic is left out: on a CPU the caches decide
     machine = costs.Machine("this one", 1e11, 1e11)
-    times = interleaved(calls, effort)
     rows = []
-    for what, points in works.items():
+    for what, points in _works(effort).items():
+        with one_thread():
+            times = interleaved({setting: call for setting, (_, call) in points.items()}, effort)
         (first, (work, _)), *_ = points.items()
-        here = costs.calibrated(machine, work, times.median(f"{what} {first}"))
+        here = costs.calibrated(machine, work, times.median(first))
+        calibration = costs.seconds(work, here)
         for setting, (work, _) in points.items():
-            predicted, measured = costs.seconds(work, here), times.median(f"{what} {setting}")
-            ratio = (
-                times.ratio(f"{what} {setting}", f"{what} {first}") * costs.seconds(points[first][0], here) / predicted
-            )
+            predicted = costs.seconds(work, here)
+            ratio = times.ratio(setting, first) * calibration / predicted
             rows.append(
-                {"what": what, "setting": setting, "predicted": predicted, "measured": measured,
+                {"what": what, "setting": setting, "predicted": predicted, "measured": times.median(setting),
                  "ratio": ratio, "calibrated": setting == first}
             )  # fmt: skip
     return pd.DataFrame(rows)
