@@ -30,7 +30,7 @@ from clustr_core.recipes import (
     run_folder,
 )
 from clustr_core.sandwich import CertificateBroken
-from clustr_core.training import Run, fit
+from clustr_core.training import DONE, Run, fit
 
 EPILOG = """\
 examples:
@@ -48,7 +48,7 @@ examples:
 several processes, each with its GPU or CPU, share a training, an attack, a certificate or a sandwich; so do jobs that
 know nothing of each other (a later call without --shard puts their rows together):
   torchrun --nproc_per_node 8 -m clustr_core.cli train --profile paper --method clustr
-  clustr attack  --profile paper --method clustr --shard 3/20
+  clustr attack  --profile paper --method clustr --shard 3/20  (once the run is there)
 
 A profile (profiles/NAME.yaml) names the dataset, the methods' recipes and the attacks. A run lies in runs/, under a
 name made of its recipe and of the code that trains it: a finished one is loaded, a killed one goes on where it was.
@@ -68,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.threads is not None:
             _set_threads(options.threads)
+        # what is asked of a share is looked at before any work is done for it
+        if getattr(options, "shard", None) is not None and options.output is not None:
+            raise ValueError(f"--output: expected none with --shard, which writes no table, got {options.output}")
         with spoken:
             options.command(options)
     except (ValueError, TypeError, OSError, CertificateBroken) as error:
@@ -209,8 +212,6 @@ def _sandwich(options: argparse.Namespace) -> None:
 
 def _compute_share(pieces: Sequence[evaluation.Piece], options: argparse.Namespace, device: torch.device) -> None:
     """Keep the rows of a share of a measurement; no table is written until a call without --shard finds them all."""
-    if options.output is not None:
-        raise ValueError(f"--output: expected none with --shard, which writes no table, got {options.output}")
     index, count = options.shard
     evaluation.compute(pieces, device=device, share=options.shard, title=f"share {index} of {count}")
     print(f"share {index} of {count}: {len(pieces[index - 1 :: count])} of {len(pieces)} pieces are kept")
@@ -225,7 +226,11 @@ def _share(text: str) -> evaluation.Share:
 
 
 def _run(options: argparse.Namespace) -> Run:
-    return fit(_recipe(options), device=_device(options))
+    recipe = _recipe(options)
+    # jobs that know nothing of each other would each train it
+    if getattr(options, "shard", None) is not None and not (done := run_folder(recipe) / DONE).exists():
+        raise ValueError(f"--shard: expected a finished run, got no {os.path.relpath(done)}; run clustr train first")
+    return fit(recipe, device=_device(options))
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import sympy as sp
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -563,6 +563,10 @@ def _unit(vectors: Tensor) -> Tensor:
     return vectors[lengths > 0] / lengths[lengths > 0][:, None]
 
 
+# inputs at a time, on the way outwards
+SCANNED = 2048
+
+
 def smallest_flip(
     logits: Encode,
     start: Float[Tensor, " input"],
@@ -570,35 +574,31 @@ def smallest_flip(
     *,
     reach: float,
     scan: int = 64,
-    halvings: int = 60,
+    passes: int = 8,
 ) -> float:
     """The smallest input norm at which the class was seen to change along any direction; infinity if none was.
 
-    Each ray is scanned at ``scan`` lengths up to ``reach``; between the last length with the old class and the first
-    with another, bisection keeps the end that flips, so the returned norm is one that really changes the class.
+    All rays are scanned at ``scan`` lengths up to ``reach``; then those that change in the first cell in which any does
+    are scanned again within that cell, and so on. The end that flips is kept, so the returned norm is one that really
+    changes the class.
     """
-
-    def flips(lengths: Float[Tensor, "*scan n"], rays: Float[Tensor, "n input"]) -> Bool[Tensor, "*scan n"]:
-        inputs = start + lengths[..., None] * rays
-        return (logits(inputs.flatten(0, -2)).argmax(dim=1) != own).reshape(lengths.shape)
-
+    rays, low, high, smallest = directions, 0.0, reach, math.inf
     with torch.no_grad():
         own = logits(start[None]).argmax()
-        grid = torch.linspace(0, reach, scan + 1, dtype=torch.float64)[1:]
-        seen = flips(grid[:, None].expand(-1, len(directions)), directions)
-        flipping = seen.any(dim=0)
-        if not flipping.any():
-            return torch.inf
-        # only a ray that flips in the first cell in which any does can be the shortest
-        first = torch.where(flipping, seen.int().argmax(dim=0), scan)
-        rays = directions[first == first.min()]
-        high = grid[first.min()].expand(len(rays))
-        low = high - reach / scan
-        for _ in range(halvings):
-            middle = (low + high) / 2
-            flipped = flips(middle, rays)
-            low, high = torch.where(flipped, low, middle), torch.where(flipped, middle, high)
-    return float(high.min())
+        for _ in range(passes):
+            lengths = torch.linspace(low, high, scan + 1, dtype=torch.float64)[1:]
+            # outwards, a few lengths at a time: beyond the first change nothing counts
+            for part in lengths.split(max(1, SCANNED // max(1, len(rays)))):
+                inputs = start + part[:, None, None] * rays
+                flipped = (logits(inputs.flatten(0, 1)).argmax(dim=1) != own).reshape(len(part), len(rays))
+                if flipped.any():
+                    break
+            else:
+                break
+            cell = int(flipped.any(dim=1).int().argmax())
+            rays, smallest = rays[flipped[cell]], float(part[cell])
+            low, high = smallest - (high - low) / scan, smallest
+    return smallest
 
 
 def logits_of(encode: Encode, clusters: Clusters, *, rule: Rule, neighbours: int | None = None) -> Encode:

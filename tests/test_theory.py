@@ -220,6 +220,22 @@ def test_smallest_flip_finds_a_known_distance():
     assert logits((start + found * rays[0])[None]).argmax() == 1
 
 
+def test_smallest_flip_finds_the_first_change_of_many_rays():
+    """Another class only between two lengths, along one ray of a thousand: it is neither missed nor overrun."""
+    start = torch.zeros(2, dtype=torch.float64)
+    angles = torch.linspace(0, 3, 1000, dtype=torch.float64)
+    rays = torch.stack([angles.cos(), angles.sin()], dim=1)
+
+    def logits(x):
+        length, along = x.norm(dim=1), x @ rays[777]
+        slab = (along > length * (1 - 1e-9)) & (length > 2.3) & (length < 2.7)
+        return torch.stack([torch.zeros_like(length), torch.where(slab | (length > 8), 1.0, -1.0)], dim=1)
+
+    assert theory.smallest_flip(logits, start, rays, reach=10.0) == pytest.approx(2.3, abs=1e-12)
+    assert theory.smallest_flip(logits, start, rays[:700], reach=10.0) == pytest.approx(8, abs=1e-12)
+    assert theory.smallest_flip(logits, start, rays[:0], reach=10.0) == math.inf
+
+
 def test_gradient_directions_find_a_hyperplane():
     clusters = Clusters(torch.tensor([[0.0, 0.0], [4.0, 0.0]]).double(), torch.tensor([0, 1]), torch.ones(2).double())
     start = torch.tensor([0.5, 1.0], dtype=torch.float64)
