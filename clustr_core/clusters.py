@@ -150,20 +150,22 @@ def _sklearn_kmeans(
 ) -> tuple[Float[Tensor, "cluster dim"], Int[Tensor, " point"]]:
     """scikit-learn's Lloyd, the fastest honest choice on a CPU, class by class, each with a seed of its own.
 
-    Imported here: importing it takes as long as importing PyTorch.
+    All fits come between all that PyTorch does: its threads and scikit-learn's go on spinning after each call, and
+    disturb each other. Imported here: importing it takes as long as importing PyTorch.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    centroids, assignments = [], torch.empty_like(labels)
-    for label in range(int(labels.max()) + 1):
-        members = (labels == label).nonzero().squeeze(1)
-        own = points[members]
-        with warnings.catch_warnings():
-            # fewer distinct points than clusters: coinciding centroids are a valid (if poor) clustering
-            warnings.simplefilter("ignore", ConvergenceWarning)
+    members = [(labels == label).nonzero().squeeze(1) for label in range(int(labels.max()) + 1)]
+    parts = [points[rows] for rows in members]
+    centroids = []
+    with warnings.catch_warnings():
+        # fewer distinct points than clusters: coinciding centroids are a valid (if poor) clustering
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for label, part in enumerate(parts):
             kmeans = KMeans(per_class, n_init=n_init, max_iter=max_iter, random_state=seed + label)  # pyright: ignore[reportArgumentType]
-            fitted = kmeans.fit(own.cpu().numpy())
-        centroids.append(torch.from_numpy(fitted.cluster_centers_).to(points))
-        assignments[members] = squared_distances(own, centroids[-1]).argmin(dim=1) + label * per_class
+            centroids.append(torch.from_numpy(kmeans.fit(part.cpu().numpy()).cluster_centers_).to(points))
+    assignments = torch.empty_like(labels)
+    for label, (rows, part, own) in enumerate(zip(members, parts, centroids, strict=True)):
+        assignments[rows] = squared_distances(part, own).argmin(dim=1) + label * per_class
     return torch.cat(centroids), assignments

@@ -1,4 +1,5 @@
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import growth
 from benchmarks.harness import Effort
-from clustr_core import costs
+from clustr_core import costs, data, training
 from clustr_core.clusters import Clusters
 from clustr_core.encoders import build_encoder
 from clustr_core.recipes import (
@@ -18,6 +19,7 @@ from clustr_core.recipes import (
     CrossEntropy,
     FreeAdversarialTraining,
     Trades,
+    load_profile,
 )
 
 MACHINE = costs.Machine("a machine", 1e12, 1e11, 1e10, 1e9)
@@ -67,6 +69,35 @@ def test_an_epochs_flops_are_those_of_its_passes(recipe):
         "free-at": 2 * 3 * forward,
     }
     assert costs.epoch_flops(recipe, network) == expected[recipe.method]
+
+
+class AnyModule(nullcontext):
+    """In place of the counter's own tracker of modules, which cannot follow `torch.autograd.grad` to a leaf."""
+
+    parents = frozenset({"Global"})
+
+
+SMOKE = {name: recipe for name, recipe in load_profile("smoke").recipes.items() if recipe.encoder == "small-cnn"}
+
+
+@pytest.mark.parametrize("method", SMOKE)
+def test_an_epochs_flops_are_those_of_a_real_one(method, tmp_path):
+    """What a second epoch adds to a first, counted by PyTorch; beside the network there is little."""
+    examples, few = 160, {"milestones": (), "snapshots": (), "warm_start": None, "train_examples": 160}
+    batches = {"per_cluster": 4, "clusters_per_batch": 8} if SMOKE[method].clustered else {"batch_size": 32}
+    digits = data.load("digits")
+
+    def spent(epochs: int) -> int:
+        recipe = replace(SMOKE[method], epochs=epochs, **few, **batches)
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = AnyModule()
+        with counter:
+            training.fit(recipe, dataset=digits, folder=tmp_path / str(epochs), device="cpu", progress=False)
+        return counter.get_total_flops()
+
+    encoder = build_encoder("small-cnn", digits.image_shape, width=SMOKE[method].width)
+    expected = examples * costs.epoch_flops(SMOKE[method], costs.counted("", encoder, digits.image_shape))
+    assert spent(2) - spent(1) == pytest.approx(expected, rel=0.02)
 
 
 def test_products_around_the_network():
