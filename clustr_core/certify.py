@@ -51,9 +51,10 @@ def certified_radius(
     The soft rule has bounds of its own, "soft-global" to "soft-dual": see `soft_bounds.soft_radius`.
 
     Negative radii become 0, and no gradient goes through: `losses.certificate_loss` is for that. The radius is lowered
-    by a bound on the rounding of this computation, in the inputs' dtype (half precision is computed in float32, and
-    rounded down); for the rounding inside the encoder there is ``embedding_error``. Embeddings are taken in chunks:
-    beyond them, the centroids and their mutual distances, and the answer, memory does not grow with the batch.
+    by a bound on the rounding of this computation, in the inputs' dtype, the wider of two (half precision is computed
+    in float32, and rounded down); for the rounding inside the encoder there is ``embedding_error``. Embeddings are
+    taken in chunks: beyond them, the centroids and their mutual distances, and the answer, memory does not grow with
+    the batch.
 
     Args:
         lipschitz: an upper bound on the encoder's L2 Lipschitz constant, for pixels in [0, 1].
@@ -64,26 +65,30 @@ def certified_radius(
         embedding_error: how far an embedding may be from the exact one (`rounding.embedding_error`). Twice that is
             taken off the feature radius: once for the image, once for what it is moved to.
     Raises:
-        ValueError: for fewer than two classes, an embedding that is not finite, ``lipschitz`` not positive,
-            ``embedding_error`` negative, an unknown ``bound`` or ``rule``, unequal variances where the rule needs one
-            sigma^2, or ``neighbours`` with a bound "soft-...", which needs every vote.
+        ValueError: for fewer than two classes, an embedding that is not finite or not of the centroids' dimension,
+            ``lipschitz`` not positive, ``embedding_error`` negative, an unknown ``bound`` or ``rule``, unequal
+            variances where the rule needs one sigma^2, or ``neighbours`` with a bound "soft-...", which needs every
+            vote.
     Source: Alfarra et al. 2021, Theorem 1 ("nearest"); "triangle" is folklore; "pairwise", "exact" and the soft rule's
         are this book's (chapters 1 and 2).
     """
     _check(embeddings, clusters, bound, rule, neighbours)
     _check_encoder(lipschitz, embedding_error)
-    if embeddings.dtype in HALVES:
+    dtype = torch.promote_types(embeddings.dtype, clusters.centroids.dtype)
+    embeddings, clusters = embeddings.to(dtype), clusters.to(dtype)
+    if dtype in HALVES:
         wide = certified_radius(
             embeddings.float(), clusters.to(torch.float32), bound=bound, lipschitz=lipschitz, rule=rule,
             neighbours=neighbours, embedding_error=embedding_error,
         )  # fmt: skip
-        return _rounded_down(wide, embeddings.dtype)
+        return _rounded_down(wide, dtype)
     relative = _relative_rounding(embeddings)
-    chunks = embeddings.split(_rows(clusters, bound))
     with full_precision(embeddings.device):
         if bound in SOFT_BOUNDS:
-            wide_clusters = clusters.to(torch.float64)
-            parts = [_soft_feature_radius(part, clusters, wide_clusters, bound, relative) for part in chunks]
+            # the class that is predicted in the embeddings' own dtype; the bound in float64
+            predicted = cluster_logits(embeddings, clusters).argmax(dim=1)
+            soft: SoftBound = bound  # pyright: ignore[reportAssignmentType]
+            parts = [_rounded_down(soft_radius(embeddings, clusters, predicted, bound=soft, relative=relative), dtype)]
         else:
             frame = _frame_of(clusters, relative, neighbours, votes=rule == "soft" or neighbours is not None)
             kernel = dispatch("pairwise_radius", None, embeddings) if bound == "pairwise" else None
@@ -91,6 +96,7 @@ def certified_radius(
                 parts = [_by_kernel(kernel, embeddings, clusters, frame, relative, rule, neighbours)]
             else:
                 hard: HardBound = bound  # pyright: ignore[reportAssignmentType]
+                chunks = embeddings.split(rows_within(CHUNK_BYTES, len(clusters.centroids), dtype))
                 parts = [_hard_feature_radius(part, clusters, frame, hard, rule, neighbours) for part in chunks]
     return (torch.cat(parts) * (1 - relative) - 2 * embedding_error).clamp_min(0) / lipschitz
 
@@ -126,13 +132,13 @@ def certify(
     if images.dim() != 4:
         raise ValueError(f"images: expected shape [batch, channel, height, width], got {list(images.shape)}")
     channels, height, width = images.shape[1:]
-    if lipschitz is None:
-        lipschitz = lipschitz_upper_bound(model.encoder, (channels, height, width))
-    try:
-        error = rounding.embedding_error(model.encoder, (channels, height, width))
-    except TypeError:  # an encoder whose rounding nothing is known of
-        error = 0.0
     with torch.no_grad(), full_precision(images.device):
+        if lipschitz is None:
+            lipschitz = lipschitz_upper_bound(model.encoder, (channels, height, width))
+        try:
+            error = rounding.embedding_error(model.encoder, (channels, height, width))
+        except TypeError:  # an encoder whose rounding nothing is known of
+            error = 0.0
         embeddings = model.embed(images)
     options = {"lipschitz": lipschitz, "embedding_error": error, "rule": model.rule, "neighbours": model.neighbours}
     if bound is not None:
@@ -152,7 +158,8 @@ def margin_radius(
 ) -> Float[Tensor, " batch"]:
     """L2 radius of a linear head on a Lipschitz encoder: min_j (g_c - g_j) / (L ||w_c - w_j||), c the predicted class.
 
-    Lowered, as `certified_radius` is, by bounds on the rounding of the logits and of the embeddings.
+    Lowered, as `certified_radius` is, by bounds on the rounding of the logits and of the embeddings; half precision is
+    computed in float32, and rounded down.
 
     Raises:
         ValueError: for fewer than two classes, an embedding that is not finite, ``lipschitz`` not positive or
@@ -162,10 +169,12 @@ def margin_radius(
     _check_encoder(lipschitz, embedding_error)
     if head.out_features < 2:
         raise ValueError(f"head: expected at least two classes, got {head.out_features}")
-    if len(embeddings) and not torch.stack(embeddings.aminmax()).isfinite().all():
-        raise ValueError("embeddings: expected finite values, got NaN or infinity")
+    _check_finite(embeddings)
     weight = head.weight.detach()
     bias = head.bias.detach() if head.bias is not None else weight.new_zeros(head.out_features)
+    dtype = torch.promote_types(embeddings.dtype, weight.dtype)
+    wide = torch.float32 if dtype in HALVES else dtype
+    embeddings, weight, bias = embeddings.to(wide), weight.to(wide), bias.to(wide)
     with full_precision(embeddings.device):
         predicted = (embeddings @ weight.T + bias).argmax(dim=1)
         radius = linear_radius(weight, bias, embeddings, predicted)
@@ -173,7 +182,7 @@ def margin_radius(
     shortest = squared_distances(weight, weight).fill_diagonal_(torch.inf).amin().sqrt()
     slack = 4 * _relative_rounding(embeddings) * size / shortest
     # two equal rows tell nothing apart
-    return (radius - slack - 2 * embedding_error).nan_to_num(nan=0.0).clamp_min(0) / lipschitz
+    return _rounded_down((radius - slack - 2 * embedding_error).nan_to_num(nan=0.0).clamp_min(0) / lipschitz, dtype)
 
 
 def radius_from_magnet_loss(
@@ -220,14 +229,6 @@ def linear_radius(
     lengths = (weight[labels][:, None] - weight).norm(p=2 if norm == "l2" else 1, dim=2)
     own = torch.nn.functional.one_hot(labels, len(weight)).bool()
     return (margins / lengths.masked_fill(own, 1)).masked_fill(own, torch.inf).amin(dim=1).clamp_min(0)
-
-
-def _soft_feature_radius(
-    embeddings: Tensor, clusters: Clusters, wide: Clusters, bound: SoftBound, relative: float
-) -> Tensor:
-    """A soft bound in float64, for the class that is predicted in the embeddings' own dtype."""
-    predicted = cluster_logits(embeddings, clusters).argmax(dim=1)
-    return soft_radius(embeddings.double(), wide, predicted, bound=bound, relative=relative).to(embeddings)
 
 
 @dataclass(frozen=True)
@@ -378,14 +379,6 @@ def _own_clusters(clusters: Clusters, predicted: Int[Tensor, " batch"]) -> Int[T
     return columns.where(filled, columns[:, :1])[predicted]
 
 
-def _rows(clusters: Clusters, bound: Bound) -> int:
-    """So many embeddings at once that the largest table of a chunk stays within `CHUNK_BYTES`."""
-    count = len(clusters.centroids)
-    if bound in SOFT_BOUNDS:
-        return rows_within(CHUNK_BYTES, count * clusters.by_class[0].shape[1], torch.float64)
-    return rows_within(CHUNK_BYTES, count, clusters.centroids.dtype)
-
-
 def _vote_correction(clusters: Clusters, neighbours: int | None) -> Float[Tensor, " cluster"]:
     """sigma^2 times the log of how many clusters of each cluster's class can vote at once against us."""
     voters = torch.bincount(clusters.labels)[clusters.labels]
@@ -400,10 +393,11 @@ def _relative_rounding(embeddings: Tensor) -> float:
 
 
 def _rounded_down(radius: Float[Tensor, " batch"], dtype: torch.dtype) -> Float[Tensor, " batch"]:
-    """The largest numbers of a 16-bit dtype that exceed none of these, which are not negative."""
+    """The largest numbers of a dtype that exceed none of these, which are not negative."""
     rounded = radius.to(dtype)
     # the bits of positive numbers are ordered as they are
-    return (rounded.view(torch.int16) - (rounded.float() > radius).to(torch.int16)).view(dtype)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    return (rounded.view(bits) - (rounded.to(radius.dtype) > radius).to(bits)).view(dtype)
 
 
 def _check_encoder(lipschitz: float, embedding_error: float) -> None:
@@ -432,5 +426,12 @@ def _check(embeddings: Tensor, clusters: Clusters, bound: str, rule: str, neighb
         raise ValueError(f"clusters: expected one shared variance, got values from {low:.9g} to {high:.9g}")
     if clusters.num_classes < 2:
         raise ValueError("clusters: expected at least two classes, got one, which nothing can be told apart from")
-    if len(embeddings) and not torch.stack(embeddings.aminmax()).isfinite().all():
+    if embeddings.shape[-1] != (dim := clusters.centroids.shape[1]):
+        raise ValueError(f"embeddings: expected dimension {dim} as the centroids', got {embeddings.shape[-1]}")
+    _check_finite(embeddings)
+
+
+def _check_finite(embeddings: Tensor) -> None:
+    # two numbers tell of all; each alone, since autocast refuses to stack some dtypes
+    if len(embeddings) and not all(bool(each.isfinite()) for each in embeddings.aminmax()):
         raise ValueError("embeddings: expected finite values, got NaN or infinity")

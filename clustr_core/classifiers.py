@@ -29,6 +29,9 @@ def cluster_logits(
     The paper's score is exp(g_c), which underflows a few sigma away from every centroid; its logarithm does not,
     and has the same largest class.
 
+    Without gradient, memory does not grow with embeddings times clusters; for the backward pass every vote is kept
+    (by the kernel on a GPU it is computed again).
+
     Args:
         neighbours: let only that many nearest centroids vote (the paper's L); None lets all vote. A class without
             a vote gets a finite logit below that of every class with one.
@@ -53,6 +56,12 @@ def _plain_logits(
     if neighbours is None or neighbours >= len(clusters.centroids):
         logits: Tensor = _AllVotes.apply(embeddings, clusters.centroids, clusters)  # pyright: ignore[reportAssignmentType]
         return logits
+    return torch.cat([_few_votes(part, clusters, neighbours) for part in embeddings.split(_rows(clusters))])
+
+
+def _few_votes(
+    embeddings: Float[Tensor, "batch dim"], clusters: Clusters, neighbours: int
+) -> Float[Tensor, "batch class"]:
     distances = squared_distances(embeddings, clusters.centroids)
     exponents = -distances / (2 * clusters.variance)
     votes = torch.zeros_like(exponents, dtype=torch.bool)
@@ -66,8 +75,17 @@ def _plain_logits(
 def nearest_logits(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> Float[Tensor, "batch class"]:
     """-min_{j in c} d_j^2 / (2 mean sigma^2): the largest class is that of the nearest centroid."""
     _check(embeddings, clusters, None)
+    return torch.cat([_nearest_votes(part, clusters) for part in embeddings.split(_rows(clusters))])
+
+
+def _nearest_votes(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> Float[Tensor, "batch class"]:
     exponents = -squared_distances(embeddings, clusters.centroids) / (2 * clusters.variance.mean())
     return clusters.gather_by_class(exponents, -torch.inf).amax(dim=2)
+
+
+def _rows(clusters: Clusters) -> int:
+    """So many embeddings at once that a table of theirs and all clusters stays within `CHUNK_BYTES`."""
+    return rows_within(CHUNK_BYTES, len(clusters.centroids), clusters.centroids.dtype)
 
 
 class _Votes(NamedTuple):

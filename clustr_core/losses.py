@@ -5,12 +5,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clustr_core.clusters import Clusters
-from clustr_core.distances import HALVES, full_precision, squared_distances
+from clustr_core.distances import HALVES, full_precision, rows_within, squared_distances
+
+# the distances of a chunk of embeddings, in bytes
+CHUNK_BYTES = 2**22
 
 
 class MagnetLoss(NamedTuple):
@@ -123,7 +126,7 @@ def full_magnet_loss(
     """The magnet loss against fixed clusters: the k-means centroids and their sigma^2.
 
     l_n as in `magnet_loss`, with own = the nearest cluster of the example's own class, and all clusters of other
-    classes as rivals.
+    classes as rivals. Without gradient, memory does not grow with examples times clusters.
 
     Raises:
         ValueError: as `magnet_loss`, or if the clusters' variances differ.
@@ -133,11 +136,30 @@ def full_magnet_loss(
     _check_rows(embeddings, labels)
     _check_classes(labels, clusters)
     variance = embeddings.new_tensor(clusters.shared_variance)
+    rows = rows_within(CHUNK_BYTES, len(clusters.centroids), embeddings.dtype)
+    per_example = torch.cat(
+        [
+            _magnet_of(part, of, clusters, variance, gap)
+            for part, of in zip(embeddings.split(rows), labels.split(rows), strict=True)
+        ]
+    )
+    return MagnetLoss(per_example.mean(), per_example, variance)
+
+
+def _magnet_of(
+    embeddings: Float[Tensor, "batch dim"],
+    labels: Int[Tensor, " batch"],
+    clusters: Clusters,
+    variance: Float[Tensor, ""],
+    gap: float,
+) -> Float[Tensor, " batch"]:
     distances = squared_distances(embeddings, clusters.centroids)
     is_rival = clusters.labels != labels[:, None]
     own_distance = distances.masked_fill(is_rival, torch.inf).amin(dim=1)
-    per_example = _hinged(distances, own_distance, is_rival, variance, gap)
-    return MagnetLoss(per_example.mean(), per_example, variance)
+    # all examples on their centroids (a batch of singletons): any scale is right, a finite one is needed
+    double_variance = 2 * variance.clamp_min(torch.finfo(distances.dtype).eps ** 2)
+    rivals = (-distances / double_variance).masked_fill(~is_rival, -torch.inf).logsumexp(dim=1)
+    return (own_distance / double_variance + gap + rivals).clamp_min(0)
 
 
 def certificate_loss(
@@ -253,19 +275,6 @@ def kl_divergence(
     """KL(softmax(clean) || softmax(moved)) of each example, in nats; both sides carry gradients."""
     clean, moved = clean_logits.log_softmax(dim=1), moved_logits.log_softmax(dim=1)
     return F.kl_div(moved, clean, reduction="none", log_target=True).sum(dim=1)
-
-
-def _hinged(
-    distances: Float[Tensor, "batch cluster"],
-    own_distance: Float[Tensor, " batch"],
-    is_rival: Bool[Tensor, "batch cluster"],
-    variance: Float[Tensor, ""],
-    gap: float,
-) -> Float[Tensor, " batch"]:
-    # all examples on their centroids (a batch of singletons): any scale is right, a finite one is needed
-    double_variance = 2 * variance.clamp_min(torch.finfo(distances.dtype).eps ** 2)
-    rivals = (-distances / double_variance).masked_fill(~is_rival, -torch.inf).logsumexp(dim=1)
-    return (own_distance / double_variance + gap + rivals).clamp_min(0)
 
 
 def _cluster_of_rows(assignments: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ with the same terms left out, so that c stays ahead of B as long as
     logsumexp_{j in B}(-d_j^2 / 2 sigma^2 + rho ||mu_j - mu_q|| / sigma^2) <= H(q) - sum_i q_i d_i^2 / 2 sigma^2.   (*)
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,10 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clustr_core.clusters import Clusters
-from clustr_core.distances import squared_distances
+from clustr_core.distances import rows_within, squared_distances
 from clustr_core.dual import multipliers
 
 SoftBound = Literal["soft-global", "soft-local", "soft-lse", "soft-dual"]
+# the largest table of a chunk of embeddings, in bytes
+CHUNK_BYTES = 2**22
 # each halves what is left between a safe radius and one too large: 48 of them leave a rounding
 BISECTIONS = 48
 # of the dual's weights towards those at the point where an attack is expected
@@ -43,29 +46,60 @@ def soft_radius(
         soft-lse     the largest rho with (*) at the same q, from below
         soft-dual    the largest rho with (*) at the best q found: every q is sound
 
+    All is computed in float64, for some embeddings at a time.
+
     Args:
-        embeddings, clusters: in float64.
         relative: the share of itself by which a squared distance may be off.
     Raises:
         ValueError: if the variances differ.
     Source: this book, chapter 2.
     """
-    votes = _Votes(embeddings, clusters, predicted, relative)
-    if bound == "soft-global":
-        radii = votes.margins * votes.variance / _farthest_between(clusters)[predicted]
-    elif bound == "soft-local":
-        radii = votes.margins / votes.pulls(votes.shares).amax(dim=2)
-    elif bound == "soft-lse":
-        radii = votes.reach(votes.shares)
-    else:
-        radii = _dual(votes)
-    return radii.masked_fill(votes.is_own_class, torch.inf).amin(dim=1).clamp_min(0)
+    clusters = clusters.to(torch.float64)
+    between = _Between.of(clusters)
+    farthest = _farthest_between(clusters) if bound == "soft-global" else None
+    rows = rows_within(CHUNK_BYTES, between.squares.numel() * between.squares.shape[1], torch.float64)
+
+    def of(part: Tensor, own: Tensor) -> Tensor:
+        votes = _Votes(part.double(), clusters, between, own, relative)
+        if farthest is not None:
+            radii = votes.margins * votes.variance / farthest[own]
+        elif bound == "soft-local":
+            radii = votes.margins / votes.pulls(votes.shares).amax(dim=2)
+        elif bound == "soft-lse":
+            radii = votes.reach(votes.shares)
+        else:
+            radii = _dual(votes)
+        # no margin and no way to lose it, where all centroids of two classes coincide, is 0 / 0
+        radii = radii.masked_fill(radii.isnan(), 0).masked_fill(votes.is_own_class, torch.inf)
+        return radii.amin(dim=1).clamp_min(0)
+
+    return torch.cat([of(*each) for each in zip(embeddings.split(rows), predicted.split(rows), strict=True)])
+
+
+@dataclass(frozen=True)
+class _Between:
+    """What all embeddings share: the centroids' Gram matrix, and their squared norms by class."""
+
+    gram: Float[Tensor, "cluster cluster"]
+    squares: Float[Tensor, "class slot"]
+    rounding: Float[Tensor, ""]
+
+    @classmethod
+    def of(cls, clusters: Clusters) -> "_Between":
+        # lengths do not change when the origin moves, and are least rounded with it in the middle
+        centred = clusters.centroids - clusters.centroids.mean(dim=0)
+        gram = centred @ centred.T
+        squares = gram.diagonal()[clusters.by_class[0]]
+        rounding = 8 * (clusters.centroids.shape[1] + 8) * torch.finfo(gram.dtype).eps * squares.amax()
+        return cls(gram, squares, rounding)
 
 
 class _Votes:
-    """A batch's log-votes -d^2 / 2 sigma^2, own ones rounded down and rival ones up, and the centroids' Gram matrix."""
+    """A batch's log-votes -d^2 / 2 sigma^2, own ones rounded down and rival ones up."""
 
-    def __init__(self, embeddings: Tensor, clusters: Clusters, predicted: Tensor, relative: float) -> None:
+    def __init__(
+        self, embeddings: Tensor, clusters: Clusters, between: _Between, predicted: Tensor, relative: float
+    ) -> None:
         columns, self.filled = clusters.by_class
         own_index, self.own_filled = columns[predicted], self.filled[predicted]
         self.variance = clusters.shared_variance
@@ -77,13 +111,10 @@ class _Votes:
         self.shares = self.own.softmax(dim=1)[:, None, :]
         classes = torch.arange(clusters.num_classes, device=predicted.device)
         self.is_own_class = classes == predicted[:, None]
-        # lengths do not change when the origin moves, and are least rounded with it in the middle
-        centred = clusters.centroids - clusters.centroids.mean(dim=0)
-        gram = centred @ centred.T
-        self.squares = gram.diagonal()[columns]
-        self.rounding = 8 * (clusters.centroids.shape[1] + 8) * torch.finfo(gram.dtype).eps * self.squares.amax()
-        self.own_rivals = gram[own_index][:, :, columns]
-        self.own_own = gram[own_index].gather(2, own_index[:, None, :].expand(-1, own_index.shape[1], -1))
+        self.squares, self.rounding = between.squares, between.rounding
+        rows = between.gram[own_index]
+        self.own_rivals = rows[:, :, columns]
+        self.own_own = rows.gather(2, own_index[:, None, :].expand(-1, own_index.shape[1], -1))
 
     def pulls(self, weights: Float[Tensor, "batch one_or_class slot"]) -> Float[Tensor, "batch class slot"]:
         """||mu_j - mu_q|| / sigma^2, rounded up: how fast a rival's vote can gain; 0 where there is no cluster."""

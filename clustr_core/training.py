@@ -639,8 +639,12 @@ def _final_clusters(recipe: Recipe, state: _State, images: Tensor, labels: Tenso
     if not isinstance(network, ClusterClassifier):
         return _cluster(state.processes, recipe, embeddings, labels, recipe.seed)[0]
     centroids = network.centroids.detach().clone()
-    rival = network.labels != labels[:, None]
-    own = squared_distances(embeddings, centroids).masked_fill(rival, torch.inf).amin(dim=1)
+    own = embeddings.new_empty(len(embeddings))
+    for label in range(int(network.labels.max()) + 1):
+        members = labels == label
+        if members.any():
+            of_class = squared_distances(embeddings[members], centroids[network.labels == label])
+            own[members] = of_class.amin(dim=1)
     return Clusters(
         centroids, network.labels.clone(), (own.sum() / max(len(own) - 1, 1)).expand(len(centroids)).clone()
     )
