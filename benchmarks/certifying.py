@@ -17,8 +17,8 @@ from clustr_core.costs import broadcast_bytes
 from clustr_core.distances import squared_distances
 from clustr_core.losses import magnet_loss
 
-# spread of the centroids over the spread of the embeddings around them: nine in ten embeddings are then nearest to
-# their own centroid, among 1,000 in 512 dimensions
+# spread of the centroids over the spread of the embeddings around them: nearly all embeddings are then nearest to their
+# own centroid, among 1,000 in 512 dimensions
 SPREAD = 0.28
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 

@@ -143,7 +143,7 @@ def predictions(effort: Effort) -> pd.DataFrame:
     One thread, as each job of the pipeline has: two libraries' threads, which wait for work by spinning, would fight.
 
     Returns:
-        columns ``what setting predicted measured ratio calibrated``, in seconds.
+        columns ``what setting predicted measured ratio calibrated threads``, in seconds.
     """
     # memory traffic is left out: on a CPU the caches decide
     machine = costs.Machine("this one", 1e11, 1e11)
@@ -159,7 +159,7 @@ def predictions(effort: Effort) -> pd.DataFrame:
             ratio = times.ratio(setting, first) * calibration / predicted
             rows.append(
                 {"what": what, "setting": setting, "predicted": predicted, "measured": times.median(setting),
-                 "ratio": ratio, "calibrated": setting == first}
+                 "ratio": ratio, "calibrated": setting == first, "threads": 1}
             )  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -154,6 +154,8 @@ def peak_extra_megabytes(job: str, **options: Any) -> float:
     given = json.dumps({"threads": torch.get_num_threads(), "options": options})
     root = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    # glibc raises this as it goes, and then keeps chunks that were freed: what a process holds would depend on chance
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "131072"}
     done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"job: {job} failed in a fresh process: {done.stderr[-2000:]}")

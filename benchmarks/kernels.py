@@ -37,6 +37,7 @@ ARCHITECTURES = (80, 90)
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int8: "*i8",
     int: "i32",
@@ -241,7 +242,7 @@ def recorded_launches() -> list[Launch]:
         found.setdefault((kernel.__name__, *launch.signature, *launch.constants), launch)
 
     with mock.patch.object(tiles, "launch", record):
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16", "float16"):
             for classes, per_class in ((10, 2), (100, 10)):
                 sizes = {"examples": 20 * classes, "classes": classes, "per_class": per_class, "dim": 512}
                 for case in cases("cpu", dtype=getattr(torch, dtype), **sizes):

@@ -88,7 +88,7 @@ def certified_radius(
             # the class that is predicted in the embeddings' own dtype; the bound in float64
             predicted = cluster_logits(embeddings, clusters).argmax(dim=1)
             soft: SoftBound = bound  # pyright: ignore[reportAssignmentType]
-            parts = [_rounded_down(soft_radius(embeddings, clusters, predicted, bound=soft, relative=relative), dtype)]
+            parts = [soft_radius(embeddings, clusters, predicted, bound=soft, relative=relative)]
         else:
             frame = _frame_of(clusters, relative, neighbours, votes=rule == "soft" or neighbours is not None)
             kernel = dispatch("pairwise_radius", None, embeddings) if bound == "pairwise" else None
@@ -98,7 +98,8 @@ def certified_radius(
                 hard: HardBound = bound  # pyright: ignore[reportAssignmentType]
                 chunks = embeddings.split(rows_within(CHUNK_BYTES, len(clusters.centroids), dtype))
                 parts = [_hard_feature_radius(part, clusters, frame, hard, rule, neighbours) for part in chunks]
-    return (torch.cat(parts) * (1 - relative) - 2 * embedding_error).clamp_min(0) / lipschitz
+    radii = torch.cat(parts).double() * (1 - relative) - 2 * embedding_error
+    return _rounded_down(radii.clamp_min(0) / lipschitz, dtype)
 
 
 def certify(
@@ -182,7 +183,8 @@ def margin_radius(
     shortest = squared_distances(weight, weight).fill_diagonal_(torch.inf).amin().sqrt()
     slack = 4 * _relative_rounding(embeddings) * size / shortest
     # two equal rows tell nothing apart
-    return _rounded_down((radius - slack - 2 * embedding_error).nan_to_num(nan=0.0).clamp_min(0) / lipschitz, dtype)
+    radii = (radius - slack).double() - 2 * embedding_error
+    return _rounded_down(radii.nan_to_num(nan=0.0).clamp_min(0) / lipschitz, dtype)
 
 
 def radius_from_magnet_loss(

@@ -1,13 +1,14 @@
 """The cost model: arithmetic operations, bytes and seconds of training, refresh, attack and certification.
 
 Pure arithmetic. A multiply-add counts two; what is counted are the leading terms, convolutions and matrix products in
-``flops`` (exactly), elementwise work in ``operations`` (to a small factor). A machine turns them into seconds by what
-it can do at best, and by the share of that which a measurement of one size has shown it to reach.
+``flops`` (to a few per cent; in float64 twice), elementwise work in ``operations`` (to a small factor). A machine turns
+them into seconds by what it can do at best, and by the share of that which a measurement of one size has shown it to
+reach.
 """
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -35,6 +36,14 @@ FLOAT_BYTES = 4
 PASSES_OVER_ACTIVATIONS = 4
 # elementwise operations for each pair of an embedding and a cluster: difference, quotient, mask, comparison, ...
 _OPERATIONS = 6
+# products of weights with Gram matrices, each 2 flops for an embedding, a cluster and an own cluster: one for weights
+# that all rival classes share, two for their own, four for the point where an attack is expected
+_SOFT_PRODUCTS: dict[str, Callable[[int], int]] = {
+    "soft-global": lambda _: 0,
+    "soft-local": lambda _: 1,
+    "soft-lse": lambda _: 1,
+    "soft-dual": lambda per_class: 1 + per_class + 2 * (1 + REFINEMENTS) + 4 * REFINEMENTS,
+}
 
 
 @dataclass(frozen=True)
@@ -323,21 +332,27 @@ def kmeans(points: float, per_class: int, dim: int, *, iterations: int = 20, sta
 def certificate(points: float, clusters: int, per_class: int, dim: int, *, bound: Bound) -> Work:
     """Radii from embeddings: distances to the centroids and between them, and what the bound does with each pair.
 
-    triangle, nearest: one quotient a pair. pairwise: besides, the own clusters against the few rivals that a lower
-    bound leaves, which are not counted. exact: besides, the system of one rival.
-    soft-global, soft-local: the pairs of own and rival votes. soft-lse: a bisection for each rival class over its
-    votes. soft-dual: such a bisection for each of the weights that are tried.
+    nearest: one quotient a pair. pairwise: besides, the own clusters against the few rivals that a lower bound leaves,
+    which are not counted. triangle: besides, distances from differences, which no matrix product gives. exact: besides,
+    the system of one rival.
+    soft-global, soft-local: distances from differences, and the pairs of own and rival votes. soft-lse: a bisection for
+    each rival class over its votes. soft-dual: such a bisection for each of the weights that are tried.
     """
     pairs = points * clusters
-    # the product of the centroids with each other is in float64, at twice the price
+    # what is in float64 counts twice: the centroids with each other, and all products of the soft bounds
     flops = 2.0 * (pairs + 2 * clusters**2) * dim
     operations: float = _OPERATIONS * pairs
     if bound == "exact":
         flops += points * (2.0 * per_class**2 * dim + per_class**4)
+    if bound == "triangle":
+        operations += 2.0 * pairs * dim
+    if bound == "soft-global":
+        operations += 4.0 * clusters**2 * dim
     if bound.startswith("soft"):
+        flops += 2 * 2.0 * pairs * per_class * _SOFT_PRODUCTS[bound](per_class)
         reach = pairs * (per_class + BISECTIONS * _OPERATIONS)
         tries = {"soft-lse": 1, "soft-dual": per_class + 2 + REFINEMENTS}.get(bound, 0)
-        operations += pairs * per_class + tries * reach
+        operations += 4.0 * pairs * dim + pairs * per_class + tries * reach
     return Work("certificate", flops, operations, FLOAT_BYTES * dim * (points + clusters))
 
 

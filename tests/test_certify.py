@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -8,10 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clustr_core import certify as certify_module
-from clustr_core import theory
+from clustr_core import soft_bounds, theory
 from clustr_core.certify import certified_radius, certify, linear_radius, margin_radius
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
 from clustr_core.clusters import Clusters
+from clustr_core.encoders import build_encoder
 
 BOUNDS = ("triangle", "nearest", "pairwise")
 SEEDS = st.integers(0, 10**6)
@@ -521,12 +523,94 @@ def test_a_model_is_certified_alike_inside_autocast():
             assert torch.equal(certify(model, images, lipschitz=1.0), expected)
 
 
-def test_the_margin_radius_is_the_same_inside_autocast():
+def test_a_lipschitz_network_is_certified_alike_inside_autocast():
+    """Its own bound and its rounding are computed inside `certify`, and no more coarsely there."""
     torch.manual_seed(0)
-    head, z = nn.Linear(32, 5), torch.randn(100, 32)
+    encoder = build_encoder("lip-cnn", (1, 8, 8), width=16).eval()
+    clusters = Clusters(torch.randn(6, encoder.embedding_dim), torch.arange(6) % 3, torch.ones(6))
+    model, images = ClusterClassifier(encoder, clusters, rule="nearest"), torch.rand(4, 1, 8, 8)
+    expected = certify(model, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(certify(model, images), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_margin_radius_is_the_same_inside_autocast(dtype):
+    torch.manual_seed(0)
+    head, z = nn.Linear(32, 5).to(dtype), torch.randn(100, 32).to(dtype)
     expected = margin_radius(z, head)
+    assert expected.dtype == dtype
+    truth = margin_radius(z.double(), copy.deepcopy(head).double())
+    assert (expected.double() <= truth).all()
+    assert (expected > 0).sum() > 90
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(margin_radius(z, head), expected)
+
+
+@pytest.mark.parametrize("bound", [*BOUNDS, "exact", "soft-global", "soft-dual"])
+def test_half_precision_is_certified_alike_inside_autocast(bound):
+    g = torch.Generator().manual_seed(0)
+    clusters = Clusters(torch.randn(6, 5, generator=g).half(), torch.arange(6) % 3, torch.ones(6).half())
+    z = torch.randn(50, 5, generator=g).half()
+    expected = certified_radius(z, clusters, bound=bound)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(certified_radius(z, clusters, bound=bound), expected)
+
+
+@pytest.mark.parametrize("bound", [*BOUNDS, "exact", "soft-global", "soft-dual"])
+@pytest.mark.parametrize(
+    ("of_embeddings", "of_centroids", "answered"),
+    [
+        (torch.bfloat16, torch.float64, torch.float64),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.float32, torch.float64, torch.float64),
+        (torch.bfloat16, torch.float16, torch.float32),
+    ],
+)
+def test_two_precisions_are_certified_in_the_wider(bound, of_embeddings, of_centroids, answered):
+    """Centroids that only the wider tells apart, and one radius that the narrower would overstate."""
+    near = {torch.float64: 9984.0006, torch.float32: 9985.0, torch.float16: 9992.0}[of_centroids]
+    centroids = torch.tensor([[9984.0], [near], [9728.0]], dtype=torch.float64).to(of_centroids)
+    clusters = Clusters(centroids, torch.tensor([0, 1, 2]), torch.ones(3).to(of_centroids))
+    z = torch.tensor([[9984.0]]).to(of_embeddings)
+    radius = certified_radius(z, clusters, bound=bound)
+    assert radius.dtype == answered
+    assert 0 < float(radius) <= float(centroids[1] - centroids[0]) / 2
+
+
+def test_embeddings_of_another_dimension_are_refused():
+    clusters = Clusters(torch.randn(4, 5), torch.arange(4) % 2, torch.ones(4))
+    with pytest.raises(ValueError, match="embeddings: expected dimension 5 as the centroids', got 3"):
+        certified_radius(torch.randn(7, 3), clusters)
+
+
+@pytest.mark.parametrize("bound", ["soft-global", "soft-local", "soft-lse", "soft-dual"])
+def test_where_all_centroids_of_two_classes_coincide_there_is_nothing_to_certify(bound):
+    for places in ([0.0, 0.0, 3.0], [0.0, 0.0, 0.0]):
+        centroids = torch.tensor(places)[:, None].expand(3, 2).contiguous()
+        clusters = Clusters(centroids, torch.arange(3), torch.ones(3))
+        assert certified_radius(torch.zeros(1, 2), clusters, bound=bound, rule="soft").tolist() == [0.0]
+
+
+@pytest.mark.parametrize("bound", ["soft-global", "soft-local", "soft-lse", "soft-dual"])
+def test_soft_radii_are_rounded_down_among_the_smallest_numbers(bound):
+    g = torch.Generator().manual_seed(0)
+    centroids = torch.randn(6, 3, generator=g)
+    clusters = Clusters(centroids * 1e-22, torch.arange(6) % 3, torch.full((6,), 1e-44))
+    z = 1e-22 * (centroids[torch.arange(40) % 6] + 0.1 * torch.randn(40, 3, generator=g))
+    options = {"bound": bound, "rule": "soft", "lipschitz": 1e20}
+    truth = certified_radius(z.double(), clusters.to(torch.float64), **options)
+    assert (certified_radius(z, clusters, **options).double() <= truth).all()
+
+
+def test_soft_bounds_multiply_the_centroids_with_each_other_once(monkeypatch):
+    clusters = Clusters(torch.randn(40, 8), torch.arange(40) % 4, torch.ones(40))
+    z, made, of = torch.randn(300, 8), [], soft_bounds._Between.of
+    monkeypatch.setattr(soft_bounds._Between, "of", lambda given: made.append(given) or of(given))
+    expected = certified_radius(z, clusters, bound="soft-lse", rule="soft")
+    monkeypatch.setattr(soft_bounds, "CHUNK_BYTES", 8 * 40 * 10 * 20)
+    torch.testing.assert_close(certified_radius(z, clusters, bound="soft-lse", rule="soft"), expected)
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

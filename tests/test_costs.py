@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import growth
 from benchmarks.harness import Effort
 from clustr_core import costs, data, training
+from clustr_core.certify import certified_radius
 from clustr_core.clusters import Clusters
 from clustr_core.encoders import build_encoder
 from clustr_core.recipes import (
@@ -112,6 +113,35 @@ def test_products_around_the_network():
     work = {bound: costs.certificate(100, 40, 4, 8, bound=bound) for bound in costs.BOUNDS}
     assert work["exact"].flops > work["pairwise"].flops == work["nearest"].flops
     assert work["soft-dual"].operations > work["soft-lse"].operations > work["soft-local"].operations
+
+
+@pytest.mark.parametrize("bound", costs.BOUNDS)
+@pytest.mark.parametrize(("points", "classes", "per_class", "dim"), [(2000, 60, 10, 64), (400, 20, 5, 32)])
+def test_certificates_are_the_products_that_pytorch_counts(bound, points, classes, per_class, dim):
+    g = torch.Generator().manual_seed(0)
+    count = classes * per_class
+    centroids = torch.randn(count, dim, generator=g)
+    clusters = Clusters(centroids, torch.arange(count) // per_class, torch.full((count,), 1.0))
+    z = centroids[torch.arange(points) % count] + 0.3 * torch.randn(points, dim, generator=g)
+    with FlopCounterMode(display=False) as counter:
+        certified_radius(z, clusters, bound=bound, rule="soft" if bound.startswith("soft") else "nearest")
+    counted = counter.get_total_flops()
+    # what is in float64 is counted once by PyTorch, and twice here
+    embeddings, between = 2 * points * count * dim, 2 * count**2 * dim
+    doubled = counted - embeddings if bound.startswith("soft") else between
+    assert costs.certificate(points, count, per_class, dim, bound=bound).flops == pytest.approx(
+        counted + doubled, rel=0.08
+    )
+
+
+def test_work_of_the_clusters_and_bytes_of_a_pass():
+    # twice: three points, each against two centroids of four numbers
+    assert costs.kmeans(3, 2, 4, iterations=2).flops == 2 * 3 * 2 * (2 * 4)
+    assert costs.kmeans(3, 2, 4, iterations=2, starts=5).flops == 5 * 2 * 3 * 2 * (2 * 4)
+    network = costs.resnet18(width=4)
+    # written, read and written by what normalises, read by the next layer; in float32
+    assert costs.forward(network, 3).bytes == 3 * network.activations * 4 * 4
+    assert costs.certificate(10, 4, 2, 3, bound="nearest").bytes == 4 * (10 + 4) * 3
 
 
 def test_bytes_that_are_sent():
