@@ -97,7 +97,9 @@ def certified_radius(
             else:
                 hard: HardBound = bound  # pyright: ignore[reportAssignmentType]
                 chunks = embeddings.split(rows_within(CHUNK_BYTES, len(clusters.centroids), dtype))
-                parts = [_hard_feature_radius(part, clusters, frame, hard, rule, neighbours) for part in chunks]
+                # once for all chunks: fresh memory for each costs as much as the arithmetic
+                tables = embeddings.new_empty(3, len(chunks[0]), len(clusters.centroids))
+                parts = [_hard_feature_radius(part, clusters, frame, hard, rule, neighbours, tables) for part in chunks]
     radii = torch.cat(parts).double() * (1 - relative) - 2 * embedding_error
     return _rounded_down(radii.clamp_min(0) / lipschitz, dtype)
 
@@ -311,11 +313,17 @@ def _hard_feature_radius(
     bound: HardBound,
     rule: Rule,
     neighbours: int | None,
+    tables: Float[Tensor, "three chunk cluster"],
 ) -> Float[Tensor, " batch"]:
-    """min over rivals of the largest radius that one own cluster certifies against it; "exact" of all together."""
+    """min over rivals of the largest radius that one own cluster certifies against it; "exact" of all together.
+
+    Args:
+        tables: memory to work in.
+    """
+    halves, lower, reach = tables[:, : len(embeddings)]
     centred = embeddings - frame.origin
     size = centred.norm(dim=1, keepdim=True)
-    halves = torch.addmm(frame.norms.square() / 2, centred, frame.centroids.T, alpha=-1)
+    torch.addmm(frame.norms.square() / 2, centred, frame.centroids.T, alpha=-1, out=halves)
     if rule == "soft":
         predicted = cluster_logits(embeddings, clusters, neighbours=neighbours).argmax(dim=1)
     else:
@@ -332,7 +340,8 @@ def _hard_feature_radius(
         lengths = squared_distances(embeddings, clusters.centroids).sqrt()
         radii = (down - highest) / (lengths + lengths.gather(1, nearest))
         return _or_nothing(radii.scatter_(1, own, torch.inf).amin(dim=1))
-    lower = frame.inverse_lengths.index_select(0, nearest.squeeze(1)).mul_(down - highest)
+    torch.index_select(frame.inverse_lengths, 0, nearest.squeeze(1), out=lower)
+    lower.mul_(torch.sub(down, highest, out=reach))
     if bound == "nearest":
         return _or_nothing(lower.amin(dim=1))
 
