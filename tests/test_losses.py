@@ -7,8 +7,11 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from clustr_core import classifiers, losses
 from clustr_core.certify import certified_radius, linear_radius, radius_from_magnet_loss
+from clustr_core.classifiers import cluster_logits, nearest_logits
 from clustr_core.clusters import Clusters, fit_clusters
 from clustr_core.losses import (
     certificate_loss,
@@ -645,3 +648,41 @@ def test_margin_cross_entropy_refuses(as_installed, name, value):
     _, weight, _, logits, labels = head(0, 3)
     with pytest.raises(ValueError, match=f"{name}: expected a positive number, got {value}"):
         margin_cross_entropy(logits, labels, weight, **(SIZE | {name: value}))
+
+
+class LargestTensor(TorchDispatchMode):
+    """The numbers in the largest tensor that is made inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        tensors = [each for each in (made if isinstance(made, tuple) else (made,)) if isinstance(each, torch.Tensor)]
+        self.size = max([self.size, *(each.numel() for each in tensors)])
+        return made
+
+
+CHUNKED = {
+    "full_magnet_loss": lambda z, clusters, labels: full_magnet_loss(z, labels, clusters).per_example,
+    "cluster_logits": lambda z, clusters, _: cluster_logits(z, clusters),
+    "few voters": lambda z, clusters, _: cluster_logits(z, clusters, neighbours=3),
+    "nearest_logits": lambda z, clusters, _: nearest_logits(z, clusters),
+}
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_no_table_of_examples_and_clusters_is_whole(name, monkeypatch):
+    """Without gradient, the largest tensor is one of a chunk; and chunks change nothing."""
+    g = torch.Generator().manual_seed(0)
+    clusters = Clusters(torch.randn(40, 3, generator=g), torch.arange(40) % 4, torch.ones(40))
+    z, labels = torch.randn(2000, 3, generator=g), torch.arange(2000) % 4
+    expected = CHUNKED[name](z, clusters, labels)
+    for module in (losses, classifiers):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 40 * 100)
+    with torch.no_grad(), LargestTensor() as largest:
+        found = CHUNKED[name](z, clusters, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    # the embeddings and logits of all, or 100 embeddings with 40 clusters
+    assert largest.size <= max(2000 * 4, 100 * 40)
