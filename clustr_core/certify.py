@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from clustr_core import rounding
 from clustr_core.ascent import Norm
-from clustr_core.classifiers import ClusterClassifier, Rule, cluster_logits
+from clustr_core.classifiers import ClusterClassifier, Rule, check_voters, cluster_logits
 from clustr_core.clusters import Clusters
-from clustr_core.distances import HALVES, full_precision, middle, rows_within, squared_distances
+from clustr_core.distances import HALVES, check_finite, full_precision, middle, rows_within, squared_distances
 from clustr_core.dual import least_norm
 from clustr_core.kernels import dispatch
 from clustr_core.lipschitz import check_evaluation_mode, lipschitz_upper_bound
@@ -23,8 +23,6 @@ HardBound = Literal["triangle", "nearest", "pairwise", "exact"]
 Bound = HardBound | SoftBound
 HARD_BOUNDS: tuple[HardBound, ...] = get_args(HardBound)
 SOFT_BOUNDS: tuple[SoftBound, ...] = get_args(SoftBound)
-# the largest table of a chunk of embeddings, in bytes: the few that are held at once fit into a core's cache
-CHUNK_BYTES = 2**22
 
 
 @torch.no_grad()
@@ -74,14 +72,8 @@ def certified_radius(
     """
     _check(embeddings, clusters, bound, rule, neighbours)
     _check_encoder(lipschitz, embedding_error)
-    dtype = torch.promote_types(embeddings.dtype, clusters.centroids.dtype)
-    embeddings, clusters = embeddings.to(dtype), clusters.to(dtype)
-    if dtype in HALVES:
-        wide = certified_radius(
-            embeddings.float(), clusters.to(torch.float32), bound=bound, lipschitz=lipschitz, rule=rule,
-            neighbours=neighbours, embedding_error=embedding_error,
-        )  # fmt: skip
-        return _rounded_down(wide, dtype)
+    dtype, wide = _dtypes(embeddings, clusters.centroids)
+    embeddings, clusters = embeddings.to(wide), clusters.to(wide)
     relative = _relative_rounding(embeddings)
     with full_precision(embeddings.device):
         if bound in SOFT_BOUNDS:
@@ -96,7 +88,7 @@ def certified_radius(
                 parts = [_by_kernel(kernel, embeddings, clusters, frame, relative, rule, neighbours)]
             else:
                 hard: HardBound = bound  # pyright: ignore[reportAssignmentType]
-                chunks = embeddings.split(rows_within(CHUNK_BYTES, len(clusters.centroids), dtype))
+                chunks = embeddings.split(rows_within(len(clusters.centroids), wide))
                 # once for all chunks: fresh memory for each costs as much as the arithmetic
                 tables = embeddings.new_empty(3, len(chunks[0]), len(clusters.centroids))
                 parts = [_hard_feature_radius(part, clusters, frame, hard, rule, neighbours, tables) for part in chunks]
@@ -172,11 +164,10 @@ def margin_radius(
     _check_encoder(lipschitz, embedding_error)
     if head.out_features < 2:
         raise ValueError(f"head: expected at least two classes, got {head.out_features}")
-    _check_finite(embeddings)
+    check_finite(embeddings)
     weight = head.weight.detach()
     bias = head.bias.detach() if head.bias is not None else weight.new_zeros(head.out_features)
-    dtype = torch.promote_types(embeddings.dtype, weight.dtype)
-    wide = torch.float32 if dtype in HALVES else dtype
+    dtype, wide = _dtypes(embeddings, weight)
     embeddings, weight, bias = embeddings.to(wide), weight.to(wide), bias.to(wide)
     with full_precision(embeddings.device):
         predicted = (embeddings @ weight.T + bias).argmax(dim=1)
@@ -278,7 +269,7 @@ def _inverse_lengths(clusters: Clusters) -> Float[Tensor, "cluster cluster"]:
     squares, norms = wide.square().sum(dim=1), wide.norm(dim=1)
     relative = _relative_rounding(wide)
     table = torch.empty(len(wide), len(wide), dtype=clusters.centroids.dtype, device=wide.device)
-    rows = rows_within(CHUNK_BYTES, len(wide), wide.dtype)
+    rows = rows_within(len(wide), wide.dtype)
     parts = (each.split(rows) for each in (wide, squares, norms, clusters.labels, table))
     for part, square, norm, label, out in zip(*parts, strict=True):
         reach = (norms + norm[:, None]) ** 2
@@ -403,6 +394,12 @@ def _relative_rounding(embeddings: Tensor) -> float:
     return (embeddings.shape[1] + 16) * torch.finfo(embeddings.dtype).eps / 2
 
 
+def _dtypes(one: Tensor, other: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Of an answer from both, the wider of the two; and of its computation, at least float32."""
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return dtype, torch.float32 if dtype in HALVES else dtype
+
+
 def _rounded_down(radius: Float[Tensor, " batch"], dtype: torch.dtype) -> Float[Tensor, " batch"]:
     """The largest numbers of a dtype that exceed none of these, which are not negative."""
     rounded = radius.to(dtype)
@@ -428,8 +425,7 @@ def _check(embeddings: Tensor, clusters: Clusters, bound: str, rule: str, neighb
         )
     if rule not in get_args(Rule):
         raise ValueError(f"rule: expected one of {get_args(Rule)}, got {rule!r}")
-    if neighbours is not None and neighbours < 1:
-        raise ValueError(f"neighbours: expected a positive number or None, got {neighbours}")
+    check_voters(embeddings, clusters, neighbours)
     votes = bound in SOFT_BOUNDS or rule == "soft" or neighbours is not None
     if votes and (clusters.variance != clusters.variance[0]).any():
         # however little they differ: the quadratic terms then no longer cancel
@@ -437,12 +433,4 @@ def _check(embeddings: Tensor, clusters: Clusters, bound: str, rule: str, neighb
         raise ValueError(f"clusters: expected one shared variance, got values from {low:.9g} to {high:.9g}")
     if clusters.num_classes < 2:
         raise ValueError("clusters: expected at least two classes, got one, which nothing can be told apart from")
-    if embeddings.shape[-1] != (dim := clusters.centroids.shape[1]):
-        raise ValueError(f"embeddings: expected dimension {dim} as the centroids', got {embeddings.shape[-1]}")
-    _check_finite(embeddings)
-
-
-def _check_finite(embeddings: Tensor) -> None:
-    # two numbers tell of all; each alone, since autocast refuses to stack some dtypes
-    if len(embeddings) and not all(bool(each.isfinite()) for each in embeddings.aminmax()):
-        raise ValueError("embeddings: expected finite values, got NaN or infinity")
+    check_finite(embeddings)

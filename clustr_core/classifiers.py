@@ -14,8 +14,6 @@ from clustr_core.kernels import dispatch
 from clustr_core.one_lipschitz import orthogonal_linear
 
 Rule = Literal["soft", "nearest"]
-# the votes of a chunk of embeddings, in bytes
-CHUNK_BYTES = 2**22
 
 
 def cluster_logits(
@@ -39,7 +37,7 @@ def cluster_logits(
         ValueError: if ``neighbours`` is not positive, or the embeddings' dimension is not the centroids'.
     Source: Alfarra et al. 2021, section 3, in the log domain.
     """
-    _check(embeddings, clusters, neighbours)
+    check_voters(embeddings, clusters, neighbours)
     dtype = torch.promote_types(embeddings.dtype, clusters.centroids.dtype)
     embeddings = embeddings.to(dtype)
     clusters = clusters if clusters.centroids.dtype == dtype else clusters.to(dtype)
@@ -56,7 +54,8 @@ def _plain_logits(
     if neighbours is None or neighbours >= len(clusters.centroids):
         logits: Tensor = _AllVotes.apply(embeddings, clusters.centroids, clusters)  # pyright: ignore[reportAssignmentType]
         return logits
-    return torch.cat([_few_votes(part, clusters, neighbours) for part in embeddings.split(_rows(clusters))])
+    rows = rows_within(len(clusters.centroids), embeddings.dtype)
+    return torch.cat([_few_votes(part, clusters, neighbours) for part in embeddings.split(rows)])
 
 
 def _few_votes(
@@ -74,18 +73,14 @@ def _few_votes(
 
 def nearest_logits(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> Float[Tensor, "batch class"]:
     """-min_{j in c} d_j^2 / (2 mean sigma^2): the largest class is that of the nearest centroid."""
-    _check(embeddings, clusters, None)
-    return torch.cat([_nearest_votes(part, clusters) for part in embeddings.split(_rows(clusters))])
+    check_voters(embeddings, clusters, None)
+    rows = rows_within(len(clusters.centroids), embeddings.dtype)
+    return torch.cat([_nearest_votes(part, clusters) for part in embeddings.split(rows)])
 
 
 def _nearest_votes(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> Float[Tensor, "batch class"]:
     exponents = -squared_distances(embeddings, clusters.centroids) / (2 * clusters.variance.mean())
     return clusters.gather_by_class(exponents, -torch.inf).amax(dim=2)
-
-
-def _rows(clusters: Clusters) -> int:
-    """So many embeddings at once that a table of theirs and all clusters stays within `CHUNK_BYTES`."""
-    return rows_within(CHUNK_BYTES, len(clusters.centroids), clusters.centroids.dtype)
 
 
 class _Votes(NamedTuple):
@@ -146,7 +141,7 @@ class _Electorate:
 
     def rows(self) -> int:
         """So many embeddings at once that a chunk's votes stay in a core's cache."""
-        return rows_within(CHUNK_BYTES, len(self.order), self.weights.dtype)
+        return rows_within(len(self.order), self.weights.dtype)
 
 
 class _AllVotes(torch.autograd.Function):
@@ -203,7 +198,8 @@ def _place_below(logits: Tensor, nearest: Tensor, has_vote: Tensor) -> Tensor:
     return torch.where(has_vote, logits, (below - step).clamp_min(torch.finfo(logits.dtype).min))
 
 
-def _check(embeddings: Tensor, clusters: Clusters, neighbours: int | None) -> None:
+def check_voters(embeddings: Tensor, clusters: Clusters, neighbours: int | None) -> None:
+    """Raises a ValueError unless the embeddings are of the centroids' dimension, and ``neighbours`` is positive."""
     if embeddings.shape[-1] != clusters.centroids.shape[1]:
         raise ValueError(
             f"embeddings: expected dimension {clusters.centroids.shape[1]} as the centroids', "

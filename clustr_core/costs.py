@@ -350,7 +350,7 @@ def certificate(points: float, clusters: int, per_class: int, dim: int, *, bound
         operations += 4.0 * clusters**2 * dim
     if bound.startswith("soft"):
         flops += 2 * 2.0 * pairs * per_class * _SOFT_PRODUCTS[bound](per_class)
-        reach = pairs * (per_class + BISECTIONS * _OPERATIONS)
+        reach = pairs * BISECTIONS * _OPERATIONS
         tries = {"soft-lse": 1, "soft-dual": per_class + 2 + REFINEMENTS}.get(bound, 0)
         operations += 4.0 * pairs * dim + pairs * per_class + tries * reach
     return Work("certificate", flops, operations, FLOAT_BYTES * dim * (points + clusters))

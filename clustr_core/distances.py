@@ -9,6 +9,8 @@ from torch import Tensor
 
 # too coarse for distances: what comes in them is computed in float32
 HALVES = (torch.bfloat16, torch.float16)
+# the largest table of a chunk of embeddings, in bytes: the few that are held at once fit into a core's cache
+CHUNK_BYTES = 2**22
 
 
 def squared_distances(
@@ -29,9 +31,16 @@ def middle(centroids: Float[Tensor, "cluster dim"]) -> Float[Tensor, " dim"]:
     return centroids.new_full((len(centroids),), 1 / len(centroids)) @ centroids
 
 
-def rows_within(size: int, width: int, dtype: torch.dtype) -> int:
-    """How many rows of ``width`` numbers fit into ``size`` bytes; at least one."""
-    return max(1, size // (width * dtype.itemsize))
+def rows_within(width: int, dtype: torch.dtype) -> int:
+    """How many rows of ``width`` numbers fit into `CHUNK_BYTES`; at least one."""
+    return max(1, CHUNK_BYTES // (width * dtype.itemsize))
+
+
+def check_finite(embeddings: Float[Tensor, "batch dim"]) -> None:
+    """Raises a ValueError unless every number is finite."""
+    # two numbers tell of all; each alone, since autocast refuses to stack some dtypes
+    if embeddings.numel() and not all(bool(each.isfinite()) for each in embeddings.detach().aminmax()):
+        raise ValueError("embeddings: expected finite values, got NaN or infinity")
 
 
 @contextmanager

@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clustr_core.clusters import Clusters
-from clustr_core.distances import HALVES, full_precision, rows_within, squared_distances
-
-# the distances of a chunk of embeddings, in bytes
-CHUNK_BYTES = 2**22
+from clustr_core.distances import HALVES, check_finite, full_precision, rows_within, squared_distances
 
 
 class MagnetLoss(NamedTuple):
@@ -57,7 +54,7 @@ def magnet_loss(
     per_example, variance = _Magnet.apply(wide, own, cluster_labels, gap)  # pyright: ignore[reportGeneralTypeIssues]
     # whatever is not finite makes the variance so: only then look for it
     if not math.isfinite(variance.detach()):
-        _check_finite(embeddings)
+        check_finite(embeddings)
         raise ValueError(f"embeddings: expected values whose squares do not overflow, got {embeddings.abs().max():.4g}")
     return MagnetLoss(per_example.mean(), per_example, variance)
 
@@ -136,7 +133,7 @@ def full_magnet_loss(
     _check_rows(embeddings, labels)
     _check_classes(labels, clusters)
     variance = embeddings.new_tensor(clusters.shared_variance)
-    rows = rows_within(CHUNK_BYTES, len(clusters.centroids), embeddings.dtype)
+    rows = rows_within(len(clusters.centroids), embeddings.dtype)
     per_example = torch.cat(
         [
             _magnet_of(part, of, clusters, variance, gap)
@@ -310,7 +307,7 @@ def _check_classes(labels: Tensor, clusters: Clusters) -> None:
 
 def _check_rows(embeddings: Tensor, labels: Tensor) -> None:
     _check_lengths(embeddings, labels)
-    _check_finite(embeddings)
+    check_finite(embeddings)
 
 
 def _check_lengths(embeddings: Tensor, labels: Tensor, assignments: Tensor | None = None) -> None:
@@ -319,8 +316,3 @@ def _check_lengths(embeddings: Tensor, labels: Tensor, assignments: Tensor | Non
             raise ValueError(f"{name}: expected one for each of {len(embeddings)} embeddings, got {len(rows)}")
     if not len(embeddings):
         raise ValueError("embeddings: expected at least one row, got none")
-
-
-def _check_finite(embeddings: Tensor) -> None:
-    if not embeddings.isfinite().all():
-        raise ValueError("embeddings: expected finite values, got NaN or infinity")

@@ -19,12 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clustr_core.clusters import Clusters
-from clustr_core.distances import rows_within, squared_distances
+from clustr_core.distances import middle, rows_within, squared_distances
 from clustr_core.dual import multipliers
 
 SoftBound = Literal["soft-global", "soft-local", "soft-lse", "soft-dual"]
-# the largest table of a chunk of embeddings, in bytes
-CHUNK_BYTES = 2**22
 # each halves what is left between a safe radius and one too large: 48 of them leave a rounding
 BISECTIONS = 48
 # of the dual's weights towards those at the point where an attack is expected
@@ -57,7 +55,7 @@ def soft_radius(
     clusters = clusters.to(torch.float64)
     between = _Between.of(clusters)
     farthest = _farthest_between(clusters) if bound == "soft-global" else None
-    rows = rows_within(CHUNK_BYTES, between.squares.numel() * between.squares.shape[1], torch.float64)
+    rows = rows_within(between.squares.numel() * between.squares.shape[1], torch.float64)
 
     def of(part: Tensor, own: Tensor) -> Tensor:
         votes = _Votes(part.double(), clusters, between, own, relative)
@@ -87,7 +85,7 @@ class _Between:
     @classmethod
     def of(cls, clusters: Clusters) -> "_Between":
         # lengths do not change when the origin moves, and are least rounded with it in the middle
-        centred = clusters.centroids - clusters.centroids.mean(dim=0)
+        centred = clusters.centroids - middle(clusters.centroids)
         gram = centred @ centred.T
         squares = gram.diagonal()[clusters.by_class[0]]
         rounding = 8 * (clusters.centroids.shape[1] + 8) * torch.finfo(gram.dtype).eps * squares.amax()

@@ -21,7 +21,7 @@ from clustr_core import data, records
 from clustr_core.ascent import maximise, random_point
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier, Rule, cluster_logits
 from clustr_core.clusters import Clusters, fit_clusters
-from clustr_core.distances import squared_distances
+from clustr_core.distances import rows_within, squared_distances
 from clustr_core.encoders import build_encoder, lay_out
 from clustr_core.losses import (
     certificate_loss,
@@ -639,12 +639,13 @@ def _final_clusters(recipe: Recipe, state: _State, images: Tensor, labels: Tenso
     if not isinstance(network, ClusterClassifier):
         return _cluster(state.processes, recipe, embeddings, labels, recipe.seed)[0]
     centroids = network.centroids.detach().clone()
-    own = embeddings.new_empty(len(embeddings))
-    for label in range(int(network.labels.max()) + 1):
-        members = labels == label
-        if members.any():
-            of_class = squared_distances(embeddings[members], centroids[network.labels == label])
-            own[members] = of_class.amin(dim=1)
+    rows = rows_within(len(centroids), embeddings.dtype)
+    own = torch.cat(
+        [
+            squared_distances(part, centroids).masked_fill(network.labels != of[:, None], torch.inf).amin(dim=1)
+            for part, of in zip(embeddings.split(rows), labels.split(rows), strict=True)
+        ]
+    )
     return Clusters(
         centroids, network.labels.clone(), (own.sum() / max(len(own) - 1, 1)).expand(len(centroids)).clone()
     )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clustr_core import certify as certify_module
-from clustr_core import soft_bounds, theory
+from clustr_core import distances, soft_bounds, theory
 from clustr_core.certify import certified_radius, certify, linear_radius, margin_radius
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
 from clustr_core.clusters import Clusters
@@ -479,7 +479,7 @@ def test_a_table_of_embeddings_and_clusters_is_never_whole(monkeypatch):
         sizes.append(product(*arguments, **options).numel())
         return product(*arguments, **options)
 
-    monkeypatch.setattr(certify_module, "CHUNK_BYTES", 4 * 40 * 50)
+    monkeypatch.setattr(distances, "CHUNK_BYTES", 4 * 40 * 50)
     monkeypatch.setattr(torch, "addmm", noted)
     for bound in BOUNDS:
         torch.testing.assert_close(certified_radius(z, clusters, bound=bound), expected[bound], rtol=1e-5, atol=1e-6)
@@ -608,7 +608,7 @@ def test_soft_bounds_multiply_the_centroids_with_each_other_once(monkeypatch):
     z, made, of = torch.randn(300, 8), [], soft_bounds._Between.of
     monkeypatch.setattr(soft_bounds._Between, "of", lambda given: made.append(given) or of(given))
     expected = certified_radius(z, clusters, bound="soft-lse", rule="soft")
-    monkeypatch.setattr(soft_bounds, "CHUNK_BYTES", 8 * 40 * 10 * 20)
+    monkeypatch.setattr(distances, "CHUNK_BYTES", 8 * 40 * 10 * 20)
     torch.testing.assert_close(certified_radius(z, clusters, bound="soft-lse", rule="soft"), expected)
     assert len(made) == 2
 

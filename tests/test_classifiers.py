@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clustr_core import classifiers
+from clustr_core import distances
 from clustr_core.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
 from clustr_core.clusters import Clusters
 
@@ -212,7 +212,7 @@ def test_chunks_of_logits_change_nothing(monkeypatch):
     z.requires_grad_()
     whole = cluster_logits(z, clusters)
     (gradient,) = torch.autograd.grad(whole.square().sum(), z)
-    monkeypatch.setattr(classifiers, "CHUNK_BYTES", 8 * 6 * 5)
+    monkeypatch.setattr(distances, "CHUNK_BYTES", 8 * 6 * 5)
     parts = cluster_logits(z, clusters)
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), z)[0], gradient, rtol=1e-12, atol=1e-12)

@@ -10,8 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from clustr_core import certify as certify_module
-from clustr_core import theory
+from clustr_core import distances, theory
 from clustr_core.certify import HARD_BOUNDS, SOFT_BOUNDS, certified_radius, certify
 from clustr_core.classifiers import ClusterClassifier, cluster_logits
 from clustr_core.clusters import Clusters
@@ -171,7 +170,7 @@ def test_constraints_that_are_not_there_bind_nothing():
 def test_chunks_change_nothing(bound, monkeypatch):
     z, clusters = draw(3, classes=4, per_class=3, dim=5, points=50)
     whole = certified_radius(z, clusters, bound=bound)
-    monkeypatch.setattr(certify_module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(distances, "CHUNK_BYTES", 1)
     torch.testing.assert_close(certified_radius(z, clusters, bound=bound), whole, rtol=1e-12, atol=1e-14)
     assert certified_radius(z[:0], clusters, bound=bound).shape == (0,)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clustr_core import classifiers, losses
+from clustr_core import distances
 from clustr_core.certify import certified_radius, linear_radius, radius_from_magnet_loss
 from clustr_core.classifiers import cluster_logits, nearest_logits
 from clustr_core.clusters import Clusters, fit_clusters
@@ -679,8 +679,7 @@ def test_no_table_of_examples_and_clusters_is_whole(name, monkeypatch):
     clusters = Clusters(torch.randn(40, 3, generator=g), torch.arange(40) % 4, torch.ones(40))
     z, labels = torch.randn(2000, 3, generator=g), torch.arange(2000) % 4
     expected = CHUNKED[name](z, clusters, labels)
-    for module in (losses, classifiers):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 40 * 100)
+    monkeypatch.setattr(distances, "CHUNK_BYTES", 4 * 40 * 100)
     with torch.no_grad(), LargestTensor() as largest:
         found = CHUNKED[name](z, clusters, labels)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
