@@ -11,8 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(workflow.basedir))
-from clustr_core.recipes import (
-    ATTACK_CODE, CERTIFICATE_CODE, EXAMINATION_CODE, SANDWICH_CODE, code_digest, load_profile, run_key,
+from clustr_core.measuring.profile import load_profile
+from clustr_core.training.recipes import (
+    ATTACK_CODE, CERTIFICATE_CODE, EXAMINATION_CODE, SANDWICH_CODE, code_digest, run_key,
 )
 from tools import notebooks
 

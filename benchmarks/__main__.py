@@ -19,7 +19,8 @@ import torch
 
 from benchmarks import attacking, certifying, growth, steps, whole
 from benchmarks.harness import Effort, Row, machine
-from clustr_core import records
+from clustr_core.storage.files import home
+from clustr_core.storage.tables import read_table, write_table
 
 SUITES: dict[str, Callable[[Effort], list[Row]]] = {
     "certificates": certifying.certificates,
@@ -72,14 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     effort = Effort(rounds=2, seconds=1.0, quick=True) if options.quick else Effort()
-    folder = options.output or (None if options.quick else records.home() / "results")
+    folder = options.output or (None if options.quick else home() / "results")
     asked = options.only or [*SUITES, *TABLES]
     about = machine()
     suites = [name for name in SUITES if name in asked]
     if suites:
         table = rows_of(suites, effort).assign(**about)
         if folder:
-            records.write_table(folder / "bench.csv", _with_others(table, folder / "bench.csv"))
+            write_table(folder / "bench.csv", _with_others(table, folder / "bench.csv"))
     for name in TABLES:
         if name in asked:
             found = TABLES[name](effort)
@@ -87,14 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if folder:
                 # what a table says of itself, such as its threads, is truer than what is said of the whole run
                 told = {key: value for key, value in about.items() if key not in found}
-                records.write_table(folder / f"{name}.csv", found.assign(**told))
+                write_table(folder / f"{name}.csv", found.assign(**told))
     return 0
 
 
 def _with_others(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     """The table, and the rows of other suites that lie there already, in the order of the suites."""
     if path.exists():
-        before = records.read_table(path)
+        before = read_table(path)
         table = pd.concat([table, before[~before["suite"].isin(table["suite"])]], ignore_index=True)
     order = {suite: n for n, suite in enumerate(SUITES)}
     return table.sort_values("suite", key=lambda suite: suite.map(order), kind="stable", ignore_index=True)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Call, Effort, Row, interleaved
 from clustr_core import data
-from clustr_core.ascent import iterates, random_point
-from clustr_core.attacks import autoattack, pgd
-from clustr_core.autoattack import PARTS
-from clustr_core.encoders import build_encoder, lay_out
-from clustr_core.losses import cross_entropy
-from clustr_core.recipes import CrossEntropy
-from clustr_core.training import fit
+from clustr_core.attacks.autoattack import PARTS, autoattack
+from clustr_core.attacks.ball import pgd_path, random_point
+from clustr_core.attacks.gradient import pgd
+from clustr_core.attacks.losses import cross_entropy
+from clustr_core.models.encoders import build_encoder, to_channels_last_frozen
+from clustr_core.training.loop import fit
+from clustr_core.training.recipes import CrossEntropy
 
 EPS, STEP = 8 / 255, 2 / 255
 SURVIVORS = 0.3
@@ -73,7 +73,7 @@ def pgd_overhead(effort: Effort) -> list[Row]:
     model, images, labels = unbreakable(width, batch)
     # as `Run.model` lays out a finished network
     beside = copy.deepcopy(model)
-    lay_out(beside)
+    to_channels_last_frozen(beside)
 
     def ours(network: nn.Module) -> None:
         found = pgd(network, images, labels, eps=EPS, step_size=STEP, steps=steps)
@@ -198,7 +198,7 @@ def whole_autoattack(effort: Effort) -> list[Row]:
 
 def evaluation(effort: Effort) -> list[Row]:
     """PGD with restarts on a model of which three in ten images survive, beside one that never drops an image."""
-    dataset = data.load(effort.pick("mnist5k", "digits"))
+    dataset = data.load_dataset(effort.pick("mnist5k", "digits"))
     width, epochs, count = effort.pick((16, 4, 512), (4, 1, 32))
     steps, restarts = effort.pick((20, 10), (3, 2))
     recipe = CrossEntropy(dataset=dataset.name, width=width, epochs=epochs, train_examples=effort.pick(None, 200))
@@ -258,7 +258,7 @@ def every_gradient(
         broken |= model(images).argmax(dim=1) != labels
     for _ in range(restarts):
         start = random_point(images, eps, "linf", generator)
-        *_, last = iterates(climb, images, start, eps=eps, step_size=step_size, steps=steps)
+        *_, last = pgd_path(climb, images, start, eps=eps, step_size=step_size, steps=steps)
         with torch.no_grad():
             broken |= model(last).argmax(dim=1) != labels
     return broken

@@ -22,14 +22,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from clustr_core import records
-from clustr_core.certify import HARD_BOUNDS, Bound, certified_radius, margin_radius
-from clustr_core.classifiers import ClusterClassifier, LinearClassifier
-from clustr_core.clusters import fit_clusters
-from clustr_core.encoders import build_encoder
-from clustr_core.prototypes import pixel_prototypes
-from clustr_core.recipes import load_profile
-from clustr_core.smoothing import certify_smoothed
+from clustr_core.certificates.ladder import certified_radius
+from clustr_core.certificates.linear import margin_radius
+from clustr_core.certificates.names import HARD_BOUNDS, Bound
+from clustr_core.certificates.prototypes import pixel_prototypes
+from clustr_core.certificates.smoothing import certify_smoothed
+from clustr_core.measuring.profile import load_profile
+from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
+from clustr_core.models.clusters import fit_clusters
+from clustr_core.models.encoders import build_encoder
+from clustr_core.storage.files import home
+from clustr_core.storage.tables import write_table
 
 SHAPE = (3, 32, 32)
 CLASSES = 10
@@ -202,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = cost_table(**setting)
     print(table.to_string(index=False))
     about = {**setting, "threads": 1, "machine": platform.machine(), "torch": torch.__version__}
-    records.write_table(records.home() / "results" / "certification-cost.csv", table.assign(**about))
+    write_table(home() / "results" / "certification-cost.csv", table.assign(**about))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from benchmarks.harness import Call, Effort, Row, interleaved, peak_extra_megabytes, repeated
-from clustr_core.certify import certified_radius
-from clustr_core.classifiers import cluster_logits
-from clustr_core.clusters import Clusters, fit_clusters
+from clustr_core.certificates.ladder import certified_radius
 from clustr_core.costs import broadcast_bytes
-from clustr_core.distances import squared_distances
-from clustr_core.losses import magnet_loss
+from clustr_core.models.classifiers import cluster_logits
+from clustr_core.models.clusters import Clusters, fit_clusters
+from clustr_core.numerics.distances import squared_distances
+from clustr_core.training.losses import magnet_loss
 
 # spread of the centroids over the spread of the embeddings around them: nearly all embeddings are then nearest to their
 # own centroid, among 1,000 in 512 dimensions

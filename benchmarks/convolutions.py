@@ -17,12 +17,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from clustr_core import data, evaluation, records
-from clustr_core.certify import certified_radius
-from clustr_core.distances import squared_distances
-from clustr_core.lipschitz import lipschitz_lower_bound, lipschitz_upper_bound
-from clustr_core.recipes import ClustrCert
-from clustr_core.training import fit
+from clustr_core import data
+from clustr_core.certificates.ladder import certified_radius
+from clustr_core.certificates.lipschitz import lipschitz_lower_bound, lipschitz_upper_bound
+from clustr_core.measuring.pieces import some_test_images
+from clustr_core.numerics.distances import squared_distances
+from clustr_core.storage.files import home
+from clustr_core.storage.tables import write_table
+from clustr_core.training.loop import fit
+from clustr_core.training.recipes import ClustrCert
 
 # encoder and learning rate
 KINDS = {"SLL": ("lip-cnn", 1e-2), "AOL": ("lip-cnn-aol", 2e-3), "Cayley": ("lip-cnn-cayley", 1e-2)}
@@ -48,7 +51,7 @@ def measured(recipe: ClustrCert, dataset: data.Dataset, examples: int) -> dict[s
         run = fit(recipe, dataset=dataset, folder=Path(folder), device="cpu", progress=False)
         seconds = time.process_time() - start
         model = run.model().double()
-    _, images, labels = evaluation.some_test_images(run, dataset, examples)
+    _, images, labels = some_test_images(run, dataset, examples)
     pixels = data.to_float(images)
     lipschitz = lipschitz_upper_bound(model.encoder, run.image_shape)
     with torch.no_grad():
@@ -90,9 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     table = comparison(
-        data.load(options.dataset), width=options.width, minutes=options.minutes, examples=options.examples
+        data.load_dataset(options.dataset), width=options.width, minutes=options.minutes, examples=options.examples
     )
-    records.write_table(records.home() / "results" / "convolutions.csv", table)
+    write_table(home() / "results" / "convolutions.csv", table)
     print(table.to_string(index=False, float_format="%.3f"))
 
 

@@ -16,12 +16,13 @@ from benchmarks.certifying import scene
 from benchmarks.harness import Call, Effort, interleaved, one_thread
 from benchmarks.steps import Trainee
 from clustr_core import costs
-from clustr_core.attacks import pgd
-from clustr_core.certify import HARD_BOUNDS, certified_radius
-from clustr_core.classifiers import cluster_logits
-from clustr_core.clusters import fit_clusters
-from clustr_core.encoders import build_encoder
-from clustr_core.recipes import Clustr
+from clustr_core.attacks.gradient import pgd
+from clustr_core.certificates.ladder import certified_radius
+from clustr_core.certificates.names import HARD_BOUNDS
+from clustr_core.models.classifiers import cluster_logits
+from clustr_core.models.clusters import fit_clusters
+from clustr_core.models.encoders import build_encoder
+from clustr_core.training.recipes import Clustr
 
 # the point around which each size is changed alone: embeddings, classes, clusters of each class, dimensions
 CENTRE = {"count": 8192, "classes": 20, "per_class": 10, "dim": 256}

@@ -28,10 +28,11 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clustr_core import records
-from clustr_core.kernels import kmeans, tiles
-from clustr_core.kernels.cluster_logits import cluster_logits
-from clustr_core.kernels.pairwise_radius import pairwise_radius
+from clustr_core.numerics.kernels import kmeans, tiles
+from clustr_core.numerics.kernels.cluster_logits import cluster_logits
+from clustr_core.numerics.kernels.pairwise_radius import pairwise_radius
+from clustr_core.storage.files import home
+from clustr_core.storage.tables import write_table
 
 ARCHITECTURES = (80, 90)
 TYPES = {
@@ -308,7 +309,7 @@ def main() -> None:
     about = {"device": device, "rounds": options.rounds, "torch": torch.__version__, "triton": triton.__version__}
     table = pd.DataFrame(rows).assign(**sizes, **about)
     print(table.to_string(index=False))
-    records.write_table(records.home() / "results" / "kernels.csv", table)
+    write_table(home() / "results" / "kernels.csv", table)
 
 
 if __name__ == "__main__":

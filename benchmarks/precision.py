@@ -21,12 +21,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from clustr_core import data, records
-from clustr_core.attacks import pgd
-from clustr_core.certify import certified_radius
-from clustr_core.classifiers import ClusterClassifier
-from clustr_core.recipes import Precision, Recipe, load_profile
-from clustr_core.training import fit
+from clustr_core import data
+from clustr_core.attacks.gradient import pgd
+from clustr_core.certificates.ladder import certified_radius
+from clustr_core.measuring.profile import load_profile
+from clustr_core.models.classifiers import ClusterClassifier
+from clustr_core.storage.files import home
+from clustr_core.storage.tables import write_table
+from clustr_core.training.loop import fit
+from clustr_core.training.recipes import Precision, Recipe
 
 METHODS = ("ce", "pgd-at", "clustr-cert")
 SEEDS = (111, 112, 113)
@@ -91,7 +94,7 @@ def precision_table(
     Args:
         epochs: instead of the profile's, if positive.
     """
-    profile, dataset = load_profile("quick"), data.load("digits")
+    profile, dataset = load_profile("quick"), data.load_dataset("digits")
     images, labels = data.to_float(dataset.test_images), dataset.test_labels
     tables = []
     for method in methods:
@@ -114,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = precision_table()
     print(table.to_string(index=False, float_format="%.3f"))
     about = {"eps": EPS, "radius": RADIUS, "threads": 1, "machine": platform.machine(), "torch": torch.__version__}
-    records.write_table(records.home() / "results" / "precision.csv", table.assign(**about))
+    write_table(home() / "results" / "precision.csv", table.assign(**about))
 
 
 if __name__ == "__main__":

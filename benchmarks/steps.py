@@ -14,15 +14,23 @@ from torch import Tensor
 from torchvision import transforms
 
 from benchmarks.harness import Call, Effort, Row, Times, interleaved, seconds
-from clustr_core import data, training
-from clustr_core.certify import certified_radius, margin_radius
-from clustr_core.classifiers import ClusterClassifier
-from clustr_core.clusters import Clusters
+from clustr_core import data
+from clustr_core.certificates.ladder import certified_radius
+from clustr_core.certificates.linear import margin_radius
+from clustr_core.certificates.smoothing import certify_smoothed
 from clustr_core.data import random_crop_flip, to_float
-from clustr_core.encoders import build_encoder
-from clustr_core.recipes import Clustr, Recipe, Smoothing, load_profile
-from clustr_core.sampling import ClusterBatches
-from clustr_core.smoothing import certify_smoothed
+from clustr_core.measuring.profile import load_profile
+from clustr_core.models.classifiers import ClusterClassifier
+from clustr_core.models.clusters import Clusters
+from clustr_core.models.embed import embed_all
+from clustr_core.models.encoders import build_encoder
+from clustr_core.training.loop import replays, update
+from clustr_core.training.objectives import objective
+from clustr_core.training.recipes import Clustr, Recipe, Smoothing
+from clustr_core.training.refresh import clusters_and_sampler
+from clustr_core.training.sampling import ClusterBatches
+from clustr_core.training.state import new_state
+from clustr_core.training.step import Step, augmented
 
 PARTS = ("sampling", "augmentation", "forward", "loss", "backward", "optimiser", "refresh")
 SHOWN = ("ce", "clustr", "clustr-qtrades", "clustr-cert")
@@ -81,7 +89,7 @@ def embeddings(effort: Effort) -> list[Row]:
             for part in ready:
                 encoder(part)
 
-    times = interleaved({"ours": partial(training.embed_all, encoder, images), "forward": forward}, effort)
+    times = interleaved({"ours": partial(embed_all, encoder, images), "forward": forward}, effort)
     setting = f"ResNet-18 of width {width}, {count:,} images of 3 x 32 x 32, batches of 512"
     ratio, compared = times.ratio("ours", "forward"), "embed_all, from bytes / forward passes, of numbers at hand"
     return [Row("embeddings", "embeddings of a data set", ratio, "ratio", compared, setting, 1.02, times.rounds)]
@@ -103,13 +111,15 @@ class Trainee:
         self.recipe = replace(recipe, warm_start=None)
         drawn = drawn_dataset(recipe, count)
         self.images, self.labels = drawn.train_images, drawn.train_labels
-        self.state = training._new_state(self.recipe, drawn, self.images, self.labels, None)
+        self.state = new_state(self.recipe, drawn, self.images, self.labels, None)
         self.clusters, self.sampler = self.refresh()
         self.state.network.train()
 
     def refresh(self) -> tuple:
         """Embeddings and k-means, where the method has clusters of its own."""
-        return training._clusters_and_sampler(self.recipe, self.state, self.images, self.labels)
+        return clusters_and_sampler(
+            self.recipe, self.state.network.encoder, self.images, self.labels, self.state.generator
+        )
 
     @property
     def batch(self) -> int:
@@ -117,18 +127,18 @@ class Trainee:
         recipe = self.recipe
         return recipe.clusters_per_batch * recipe.per_cluster if isinstance(recipe, Clustr) else recipe.batch_size
 
-    def step(self) -> training.Step:
+    def step(self) -> Step:
         """One batch, augmented."""
         batch = next(iter(self.sampler))
-        pixels = to_float(training._augmented(self.recipe, self.images[batch.indices], self.state.generator))
+        pixels = to_float(augmented(self.recipe, self.images[batch.indices], self.state.generator))
         labels = self.labels[batch.indices]
-        return training.Step(self.state.network, pixels, labels, self.state.generator, batch.assignments, self.clusters)
+        return Step(self.state.network, pixels, labels, self.state.generator, batch.assignments, self.clusters)
 
     def train(self) -> None:
         """One batch: an update, or several under free training."""
         step = self.step()
-        for moved in training._replays(self.recipe, self.state, step.images):
-            training._update(self.recipe, self.state, replace(step, images=moved))
+        for moved in replays(self.recipe, self.state, step.images):
+            update(self.recipe, self.state, replace(step, images=moved))
 
 
 def step_parts(effort: Effort, profile: str = "cpu-cifar10") -> pd.DataFrame:
@@ -166,14 +176,14 @@ def _one_step(trainee: Trainee) -> dict[str, float]:
     batch = made[-1]
     timed(
         "augmentation",
-        lambda: to_float(training._augmented(trainee.recipe, trainee.images[batch.indices], state.generator)),
+        lambda: to_float(augmented(trainee.recipe, trainee.images[batch.indices], state.generator)),
     )
     labels = trainee.labels[batch.indices]
-    step = training.Step(state.network, made[-1], labels, state.generator, batch.assignments, trainee.clusters)
+    step = Step(state.network, made[-1], labels, state.generator, batch.assignments, trainee.clusters)
     # once unmeasured: the first pass of a step would pay for what the last one left in the caches
     step.embed(step.images)
     with _passes(state.network.encoder) as passes:
-        timed("loss", lambda: training.objective(trainee.recipe, step).loss.mean())
+        timed("loss", lambda: objective(trainee.recipe, step).loss.mean())
     spent["forward"] = sum(passes)
     spent["loss"] -= spent["forward"]
     loss = made[-1]

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import Effort, Row, interleaved, seconds
-from clustr_core.recipes import load_profile, run_folder
+from clustr_core.measuring.profile import load_profile
+from clustr_core.training.recipes import run_folder
 
 CONTRACT = (
     "distances", "clusters", "sampling", "losses", "encoders", "classifiers", "lipschitz", "certify", "attacks",

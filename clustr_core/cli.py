@@ -15,22 +15,23 @@ import pandas as pd
 import torch
 import yaml
 
-from clustr_core import checkpoints, data, diagnostics, evaluation, examination, parallel, records
-from clustr_core.accuracy import both_protocols, robust_accuracy_by_loss
-from clustr_core.paper import PAPER_RESTARTS, PAPER_STEPS
-from clustr_core.recipes import (
-    CERTIFIABLE,
-    METHODS,
-    Examination,
-    Precision,
-    Profile,
-    Recipe,
-    load_profile,
-    override,
-    run_folder,
-)
-from clustr_core.sandwich import CertificateBroken
-from clustr_core.training import DONE, Run, fit
+from clustr_core import data
+from clustr_core.attacks.names import PAPER_RESTARTS, PAPER_STEPS
+from clustr_core.measuring import diagnostics
+from clustr_core.measuring.accuracy import both_protocols, robust_accuracy_by_loss
+from clustr_core.measuring.attacked import attack_pieces, attacks_of, measure, measure_pieces
+from clustr_core.measuring.certified import certificate_pieces, certificates_of, prototype_certificates
+from clustr_core.measuring.examination import ablations_of, diagnostics_of
+from clustr_core.measuring.pieces import AttackTarget, CachedRows, Share, fill_cache
+from clustr_core.measuring.profile import Examination, Profile, load_profile
+from clustr_core.measuring.sandwich import CertificateBroken, sandwich_of, sandwich_pieces
+from clustr_core.models.official import NUM_CLASSES, load_official
+from clustr_core.storage.files import digest, home
+from clustr_core.storage.tables import write_table
+from clustr_core.training.loop import fit
+from clustr_core.training.processes import count, device_here, is_first
+from clustr_core.training.recipes import CERTIFIABLE, METHODS, Precision, Recipe, override, run_folder
+from clustr_core.training.run import DONE, Run
 
 EPILOG = """\
 examples:
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("auto-attack").setLevel(logging.WARNING)
     # of several processes one speaks for all; an error is any one's to report
-    spoken = contextlib.nullcontext() if parallel.is_first() else contextlib.redirect_stdout(io.StringIO())
+    spoken = contextlib.nullcontext() if is_first() else contextlib.redirect_stdout(io.StringIO())
     try:
         if options.threads is not None:
             _set_threads(options.threads)
@@ -96,9 +97,9 @@ def _attack(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: expected only with --official, since the profile says it, got {given}")
     profile, run, device = load_profile(options.profile or "quick"), _run(options), _device(options)
     if options.shard is not None:
-        _compute_share(evaluation.attack_pieces(run, profile, device=device), options, device)
+        _compute_share(attack_pieces(run, profile, device=device), options, device)
         return
-    table = evaluation.attacks_of(run, profile, device=device)
+    table = attacks_of(run, profile, device=device)
     _write(table, profile, options, "attacks")
     _print_protocols(table)
 
@@ -106,41 +107,41 @@ def _attack(options: argparse.Namespace) -> None:
 def _attack_official(options: argparse.Namespace) -> None:
     """The authors' file under the attacks of a profile, but for those that need one of our runs."""
     if options.dataset is None:
-        raise ValueError(f"--dataset: expected one of {', '.join(checkpoints.NUM_CLASSES)} with --official, got none")
+        raise ValueError(f"--dataset: expected one of {', '.join(NUM_CLASSES)} with --official, got none")
     if options.set:
         raise ValueError(f"--set: expected none with --official, which has no recipe, got {options.set}")
     if options.examples is not None and options.examples < 1:
         raise ValueError(f"--examples: expected a positive number, got {options.examples}")
     device = _device(options)
     subject = _official_subject(Path(options.official), options.dataset, device)
-    profile, dataset = load_profile(options.profile or "paper"), data.load(options.dataset)
+    profile, dataset = load_profile(options.profile or "paper"), data.load_dataset(options.dataset)
     protocols = [replace(each, examples=options.examples or each.examples) for each in profile.attacks.values()]
     protocols = [each for each in protocols if each.attack != "transfer"]
     if options.shard is not None:
-        pieces = [piece for each in protocols for piece in evaluation.measure_pieces(subject, each, dataset)]
+        pieces = [piece for each in protocols for piece in measure_pieces(subject, each, dataset)]
         _compute_share(pieces, options, device)
         return
-    tables = [evaluation.measure(subject, each, dataset) for each in protocols]
+    tables = [measure(subject, each, dataset) for each in protocols]
     table = pd.concat(tables, ignore_index=True).assign(method=subject.name)
     _write_at(Path(options.output or subject.tables.parent / "attacks.csv"), table)
     _print_protocols(table)
 
 
-def _official_subject(path: Path, dataset: str, device: torch.device) -> evaluation.Subject:
+def _official_subject(path: Path, dataset: str, device: torch.device) -> AttackTarget:
     """The file's model; its rows are kept under a digest of the file."""
-    model = checkpoints.load_official(path, dataset=dataset).to(device)
-    identity = records.digest(path.read_bytes(), dataset)
-    tables = records.home() / "runs" / f"official-{dataset}-{identity[:10]}" / "tables"
-    return evaluation.Subject(path.stem, lambda: model, identity, tables, device=device)
+    model = load_official(path, dataset=dataset).to(device)
+    identity = digest(path.read_bytes(), dataset)
+    tables = home() / "runs" / f"official-{dataset}-{identity[:10]}" / "tables"
+    return AttackTarget(path.stem, lambda: model, identity, tables, device=device)
 
 
 def _diagnose(options: argparse.Namespace) -> None:
-    if parallel.count() > 1:
-        raise ValueError(f"diagnose: expected one process, since it is not shared out, got {parallel.count()}")
+    if count() > 1:
+        raise ValueError(f"diagnose: expected one process, since it is not shared out, got {count()}")
     profile, run = load_profile(options.profile or "quick"), _run(options)
-    table = examination.diagnostics_of(run, profile, device=_device(options))
+    table = diagnostics_of(run, profile, device=_device(options))
     _write(table, profile, options, "diagnostics")
-    _write(examination.ablations_of(run, profile, device=_device(options)), profile, options, "ablations")
+    _write(ablations_of(run, profile, device=_device(options)), profile, options, "ablations")
     shown = table[["method", "check", "value", "threshold", "flagged"]]
     print(shown.to_string(index=False, float_format="%.3g"))
     for method, rows in table.groupby("method", sort=False):
@@ -172,15 +173,15 @@ def _certify(options: argparse.Namespace) -> None:
         if options.shard is not None:
             raise ValueError("--shard: expected none with prototypes, which are certified at once")
         # at once, by one: the others have nothing to add
-        if not parallel.is_first():
+        if not is_first():
             return
-        table = evaluation.prototype_certificates(profile)
+        table = prototype_certificates(profile)
     else:
         run, device = _run(options), _device(options)
         if options.shard is not None:
-            _compute_share(evaluation.certificate_pieces(run, profile, device=device), options, device)
+            _compute_share(certificate_pieces(run, profile, device=device), options, device)
             return
-        table = evaluation.certificates_of(run, profile, device=device)
+        table = certificates_of(run, profile, device=device)
     _write(table, profile, options, "certificates")
     numbers = ["correct", "feature_radius", "radius", "lipschitz", "lipschitz_lower_bound"]
     print(pd.DataFrame(table.groupby("bound")[numbers].mean()).to_string(float_format="%.4g"))
@@ -196,9 +197,9 @@ def _sandwich(options: argparse.Namespace) -> None:
     # a certificate in float64 is held against a model in float32, which TF32 is not
     torch.backends.cudnn.allow_tf32 = False
     if options.shard is not None:
-        _compute_share(evaluation.sandwich_pieces(run, profile, device=device), options, device)
+        _compute_share(sandwich_pieces(run, profile, device=device), options, device)
         return
-    table = evaluation.sandwich_of(run, profile, device=device)
+    table = sandwich_of(run, profile, device=device)
     _write(table, profile, options, "sandwich")
     correct = table.loc[table["correct"]]
     nearest = correct.assign(ratio=correct["radius"] / correct["norm"])
@@ -210,14 +211,14 @@ def _sandwich(options: argparse.Namespace) -> None:
     print(f"no certificate of {len(set(correct['index']))} images is broken")
 
 
-def _compute_share(pieces: Sequence[evaluation.Piece], options: argparse.Namespace, device: torch.device) -> None:
+def _compute_share(pieces: Sequence[CachedRows], options: argparse.Namespace, device: torch.device) -> None:
     """Keep the rows of a share of a measurement; no table is written until a call without --shard finds them all."""
     index, count = options.shard
-    evaluation.compute(pieces, device=device, share=options.shard, title=f"share {index} of {count}")
+    fill_cache(pieces, device=device, share=options.shard, title=f"share {index} of {count}")
     print(f"share {index} of {count}: {len(pieces[index - 1 :: count])} of {len(pieces)} pieces are kept")
 
 
-def _share(text: str) -> evaluation.Share:
+def _share(text: str) -> Share:
     """I/N of the command line."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
@@ -259,7 +260,7 @@ def _changes(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _device(options: argparse.Namespace) -> torch.device:
     try:
-        return torch.empty(0, device=parallel.device_here(options.device)).device
+        return torch.empty(0, device=device_here(options.device)).device
     except (RuntimeError, AssertionError) as error:
         given = options.device
         raise ValueError(f"--device: expected one that works here, such as cpu, got {given!r} ({error})") from error
@@ -274,13 +275,13 @@ def _set_threads(count: int) -> None:
 def _write(table: pd.DataFrame, profile: Profile, options: argparse.Namespace, kind: str) -> None:
     """The profile's own table; with --set it is another run's, and goes beside that run instead."""
     changed = bool(options.set)
-    folder = run_folder(_recipe(options)) if changed else records.home() / "results" / profile.name
+    folder = run_folder(_recipe(options)) if changed else home() / "results" / profile.name
     _write_at(Path(getattr(options, "output", None) or folder / f"{kind}-{options.method}.csv"), table)
 
 
 def _write_at(path: Path, table: pd.DataFrame) -> None:
-    if parallel.is_first():
-        records.write_table(path, table)
+    if is_first():
+        write_table(path, table)
     print(f"wrote {os.path.relpath(path)} ({len(table)} rows)")
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from clustr_core.certify import Bound
-from clustr_core.recipes import (
+from clustr_core.certificates.names import Bound
+from clustr_core.certificates.soft import BISECTIONS, REFINEMENTS
+from clustr_core.training.recipes import (
     AdversarialTraining,
     Clustr,
     ClustrQTrades,
@@ -27,7 +28,6 @@ from clustr_core.recipes import (
     Recipe,
     Trades,
 )
-from clustr_core.soft_bounds import BISECTIONS, REFINEMENTS
 
 Kind = Literal["forward", "gradient", "training", "distances", "kmeans", "certificate"]
 FLOAT_BYTES = 4

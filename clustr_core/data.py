@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.error import URLError
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clustr_core import storage
+from clustr_core.storage.files import digest, home, written_whole
 
 ImageBytes = UInt8[Tensor, "batch channel height width"]
 CACHE_NAME = ".clustr-images.safetensors"
@@ -73,8 +74,22 @@ class Dataset:
         """C."""
         return len(self.class_names)
 
+    @cached_property
+    def train_digest(self) -> str:
+        """SHA-256 of the training images and labels, computed once."""
+        return _digest_of(self.train_images, self.train_labels)
 
-def load(name: str, root: str | Path | None = None) -> Dataset:
+    @cached_property
+    def test_digest(self) -> str:
+        """SHA-256 of the test images and labels, computed once."""
+        return _digest_of(self.test_images, self.test_labels)
+
+
+def _digest_of(images: Tensor, labels: Tensor) -> str:
+    return digest(images.cpu().numpy().tobytes(), labels.cpu().numpy().tobytes())
+
+
+def load_dataset(name: str, root: str | Path | None = None) -> Dataset:
     """A dataset by name.
 
     Args:
@@ -92,7 +107,7 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
         return _load_folder(name, Path(name.removeprefix("folder:")).expanduser())
     if name not in _LOADERS:
         raise ValueError(f"name: expected one of {sorted(_LOADERS)} or folder:PATH, got {name!r}")
-    return _LOADERS[name](Path(root or os.environ.get("CLUSTR_DATA") or storage.home() / "data"))
+    return _LOADERS[name](Path(root or os.environ.get("CLUSTR_DATA") or home() / "data"))
 
 
 def to_float(images: ImageBytes) -> Float[Tensor, "batch channel height width"]:
@@ -200,7 +215,7 @@ def _load_folder(name: str, given: Path) -> Dataset:
 
     One channel if the first image is grey, in which case all must be; else RGB (grey is repeated, alpha is dropped).
     """
-    folder = given if given.is_dir() or given.is_absolute() else storage.home() / given
+    folder = given if given.is_dir() or given.is_absolute() else home() / given
     names = _class_folders(folder)
     files = {part: _image_files(folder / part, names) for part in ("train", "test")}
     fingerprint = _fingerprint(folder, [path for part in files.values() for path, _ in part])
@@ -208,7 +223,7 @@ def _load_folder(name: str, given: Path) -> Dataset:
     tensors = _read_cache(cache, fingerprint)
     if tensors is None:
         tensors = _decode(files)
-        with storage.written_whole(cache) as temporary:
+        with written_whole(cache) as temporary:
             save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
     return Dataset(name, **tensors, class_names=names)  # pyright: ignore[reportArgumentType]
 
@@ -238,7 +253,7 @@ def _image_files(part: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:
 def _fingerprint(folder: Path, paths: list[Path]) -> str:
     stats = [(path, path.stat()) for path in paths]
     lines = [f"{p.relative_to(folder)} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
-    return storage.digest("\n".join(lines))
+    return digest("\n".join(lines))
 
 
 def _read_cache(cache: Path, fingerprint: str) -> dict[str, Tensor] | None:

@@ -28,14 +28,14 @@ def digits():
     """The dataset that lies in the package."""
     from clustr_core import data
 
-    return data.load("digits")
+    return data.load_dataset("digits")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, digits):
     """A linear and a cluster classifier, trained for one module and measured by nobody yet."""
-    from clustr_core.recipes import Clustr, CrossEntropy
-    from clustr_core.training import fit
+    from clustr_core.training.loop import fit
+    from clustr_core.training.recipes import Clustr, CrossEntropy
 
     small = {"width": 4, "train_examples": 200, "learning_rate": 5e-3}
     recipes = (CrossEntropy(epochs=15, **small), Clustr(epochs=4, per_cluster=4, snapshots=(0, 4), **small))

@@ -11,8 +11,11 @@ import pytest
 import torch
 from disk import contents, files_of_at_most
 
-from clustr_core import cli, evaluation
-from clustr_core.recipes import METHODS, load_profile, run_folder
+from clustr_core.cli import main
+from clustr_core.measuring import attacked
+from clustr_core.measuring.certified import certificate_rows
+from clustr_core.measuring.profile import load_profile
+from clustr_core.training.recipes import METHODS, override, run_folder
 
 PROFILE = """\
 shared: {dataset: digits, width: 4, train_examples: 150}
@@ -33,7 +36,7 @@ def home(tiny_book):
 
 def clustr(*arguments, method="ce", profile="tiny"):
     """A command's status, on the CPU."""
-    return cli.main([*arguments, "--profile", profile, "--method", method, "--device", "cpu"])
+    return main([*arguments, "--profile", profile, "--method", method, "--device", "cpu"])
 
 
 def recipe(method="ce"):
@@ -168,8 +171,8 @@ def test_a_sandwich_needs_a_budget(certifying, home, capsys):
 
 
 def test_a_broken_certificate_is_one_line_and_status_2(certifying, home, capsys, monkeypatch):
-    real = evaluation._certificate_rows
-    monkeypatch.setattr(evaluation, "_certificate_rows", lambda *a: real(*a).assign(radius=10.0))
+    real = certificate_rows
+    monkeypatch.setattr(attacked, "_certificate_rows", lambda *a: real(*a).assign(radius=10.0))
     assert certifies("train") == 0
     capsys.readouterr()
     assert certifies("sandwich") == 2
@@ -187,7 +190,7 @@ def test_a_broken_certificate_is_one_line_and_status_2(certifying, home, capsys,
 def test_a_sandwich_of_a_changed_recipe_lies_beside_its_run(certifying, home):
     assert certifies("sandwich", "--set", "epochs=1") == 0
     (table,) = home.glob("runs/*/sandwich-clustr-cert.csv")
-    changed = cli.override(load_profile("certifying").recipes["clustr-cert"], {"epochs": 1})
+    changed = override(load_profile("certifying").recipes["clustr-cert"], {"epochs": 1})
     assert table.parent == run_folder(changed)
     assert not (home / "results").exists()
     assert certifies("sandwich", "--output", str(home / "mine.csv")) == 0
@@ -201,7 +204,7 @@ def test_jobs_that_know_nothing_of_each_other_take_shares(certifying, home, caps
     lines = "attacks:\n  linf: {norm: linf, eps: [0.05, 0.1], steps: 2, examples: 15, losses: [ce, margin]}\n"
     with (home / "profiles/certifying.yaml").open("a") as file:
         file.write(lines)
-    monkeypatch.setattr(evaluation, "CHUNK", 4)
+    monkeypatch.setattr(attacked, "CHUNK", 4)
     assert certifies(command) == 0
     pieces = {path.name: path.read_bytes() for path in home.glob("runs/*/tables/*.csv")}
     table = (certifying / f"{kind}-clustr-cert.csv").read_bytes()
@@ -243,7 +246,7 @@ def test_a_share_trains_nothing(certifying, home, capsys, command):
 @pytest.mark.parametrize("shard", ["3", "0/2", "3/2", "1/0", "a/b", "1/2/3", "-1/2"])
 def test_a_share_that_is_none(shard, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["attack", "--method", "ce", f"--shard={shard}"])
+        main(["attack", "--method", "ce", f"--shard={shard}"])
     assert f"expected I/N with I in 1..N, got '{shard}'" in capsys.readouterr().err
 
 
@@ -266,7 +269,7 @@ def test_an_encoder_that_cannot_be_certified_is_not_trained(certifying, home, ca
 
 def test_precision_is_part_of_the_run(home, capsys):
     assert clustr("certify", "--precision", "bf16-mixed") == 0
-    changed = cli.override(recipe(), {"precision": "bf16-mixed"})
+    changed = override(recipe(), {"precision": "bf16-mixed"})
     assert json.loads((run_folder(changed) / "run.json").read_text())["recipe"]["precision"] == "bf16-mixed"
     assert (run_folder(changed) / "certificates-ce.csv").exists()
     assert not run_folder(recipe()).exists()
@@ -290,7 +293,7 @@ def test_a_second_time_nothing_is_trained(home, capsys):
 
 def test_changed_fields_are_another_run_whose_tables_lie_beside_it(home, capsys):
     assert clustr("attack", "--set", "epochs=1", "--set", "learning_rate=1/100", "--set", "snapshots=[0, 1]") == 0
-    changed = cli.override(recipe(), {"epochs": 1, "learning_rate": 0.01, "snapshots": (0, 1)})
+    changed = override(recipe(), {"epochs": 1, "learning_rate": 0.01, "snapshots": (0, 1)})
     assert (run_folder(changed) / "attacks-ce.csv").exists()
     assert not (home / "results").exists()
     assert not run_folder(recipe()).exists()
@@ -314,7 +317,7 @@ def test_threads_are_set():
 @pytest.mark.parametrize("command", [[], ["train"], ["attack"], ["diagnose"], ["certify"], ["sandwich"]])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main([*command, "--help"])
+        main([*command, "--help"])
     assert caught.value.code == 0
     # lines may break inside a name
     out = "".join(capsys.readouterr().out.split())
@@ -346,7 +349,7 @@ def test_help_teaches(command, capsys):
 )
 def test_what_the_parser_refuses(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
+        main(arguments)
     assert caught.value.code == 2
     assert "usage: clustr" in capsys.readouterr().err
 
@@ -379,7 +382,7 @@ def refused(capsys, *arguments, command="train", **options):
 )
 def test_bad_input_is_one_line_and_status_2(home, capsys, arguments, message):
     # --device cpu comes first, so that a test may give another
-    assert cli.main(["train", "--profile", "tiny", "--method", "ce", "--device", "cpu", *arguments]) == 2
+    assert main(["train", "--profile", "tiny", "--method", "ce", "--device", "cpu", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(f"clustr: {message}")

@@ -6,7 +6,7 @@ import jaxtyping
 import pytest
 import torch
 
-from clustr_core.distances import flat_norm, squared_distances
+from clustr_core.numerics.distances import flat_norm, squared_distances
 
 pytest_plugins = ["pytester"]
 

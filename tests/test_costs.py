@@ -9,18 +9,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import growth
 from benchmarks.harness import Effort
-from clustr_core import costs, data, training
-from clustr_core.certify import certified_radius
-from clustr_core.clusters import Clusters
-from clustr_core.encoders import build_encoder
-from clustr_core.recipes import (
+from clustr_core import costs, data
+from clustr_core.certificates.ladder import certified_radius
+from clustr_core.measuring.profile import load_profile
+from clustr_core.models.clusters import Clusters
+from clustr_core.models.encoders import build_encoder
+from clustr_core.training.loop import fit
+from clustr_core.training.recipes import (
     AdversarialTraining,
     Clustr,
     ClustrQTrades,
     CrossEntropy,
     FreeAdversarialTraining,
     Trades,
-    load_profile,
 )
 
 MACHINE = costs.Machine("a machine", 1e12, 1e11, 1e10, 1e9)
@@ -86,14 +87,14 @@ def test_an_epochs_flops_are_those_of_a_real_one(method, tmp_path):
     """What a second epoch adds to a first, counted by PyTorch; beside the network there is little."""
     examples, few = 160, {"milestones": (), "snapshots": (), "warm_start": None, "train_examples": 160}
     batches = {"per_cluster": 4, "clusters_per_batch": 8} if SMOKE[method].clustered else {"batch_size": 32}
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
 
     def spent(epochs: int) -> int:
         recipe = replace(SMOKE[method], epochs=epochs, **few, **batches)
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = AnyModule()
         with counter:
-            training.fit(recipe, dataset=digits, folder=tmp_path / str(epochs), device="cpu", progress=False)
+            fit(recipe, dataset=digits, folder=tmp_path / str(epochs), device="cpu", progress=False)
         return counter.get_total_flops()
 
     encoder = build_encoder("small-cnn", digits.image_shape, width=SMOKE[method].width)
@@ -185,9 +186,9 @@ def test_a_plan_for_imagenet():
     study = costs.Study("ImageNet-1k", costs.resnet50(), 1_281_167, 50_000, 1000, per_class=2)
     one = {part.name: part for part in costs.plan(study, costs.A100)}
     eight = {part.name: part for part in costs.plan(study, replace(costs.A100, devices=8))}
-    epoch, training = one["training, one epoch"], one["training, 90 epochs"]
+    epoch, loop = one["training, one epoch"], one["training, 90 epochs"]
     assert epoch.flops == 1_281_167 * (3 * study.network.forward_flops - study.network.first_flops)
-    assert training.seconds == pytest.approx(90 * (epoch.seconds + one["refresh, one epoch"].seconds))
+    assert loop.seconds == pytest.approx(90 * (epoch.seconds + one["refresh, one epoch"].seconds))
     # ideal but for what is sent, and for k-means, which is one device's
     assert epoch.seconds / 8 <= eight["training, one epoch"].seconds <= epoch.seconds / 4
     assert eight["attack, 200 gradients"].seconds == pytest.approx(one["attack, 200 gradients"].seconds / 8)

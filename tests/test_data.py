@@ -17,14 +17,14 @@ from clustr_core import data
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits")
+    return data.load_dataset("digits")
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "train", "test"), [("digits", (1, 8, 8), 1437, 360), ("mnist5k", (1, 28, 28), 4000, 1000)]
 )
 def test_embedded_datasets(name, shape, train, test):
-    found, again = data.load(name), data.load(name)
+    found, again = data.load_dataset(name), data.load_dataset(name)
     assert found.name == name
     assert found.image_shape == shape
     assert found.num_classes == 10
@@ -116,7 +116,7 @@ def test_crops_alone_mirror_nothing_and_no_padding_moves_nothing():
 
 def test_unknown_name():
     with pytest.raises(ValueError, match=r"name: expected one of \['cifar10', .*\] or folder:PATH, got 'imagenet'"):
-        data.load("imagenet")
+        data.load_dataset("imagenet")
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,9 @@ def test_torchvision_datasets_are_downloaded_once_and_read(name, tmp_path, monke
     source.mkdir()
     with archives.served(source) as url:
         splits = archives.MAKERS[name](source, url, monkeypatch)
-        found = data.load(name, root)
+        found = data.load_dataset(name, root)
     assert "100%" in capfd.readouterr().err
-    again = data.load(name, root)
+    again = data.load_dataset(name, root)
     for dataset in (found, again):
         assert dataset.name == name
         assert dataset.num_classes == (100 if name == "cifar100" else 10)
@@ -165,7 +165,7 @@ def test_a_damaged_archive_is_not_read(tmp_path, monkeypatch):
         archives.MAKERS["cifar10"](tmp_path, url, monkeypatch)
         (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"not what it was")
         with pytest.raises(OSError, match=r"cifar10: .*not found or corrupted"):
-            data.load("cifar10", tmp_path / "root")
+            data.load_dataset("cifar10", tmp_path / "root")
 
 
 def test_without_the_internet_the_error_says_what_was_tried(tmp_path, monkeypatch):
@@ -174,7 +174,7 @@ def test_without_the_internet_the_error_says_what_was_tried(tmp_path, monkeypatc
 
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     with pytest.raises(OSError, match=f"cifar10: expected torchvision's archive in {tmp_path} or from the internet"):
-        data.load("cifar10", tmp_path)
+        data.load_dataset("cifar10", tmp_path)
 
 
 def test_downloads_lie_where_the_environment_says(tmp_path, monkeypatch):
@@ -183,7 +183,7 @@ def test_downloads_lie_where_the_environment_says(tmp_path, monkeypatch):
     (tmp_path / "source").mkdir()
     with archives.served(tmp_path / "source") as url:
         archives.MAKERS["svhn"](tmp_path / "source", url, monkeypatch)
-        data.load("svhn")
+        data.load_dataset("svhn")
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"train_32x32.mat", "test_32x32.mat"}
 
 
@@ -209,7 +209,7 @@ def folder(tmp_path):
 
 
 def load(folder):
-    return data.load(f"folder:{folder}")
+    return data.load_dataset(f"folder:{folder}")
 
 
 def cache(folder):
@@ -236,7 +236,7 @@ def test_a_folder_of_colour_images(folder):
 def test_a_relative_folder_is_found_in_the_books_root(folder, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("CLUSTR_HOME", str(folder.parent))
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    assert len(data.load(f"folder:{folder.name}").train_labels) == 4
+    assert len(data.load_dataset(f"folder:{folder.name}").train_labels) == 4
 
 
 def test_a_folder_of_grey_images(tmp_path):

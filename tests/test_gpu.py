@@ -5,17 +5,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from clustr_core import data, evaluation, training
-from clustr_core.attacks import autoattack, cell_walk, pgd, rescaled, square, transfer
-from clustr_core.classifiers import ClusterClassifier
-from clustr_core.clusters import fit_clusters
-from clustr_core.paper import ScoreModel, paper_pgd
-from clustr_core.recipes import (
+from clustr_core import data
+from clustr_core.attacks.autoattack import autoattack, square
+from clustr_core.attacks.cells import cell_walk
+from clustr_core.attacks.gradient import pgd
+from clustr_core.attacks.paper import ScoreModel, paper_pgd
+from clustr_core.attacks.temperature import rescaled
+from clustr_core.attacks.transfer import transfer
+from clustr_core.measuring.attacked import attack_table
+from clustr_core.measuring.certified import certificate_table
+from clustr_core.measuring.profile import Protocol
+from clustr_core.models.classifiers import ClusterClassifier
+from clustr_core.models.clusters import fit_clusters
+from clustr_core.training.loop import fit
+from clustr_core.training.recipes import (
     ClustrQTrades,
     CrossEntropy,
     FreeAdversarialTraining,
     FreeClustr,
-    Protocol,
     Recipe,
     Trades,
 )
@@ -36,17 +43,17 @@ pytestmark = pytest.mark.gpu
     ids=lambda recipe: f"{recipe.method} {recipe.precision}",
 )
 def test_train_attack_certify(recipe: Recipe, tmp_path: Path) -> None:
-    run = training.fit(recipe, folder=tmp_path / "run", device="cuda", progress=False)
-    attacks = evaluation.attack_table(run, Protocol(eps=(0.1,), steps=5, examples=64), device="cuda", progress=False)
-    certificates = evaluation.certificate_table(run, examples=64, device="cuda")
+    run = fit(recipe, folder=tmp_path / "run", device="cuda", progress=False)
+    attacks = attack_table(run, Protocol(eps=(0.1,), steps=5, examples=64), device="cuda", progress=False)
+    certificates = certificate_table(run, examples=64, device="cuda")
     assert attacks["correct"].mean() > 0.3
     assert (certificates["lipschitz_lower_bound"] <= certificates["lipschitz"]).all()
 
 
 def test_a_run_trained_on_the_gpu_predicts_alike_on_the_cpu(tmp_path: Path) -> None:
     recipe = CrossEntropy(epochs=2, width=8, train_examples=400)
-    run = training.fit(recipe, folder=tmp_path / "run", device="cuda", progress=False)
-    images = data.to_float(data.load("digits").test_images[:64])
+    run = fit(recipe, folder=tmp_path / "run", device="cuda", progress=False)
+    images = data.to_float(data.load_dataset("digits").test_images[:64])
     with torch.no_grad():
         here, there = run.model("cpu")(images), run.model("cuda")(images.cuda()).cpu()
     torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3)
@@ -74,7 +81,7 @@ def test_the_device_follows_the_inputs() -> None:
     ids=lambda protocol: protocol.attack,
 )
 def test_every_attack_measures_on_the_gpu(protocol: Protocol, runs: dict) -> None:
-    table = evaluation.attack_table(runs["clustr"], protocol, source=runs["ce"], device="cuda", progress=False)
+    table = attack_table(runs["clustr"], protocol, source=runs["ce"], device="cuda", progress=False)
     assert len(table) == protocol.examples
     assert table["robust"].mean() <= 1
 

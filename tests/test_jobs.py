@@ -18,7 +18,8 @@ from snakemake_executor_plugin_slurm.utils import set_gres_string
 from test_pipeline import PARTS, ROOT, run
 from test_training import epochs_done
 
-from clustr_core.recipes import load_profile, run_key
+from clustr_core.measuring.profile import load_profile
+from clustr_core.training.recipes import run_key
 
 PROFILE = """\
 shared: {dataset: digits, width: 8, train_examples: 400}

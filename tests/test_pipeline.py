@@ -11,7 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from clustr_core.recipes import load_profile, run_key
+from clustr_core.measuring.profile import load_profile
+from clustr_core.training.recipes import run_key
 from tools import notebooks, publish
 from tools.execute import chosen_parameters
 

@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from clustr_core.accuracy import (
+from clustr_core.attacks.names import PAPER_RESTARTS, PAPER_STEPS
+from clustr_core.certificates.names import HARD_BOUNDS
+from clustr_core.measuring.accuracy import (
     best_bound,
     both_protocols,
     broken_certificates,
@@ -14,11 +16,9 @@ from clustr_core.accuracy import (
     robust_accuracy,
     robust_accuracy_by_loss,
 )
-from clustr_core.certify import HARD_BOUNDS
-from clustr_core.diagnostics import CHECKS, verdict
-from clustr_core.paper import PAPER_RESTARTS, PAPER_STEPS
-from clustr_core.records import read_table
-from clustr_core.sandwich import ATTACKS, check_chain, check_sandwich, sandwich_curve
+from clustr_core.measuring.diagnostics import CHECKS, verdict
+from clustr_core.measuring.sandwich import ATTACKS, check_chain, check_sandwich, sandwich_curve
+from clustr_core.storage.tables import read_table
 from tools.first_page import (
     CERTIFYING,
     certified_lines,

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import nn
 
-from clustr_core.classifiers import ClusterClassifier
-from clustr_core.clusters import Clusters
+from clustr_core.models.classifiers import ClusterClassifier
+from clustr_core.models.clusters import Clusters
 
 SHAPE = (1, 4, 4)
 SIZE = math.prod(SHAPE)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clustr_core import records
+from clustr_core.storage.files import home
 
 NOT_THE_BOOK = (".*", "_build", "runs", "data", "tests", "node_modules", "__pycache__", "*.egg-info", "logs")
 STUB = "myst: v1\nkind: site\ntitle: stub\nversion: 1.0.0\noptions: []\nparts: []\n"
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; prints every fault."""
     parser = argparse.ArgumentParser(prog="python -m tools.book_check", description="Validate the whole book offline.")
     parser.add_argument("root", type=Path, nargs="?", help="the book's root (found from here)")
-    root = (parser.parse_args(arguments).root or records.home()).resolve()
+    root = (parser.parse_args(arguments).root or home()).resolve()
     faults = list(dict.fromkeys(check(root)))
     print(
         "\n".join(faults) if faults else "The book is sound: every reference, embed, link, image and citation resolves."

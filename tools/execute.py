@@ -16,8 +16,8 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from clustr_core import records
-from clustr_core.recipes import load_profile
+from clustr_core.measuring.profile import load_profile
+from clustr_core.storage.files import home
 from tools import notebooks
 
 INLINE = "module://matplotlib_inline.backend_inline"
@@ -48,7 +48,7 @@ def execute(source: Path, profile_name: str, output: Path) -> None:
         ValueError: for a profile key that the notebook does not declare.
         PapermillExecutionError: if a cell raises.
     """
-    root, source = records.home().resolve(), source.resolve()
+    root, source = home().resolve(), source.resolve()
     profile = load_profile(profile_name)
     notebook = notebooks.read_source(source)
     declared = notebooks.declared_parameters(notebook)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from clustr_core.accuracy import best_bound, certified_accuracy, four_columns
-from clustr_core.plotting import METHOD_NAMES
-from clustr_core.recipes import Profile, load_profile
-from clustr_core.records import read_table
+from clustr_core.drawing.looks import METHOD_NAMES
+from clustr_core.measuring.accuracy import best_bound, certified_accuracy, summary_table
+from clustr_core.measuring.profile import Profile, load_profile
+from clustr_core.storage.tables import read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PIXELS = {"digits": 64, "mnist5k": 784, "folder:data/cifar10-jpeg": 3072}
@@ -47,7 +47,7 @@ def radii_of(profile: str) -> list[float]:
 def columns_of(profile: str) -> pd.DataFrame:
     """The four columns in L-infinity, at the eps of AutoAttack."""
     at = profile_of(profile).attacks["autoattack"].eps[0]
-    found = four_columns(rows(profile, "attacks"), rows(profile, "certificates"), eps=at, pixels=pixels_of(profile))
+    found = summary_table(rows(profile, "attacks"), rows(profile, "certificates"), eps=at, pixels=pixels_of(profile))
     return found.assign(profile=profile)
 
 

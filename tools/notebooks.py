@@ -10,7 +10,7 @@ from typing import Any
 import jupytext
 from nbformat import NotebookNode
 
-from clustr_core import records
+from clustr_core.storage.files import digest
 
 FIGURE_LABEL = re.compile(r"fig-[a-z0-9]+(?:-[a-z0-9]+)*")
 _DIRECTIVE = re.compile(
@@ -115,11 +115,11 @@ def provenance(root: Path, source: Path, profile: Path) -> dict[str, Any]:
     tables = sorted((root / "results" / profile_name).glob("*.csv")) if uses_tables(read_source(source)) else []
     return {
         "core": _tree_digest(root, sorted([*(root / "clustr_core").rglob("*.py"), *(root / "proofs").glob("*.v")])),
-        "profile": {"name": profile_name, "sha256": records.digest(profile.read_bytes())},
-        "source": records.digest(source.read_bytes()),
-        "tables": {path.relative_to(root).as_posix(): records.digest(path.read_bytes()) for path in tables},
+        "profile": {"name": profile_name, "sha256": digest(profile.read_bytes())},
+        "source": digest(source.read_bytes()),
+        "tables": {path.relative_to(root).as_posix(): digest(path.read_bytes()) for path in tables},
     }
 
 
 def _tree_digest(root: Path, paths: list[Path]) -> str:
-    return records.digest(*(part for p in paths for part in (p.relative_to(root).as_posix(), p.read_bytes())))
+    return digest(*(part for p in paths for part in (p.relative_to(root).as_posix(), p.read_bytes())))

@@ -16,7 +16,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from clustr_core import records
+from clustr_core.storage.files import home, written_whole
 from tools import notebooks
 
 LANGUAGE = {
@@ -119,7 +119,7 @@ def publish(root: Path, profile: str) -> list[Path]:
             )
         text = _twin_text(root, source, executed, profile)
         path = source.with_suffix(".ipynb")
-        with records.written_whole(path) as temporary:
+        with written_whole(path) as temporary:
             temporary.write_text(text)
         written.append(path)
     return written
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", default="quick", help="the profile whose run the book shows (quick)")
     options = parser.parse_args(arguments)
     try:
-        for path in publish(records.home().resolve(), options.profile):
+        for path in publish(home().resolve(), options.profile):
             print(path.name)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

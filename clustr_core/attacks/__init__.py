@@ -1,0 +1,1 @@
+"""What moves an image within a ball until a model is wrong about it."""

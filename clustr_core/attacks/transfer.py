@@ -1,0 +1,64 @@
+"""Images made for another model."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from clustr_core.attacks.ball import Images, check_inputs, pgd_endpoint, random_point
+from clustr_core.attacks.losses import attack_loss
+from clustr_core.attacks.names import Norm
+from clustr_core.attacks.result import AttackResult, Model, check_logits, misclassified, warn_unless_logits
+
+
+def transfer(
+    source: Model,
+    model: Model,
+    images: Images,
+    labels: Int[Tensor, " batch"],
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    restarts: int = 1,
+    norm: Norm = "linf",
+    loss: str = "margin",
+    seed: int = 0,
+) -> AttackResult:
+    """PGD on another model, judged by this one: its successes owe nothing to this model's gradients.
+
+    Args:
+        source: the model that is climbed, all the way: being wrong itself does not stop it.
+        eps, step_size, steps, restarts, norm, loss, seed: as in `pgd`.
+    Raises:
+        ValueError: as `pgd`; if the source's logits are NaN.
+    Warns:
+        UserWarning: if the source returns something else than logits; see `verdicts.not_logits`.
+    Source: Papernot et al. 2016; as a check on masked gradients, Athalye et al. 2018.
+    """
+    check_inputs(images, labels, norm=norm, eps=eps, step_size=step_size, steps=steps, restarts=restarts)
+    climb, images, goals = attack_loss(loss), images.detach(), labels.to(images.device)
+    with torch.no_grad():
+        warn_unless_logits(source(images), "source", saturation=loss == "ce")
+    broken = misclassified(model, images, goals)
+    result = AttackResult(images.clone(), broken, ~broken, torch.zeros_like(goals))
+    generator = torch.Generator(images.device).manual_seed(seed)
+    for _ in range(restarts):
+        start = random_point(images, eps, norm, generator)
+        active = (~result.success).nonzero().squeeze(1)
+        if not len(active):
+            break
+        aims = goals[active]
+        x = pgd_endpoint(
+            lambda moved, aims=aims: climb(_logits_of_source(source, moved), aims),
+            images[active], start[active], eps=eps, step_size=step_size, steps=steps, norm=norm,
+        )  # fmt: skip
+        result.gradients[active] += steps
+        result.adversarial[active] = x
+        result.success[active] = misclassified(model, x, aims)
+    return result
+
+
+def _logits_of_source(source: Model, images: Images) -> Tensor:
+    logits = source(images)
+    check_logits(logits, "source")
+    return logits

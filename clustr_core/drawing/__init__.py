@@ -1,0 +1,1 @@
+"""Tables to figures: what everything looks like, the plane of chapter 1, curves and maps."""

@@ -1,0 +1,129 @@
+"""What everything looks like: colours, line styles, markers and names; figures saved with their tables."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from clustr_core.storage.files import home, written_whole
+from clustr_core.storage.tables import write_table
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one series is drawn."""
+
+    color: str
+    linestyle: str
+    marker: str
+
+
+COLOURS = sns.color_palette("colorblind").as_hex()
+CLASS_COLOURS = [COLOURS[c] for c in (0, 1, 2, 4, 8, 9)]
+# by family: no defence in grey, an adversary without clusters in blue to pink, clusters in orange, green and red; what
+# certifies, which is drawn apart from the rest, in black for the book's own and in colours for its rivals
+LOOKS = {
+    "ce": Look(COLOURS[7], ":", "s"),
+    "ce-clusters": Look("0.25", ":", "v"),
+    "pgd-at": Look(COLOURS[0], "-", "o"),
+    "trades": Look(COLOURS[9], "-", "P"),
+    "free-at": Look(COLOURS[4], "--", "X"),
+    "fast-at": Look(COLOURS[6], "-.", "<"),
+    "clustr": Look(COLOURS[1], "--", "^"),
+    "clustr-qtrades": Look(COLOURS[2], "-.", "D"),
+    "free-clustr": Look(COLOURS[3], "-", "*"),
+    "clustr-cert": Look("black", "-", "p"),
+    "clustr-lip": Look(COLOURS[5], "--", "h"),
+    "lip-linear": Look("#08519c", "-.", "d"),
+    "smoothing": Look("#006d5b", ":", ">"),
+    "prototypes": Look("0.55", "--", "8"),
+}
+BOUND_LOOKS = {
+    "triangle": Look(COLOURS[7], ":", "s"),
+    "nearest": Look(COLOURS[1], "--", "^"),
+    "pairwise": Look(COLOURS[0], "-", "o"),
+    "exact": Look("black", "-.", "D"),
+}
+METHOD_NAMES = {
+    "ce": "cross-entropy",
+    "ce-clusters": "cross-entropy, clusters fitted after",
+    "pgd-at": "PGD adversarial training",
+    "trades": "TRADES",
+    "free-at": "free adversarial training",
+    "fast-at": "fast adversarial training",
+    "clustr": "ClusTR",
+    "clustr-qtrades": "ClusTR+QTRADES",
+    "free-clustr": "free ClusTR",
+    "clustr-cert": "ClusTR-cert",
+    "clustr-lip": "ClusTR-lip",
+    "lip-linear": "1-Lipschitz linear head",
+    "smoothing": "randomised smoothing",
+    "prototypes": "prototypes on raw pixels",
+}
+SANDWICH_LOOKS = {
+    "clean": Look("0.55", ":", ""),
+    "apgd": Look(COLOURS[2], "-.", "D"),
+    "ddn": Look(COLOURS[1], "--", "^"),
+    "fmn": Look(COLOURS[0], ":", "s"),
+    "worst case": Look(COLOURS[3], "--", ""),
+    "certified": Look("black", "-", ""),
+}
+# two evaluations of the same models
+PROTOCOL_LOOKS = {
+    "paper": Look(COLOURS[1], "--", "^"),
+    "correct": Look(COLOURS[0], "-", "o"),
+}
+PROTOCOL_NAMES = {"paper": "the paper's protocol", "correct": "correct attacks"}
+
+
+def house_style() -> None:
+    """Set the book's look for every figure that follows; the same table then gives the same bytes."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={"axes.grid": True, "grid.alpha": 0.3})
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 160,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "svg.fonttype": "none",
+            "font.family": ["DejaVu Sans"],
+        }
+    )
+
+
+def save_figure(figure: Figure, label: str, table: pd.DataFrame, *, profile: str | None = None) -> Path:
+    """Write figures/<profile>/<label>.svg, .png and .csv, the table that it was drawn from.
+
+    Args:
+        profile: None takes ``$CLUSTR_PROFILE``, which a headless run sets, or "quick".
+    Returns:
+        the path of the table; its siblings have the same stem.
+    Raises:
+        ValueError: if the label does not begin with "fig-", or the table is empty.
+    """
+    if not label.startswith("fig-"):
+        raise ValueError(f'label: expected a name that begins with "fig-", got {label!r}')
+    if table.empty:
+        raise ValueError(f"table: expected the rows that {label} was drawn from, got none")
+    profile = profile or os.environ.get("CLUSTR_PROFILE", "quick")
+    stem = home() / "figures" / profile / label
+    for suffix, undated in ((".svg", {"Date": None}), (".png", {"Software": None})):
+        # a fixed salt: the same table gives the same bytes
+        with written_whole(stem.with_suffix(suffix)) as temporary, mpl.rc_context({"svg.hashsalt": label}):
+            figure.savefig(temporary, format=suffix[1:], metadata=undated, bbox_inches="tight")
+    write_table(stem.with_suffix(".csv"), table)
+    return stem.with_suffix(".csv")
+
+
+def each_group(table: pd.DataFrame, column: str) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """The rows of each value of a column, in order of appearance; methods always in the same order."""
+    groups = [(name, pd.DataFrame(rows)) for name, rows in table.groupby(column, sort=False)]
+    return iter(sorted(groups, key=lambda group: list(LOOKS).index(str(group[0]))) if column == "method" else groups)

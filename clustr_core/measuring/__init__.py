@@ -1,0 +1,1 @@
+"""What is measured on finished runs: profiles, rows kept beside the run, accuracies, studies."""

@@ -1,0 +1,266 @@
+"""A scale at which the whole book is computed: methods, attacks, budgets, chapters' parameters, from YAML.
+
+This module reads no tensors, so that a pipeline can ask it for names in no time.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from clustr_core.attacks.names import ATTACKS, PAPER_STEP_SIZE, Norm
+from clustr_core.storage.files import home
+from clustr_core.training.recipes import METHODS, Recipe, build, field_value, mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How robustness is measured: one kind of attack over a grid of eps, once for each loss; the worst of them counts.
+
+    Args:
+        attack: "pgd"; "paper" (the released rule, `paper.paper_pgd`); "cell-walk" (``restarts`` is the number of rival
+            cells); "transfer" (PGD on ``source``); "square" (``steps`` is the number of queries); "autoattack".
+        eps: the grid, in units of pixels in [0, 1].
+        steps, restarts: of each attack; AutoAttack has its own.
+        step_size: of every attack; None takes 2.5 eps / steps, which can cross the ball, and for "paper" the paper's
+            2/255.
+        losses: what "pgd", "paper" and "transfer" climb, as `attacks.pgd` takes it; empty for the usual ones.
+        examples: how many test images, in an order drawn once; None for all.
+        source: the method whose model "transfer" climbs.
+    Raises:
+        ValueError: if a number is not positive, or a choice unknown.
+    """
+
+    attack: str = "pgd"
+    norm: Norm = "linf"
+    eps: tuple[float, ...] = ()
+    steps: int = 20
+    restarts: int = 1
+    step_size: float | None = None
+    losses: tuple[str, ...] = ()
+    examples: int | None = None
+    seed: int = 0
+    source: str = "ce"
+
+    def __post_init__(self) -> None:
+        """Check the numbers and the choices."""
+        numbers = {
+            "steps": self.steps,
+            "restarts": self.restarts,
+            "step_size": self.step_size,
+            "examples": self.examples,
+        }
+        if self.attack not in ATTACKS:
+            raise ValueError(f"attack: expected one of {sorted(ATTACKS)}, got {self.attack!r}")
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm: expected one of {get_args(Norm)}, got {self.norm!r}")
+        if self.attack == "paper" and self.norm != "linf":
+            raise ValueError(f"norm: expected 'linf' for attack 'paper', got {self.norm!r}")
+        for name, value in [*numbers.items(), *(("eps", e) for e in self.eps)]:
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected positive numbers, got {value}")
+        if not self.eps:
+            raise ValueError(f"eps: expected at least one, got {self.eps}")
+        if self.losses and self.attack not in ("pgd", "paper", "transfer"):
+            raise ValueError(f"losses: expected none for attack {self.attack!r}, got {self.losses}")
+
+    @property
+    def climbed(self) -> tuple[str, ...]:
+        """What the attack climbs: one measurement for each."""
+        return self.losses or ATTACKS[self.attack]
+
+    def step_size_at(self, eps: float) -> float:
+        """The length of a step in a ball of radius ``eps``."""
+        if self.step_size is not None:
+            return self.step_size
+        return PAPER_STEP_SIZE if self.attack == "paper" else 2.5 * eps / self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """On what the diagnostics judge the paper's evaluation of each method.
+
+    Args:
+        eps: radius of the ball, in units of pixels in [0, 1].
+        examples: how many test images, in an order drawn once.
+        steps, restarts: of the evaluation that is judged; with less than 10 restarts the paper's is reduced.
+        queries: for Square.
+    Raises:
+        ValueError: if a number is not positive.
+    """
+
+    eps: float
+    examples: int = 64
+    steps: int = 20
+    restarts: int = 2
+    queries: int = 300
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for item in fields(self):
+            if not getattr(self, item.name) > 0:
+                raise ValueError(f"{item.name}: expected a positive number, got {getattr(self, item.name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SandwichBudget:
+    """What each attack that searches for the nearest misclassified image may spend.
+
+    Args:
+        examples: how many test images, in an order drawn once; None for all.
+        steps, restarts: of fmn, ddn, and of PGD inside the certified balls (under each of its two losses); the r-th
+            restart of fmn and ddn heads for the r-th likeliest wrong class.
+        points: random directions on the sphere of the certified radius.
+        apgd_eps: radii, in units of pixels in [0, 1], at which AutoAttack's APGD is run; none leaves it out.
+    Raises:
+        ValueError: if a number is not positive.
+    """
+
+    examples: int | None = None
+    steps: int = 100
+    restarts: int = 1
+    points: int = 1000
+    apgd_eps: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        _check_budget(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothingBudget:
+    """What the certificate of randomised smoothing may spend.
+
+    Args:
+        examples: how many test images, in an order drawn once; None for all.
+        samples, selection_samples: noisy copies of an image for the bound, and for the choice of the class.
+        failure_prob: with which a certificate may be wrong.
+    Raises:
+        ValueError: if a number is not positive, or the probability not below 1.
+    """
+
+    examples: int | None = None
+    samples: int = 1000
+    selection_samples: int = 100
+    failure_prob: float = 0.001
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        _check_budget(self)
+        if self.failure_prob >= 1:
+            raise ValueError(f"failure_prob: expected less than 1, got {self.failure_prob}")
+
+
+def _check_budget(budget: SandwichBudget | SmoothingBudget) -> None:
+    for item in fields(budget):
+        value = getattr(budget, item.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not 0 < number < math.inf:
+                raise ValueError(f"{item.name}: expected a positive number, got {number}")
+        if item.type in (int, int | None) and value is not None and type(value) is not int:
+            raise ValueError(f"{item.name}: expected a whole number, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A scale at which the whole book is computed: its runs, its measurements, its chapters' parameters."""
+
+    name: str
+    recipes: dict[str, Recipe]
+    attacks: dict[str, Protocol]
+    certified_examples: int | None = None
+    examination: Examination | None = None
+    sandwich: SandwichBudget | None = None
+    smoothing: SmoothingBudget | None = None
+    chapters: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """An attack can only be transferred from a method of the profile."""
+        for name, protocol in self.attacks.items():
+            if protocol.attack == "transfer" and protocol.source not in self.recipes:
+                expected = sorted(self.recipes)
+                raise ValueError(f"attacks.{name}.source: expected one of {expected}, got {protocol.source!r}")
+
+    @property
+    def ordinary(self) -> dict[str, Recipe]:
+        """The methods without a guarantee: the paper's, and what it is compared with."""
+        return {name: recipe for name, recipe in self.recipes.items() if recipe.guarantee == "none"}
+
+    @property
+    def lipschitz(self) -> dict[str, Recipe]:
+        """The methods on 1-Lipschitz encoders, which certify."""
+        return {name: recipe for name, recipe in self.recipes.items() if recipe.guarantee == "lipschitz"}
+
+    @property
+    def attacked(self) -> dict[str, Recipe]:
+        """The methods that attacks are run on: all but smoothing, whose base classifier is not what it certifies."""
+        return self.ordinary | self.lipschitz
+
+
+_BUDGETS = {"examination": Examination, "sandwich": SandwichBudget, "smoothing": SmoothingBudget}
+
+
+def load_profile(name: str | Path) -> Profile:
+    """The profile ``profiles/<name>.yaml`` of the book's root, or a YAML file by its path.
+
+    Keys: ``shared`` (fields of every recipe), ``methods`` (the fields of each; ``warm_start`` names another method),
+    ``attacks`` (a `Protocol` each), ``certified_examples``, ``examination``, ``sandwich`` and ``smoothing`` (an
+    `Examination`, a `SandwichBudget`, a `SmoothingBudget`), ``chapters`` (parameters of each notebook). Fractions such
+    as 8/255 are numbers.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for an unknown key or method, or a value without meaning; the key is named.
+    """
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else home() / "profiles" / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise FileNotFoundError(f"profile: expected one of {known} or a YAML file, got {name}")
+    content = mapping(_read_yaml(path), path.name)
+    parts = ("shared", "methods", "attacks", "chapters")
+    known = [*parts, "certified_examples", *_BUDGETS]
+    if unknown := sorted(set(content) - set(known), key=str):
+        raise ValueError(f"{path.name}: unknown key {unknown}, expected some of {known}")
+    shared, methods, attacks, chapters = (mapping(content.get(key), f"{path.name}: {key}") for key in parts)
+    protocols = {key: _protocol(values, f"{path.name}: attacks.{key}") for key, values in attacks.items()}
+    where = f"{path.name}: certified_examples"
+    examples = field_value(content.get("certified_examples"), int | None, where)
+    if examples is not None and examples < 1:
+        raise ValueError(f"{where}: expected a positive number, got {examples}")
+    budgets = {
+        key: build(kind, mapping(content[key], f"{path.name}: {key}"), f"{path.name}: {key}")
+        for key, kind in _BUDGETS.items()
+        if content.get(key) is not None
+    }
+    recipes = _recipes(methods, shared, path.name)
+    try:
+        return Profile(path.stem, recipes, protocols, examples, chapters=chapters, **budgets)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name}: expected YAML, got {error}") from error
+
+
+def _protocol(values: Any, where: str) -> Protocol:
+    return build(Protocol, mapping(values, where), where)
+
+
+def _recipes(methods: dict[str, dict], shared: dict[str, Any], where: str) -> dict[str, Recipe]:
+    recipes: dict[str, Recipe] = {}
+    for method, values in methods.items():
+        if method not in METHODS:
+            raise ValueError(f"{where}: unknown method {method!r}, expected some of {sorted(METHODS)}")
+        values = {**shared, **mapping(values, f"{where}: methods.{method}")}
+        if start := values.pop("warm_start", None):
+            if not isinstance(start, str) or start not in recipes:
+                raise ValueError(f"{where}: methods.{method}.warm_start: expected a method above it, got {start!r}")
+            values["warm_start"] = recipes[start]
+        recipes[method] = build(METHODS[method], values, where=f"{where}: methods.{method}")
+    return recipes

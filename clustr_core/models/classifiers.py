@@ -1,0 +1,298 @@
+"""From images to logits: the cluster classifier and the linear one."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from clustr_core.models.clusters import Clusters
+from clustr_core.models.one_lipschitz import orthogonal_linear
+from clustr_core.numerics.distances import mean_centroid, rows_within, squared_distances
+from clustr_core.numerics.kernels import dispatch
+from clustr_core.numerics.rounding import HALF_DTYPES, full_precision
+
+Rule = Literal["soft", "nearest"]
+
+
+def cluster_logits(
+    embeddings: Float[Tensor, "batch dim"],
+    clusters: Clusters,
+    *,
+    neighbours: int | None = None,
+) -> Float[Tensor, "batch class"]:
+    """g_c(z) = logsumexp over the clusters j of class c of -d_j^2 / (2 sigma_j^2).
+
+    The paper's score is exp(g_c), which underflows a few sigma away from every centroid; its logarithm does not,
+    and has the same largest class.
+
+    Without gradient, memory does not grow with embeddings times clusters; for the backward pass every vote is kept
+    (by the kernel on a GPU it is computed again).
+
+    Args:
+        neighbours: let only that many nearest centroids vote (the paper's L); None lets all vote. A class without
+            a vote gets a finite logit below that of every class with one.
+    Raises:
+        ValueError: if ``neighbours`` is not positive, or the embeddings' dimension is not the centroids'.
+    Source: Alfarra et al. 2021, section 3, in the log domain.
+    """
+    check_voters(embeddings, clusters, neighbours)
+    dtype = torch.promote_types(embeddings.dtype, clusters.centroids.dtype)
+    embeddings = embeddings.to(dtype)
+    clusters = clusters if clusters.centroids.dtype == dtype else clusters.to(dtype)
+    kernel = dispatch("cluster_logits", lambda *_: _plain_logits(embeddings, clusters, neighbours), embeddings)
+    return kernel(embeddings, clusters.centroids, clusters.labels, clusters.variance, clusters.num_classes, neighbours)
+
+
+def _plain_logits(
+    embeddings: Float[Tensor, "batch dim"], clusters: Clusters, neighbours: int | None
+) -> Float[Tensor, "batch class"]:
+    """`cluster_logits` in plain PyTorch; half precision is computed in float32."""
+    if embeddings.dtype in HALF_DTYPES:
+        return _plain_logits(embeddings.float(), clusters.to(torch.float32), neighbours).to(embeddings.dtype)
+    if neighbours is None or neighbours >= len(clusters.centroids):
+        logits: Tensor = _AllVotes.apply(embeddings, clusters.centroids, clusters)  # pyright: ignore[reportAssignmentType]
+        return logits
+    rows = rows_within(len(clusters.centroids), embeddings.dtype)
+    return torch.cat([_few_votes(part, clusters, neighbours) for part in embeddings.split(rows)])
+
+
+def _few_votes(
+    embeddings: Float[Tensor, "batch dim"], clusters: Clusters, neighbours: int
+) -> Float[Tensor, "batch class"]:
+    distances = squared_distances(embeddings, clusters.centroids)
+    exponents = -distances / (2 * clusters.variance)
+    votes = torch.zeros_like(exponents, dtype=torch.bool)
+    votes.scatter_(1, distances.topk(neighbours, dim=1, largest=False).indices, True)
+    own = clusters.gather_by_class(exponents, -torch.inf)
+    voting = clusters.gather_by_class(votes, False)
+    logits = own.masked_fill(~voting, -torch.inf).logsumexp(dim=2)
+    return _place_below(logits, own.amax(dim=2), voting.any(dim=2))
+
+
+def nearest_logits(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> Float[Tensor, "batch class"]:
+    """-min_{j in c} d_j^2 / (2 mean sigma^2): the largest class is that of the nearest centroid."""
+    check_voters(embeddings, clusters, None)
+    rows = rows_within(len(clusters.centroids), embeddings.dtype)
+    return torch.cat([_nearest_votes(part, clusters) for part in embeddings.split(rows)])
+
+
+def _nearest_votes(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> Float[Tensor, "batch class"]:
+    exponents = -squared_distances(embeddings, clusters.centroids) / (2 * clusters.variance.mean())
+    return clusters.gather_by_class(exponents, -torch.inf).amax(dim=2)
+
+
+class _Votes(NamedTuple):
+    """Of a chunk of embeddings: where they are, each vote over its class's highest, that highest (log), their sum."""
+
+    points: Float[Tensor, "batch dim"]
+    votes: Float[Tensor, "batch slot class"]
+    highest: Float[Tensor, "batch class"]
+    total: Float[Tensor, "batch class"]
+
+
+@dataclass(frozen=True)
+class PackedClusters:
+    """The clusters as one matrix product wants them: slot by slot (the first of each class, then the second ...).
+
+    Seen from the centroids' mean, in units of the first cluster's sigma, a vote is
+    ratio_j (z . mu_j - ||mu_j||^2 / 2 - ||z||^2 / 2) with ratio_j = sigma_1^2 / sigma_j^2: the logarithm of
+    exp(-d_j^2 / (2 sigma_j^2)) with no more digits lost than its row's largest exponent has.
+    """
+
+    order: Int[Tensor, " slot_class"]
+    empty: Bool[Tensor, " slot_class"]
+    num_classes: int
+    origin: Float[Tensor, " dim"]
+    sigma: Float[Tensor, ""]
+    ratios: Float[Tensor, " slot_class"]
+    weights: Float[Tensor, "slot_class dim"]
+    constants: Float[Tensor, " slot_class"]
+    shared: bool
+
+    @classmethod
+    def of(cls, clusters: Clusters) -> "PackedClusters":
+        columns, filled = clusters.by_class
+        order, empty = columns.T.flatten(), ~filled.T.flatten()
+        # in this order from here on, so that the clusters' own order changes no bit
+        centroids, variance = clusters.centroids.index_select(0, order), clusters.variance[order]
+        sigma, origin = variance[0].sqrt(), mean_centroid(centroids)
+        ratios = variance[0] / variance
+        shared = bool((ratios == 1).all())
+        scaled = centroids.sub_(origin).div_(sigma)
+        weights = scaled if shared else ratios[:, None] * scaled
+        constants = torch.linalg.vecdot(weights, scaled).div_(-2).masked_fill_(empty, -torch.inf)
+        return cls(order, empty, len(columns), origin, sigma, ratios, weights, constants, shared)
+
+    def votes(self, embeddings: Tensor) -> _Votes:
+        points = (embeddings - self.origin).div_(self.sigma)
+        squares = points.square().sum(dim=1)
+        exponents = torch.addmm(self.constants, points, self.weights.T)
+        if not self.shared:
+            exponents.addr_(squares, self.ratios, alpha=-0.5)
+        votes = exponents.unflatten(1, (-1, self.num_classes))
+        highest = votes.amax(dim=1)
+        # votes too small to matter would be denormal in the products to come, which are slow
+        votes = torch.threshold_(votes.sub_(highest[:, None]).exp_(), torch.finfo(votes.dtype).tiny ** 0.75, 0.0)
+        if self.shared:
+            highest.sub_(squares[:, None], alpha=0.5)
+        return _Votes(points, votes, highest, votes.sum(dim=1))
+
+    def rows(self) -> int:
+        """So many embeddings at once that a chunk's votes stay in a core's cache."""
+        return rows_within(len(self.order), self.weights.dtype)
+
+
+class _AllVotes(torch.autograd.Function):
+    """`cluster_logits` of all votes, chunk by chunk; the backward pass reuses the votes."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, centroids: Tensor, clusters: Clusters) -> Tensor:
+        with full_precision(embeddings.device):
+            electorate = PackedClusters.of(clusters)
+            rows, kept = electorate.rows(), []
+            logits = embeddings.new_empty(len(embeddings), electorate.num_classes)
+            for part, out in zip(embeddings.split(rows), logits.split(rows), strict=True):
+                points, votes, highest, total = electorate.votes(part)
+                torch.add(highest, total.log(), out=out)
+                if any(ctx.needs_input_grad):
+                    kept += [points, votes, total]
+        ctx.electorate = electorate
+        ctx.save_for_backward(centroids, *kept)
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """d/dz = sum_j share_j ratio_j (mu_j - z), minus each term for its mu_j; a share is a vote over its total."""
+        (centroids, *kept), electorate = ctx.saved_tensors, ctx.electorate
+        of_embeddings = gradient.new_empty(len(gradient), centroids.shape[1])
+        pulls, share_of = torch.zeros_like(electorate.weights), torch.zeros_like(electorate.ratios)
+        rows = electorate.rows()
+        # one buffer for all chunks: fresh memory costs more than the arithmetic
+        buffer = torch.empty_like(kept[1]) if kept else gradient
+        # into units of sigma, as everything here
+        above = gradient / electorate.sigma
+        chunks = zip(kept[::3], kept[1::3], kept[2::3], above.split(rows), of_embeddings.split(rows), strict=True)
+        with full_precision(gradient.device):
+            for points, votes, total, part, out in chunks:
+                shares = torch.mul(votes, (part / total)[:, None], out=buffer[: len(points)]).flatten(1)
+                # the shares of a class add up to what comes from above
+                own = part.sum(dim=1) if electorate.shared else shares @ electorate.ratios
+                torch.mul(points, own.neg_()[:, None], out=out).addmm_(shares, electorate.weights)
+                if ctx.needs_input_grad[1]:
+                    pulls.addmm_(shares.T, points)
+                    share_of += shares.sum(dim=0)
+        if not ctx.needs_input_grad[1]:
+            return of_embeddings, None, None
+        moved = electorate.ratios[:, None] * pulls - share_of[:, None] * electorate.weights
+        return of_embeddings, torch.zeros_like(centroids).index_add_(0, electorate.order, moved), None
+
+
+def _place_below(logits: Tensor, nearest: Tensor, has_vote: Tensor) -> Tensor:
+    """Put each class without a vote below every class with one, yet keep it finite and its gradient alive."""
+    lowest = logits.masked_fill(~has_vote, torch.inf).amin(dim=1, keepdim=True)
+    below = torch.minimum(nearest, lowest.detach())
+    step = 1 + below.detach().abs() * 4 * torch.finfo(logits.dtype).eps
+    return torch.where(has_vote, logits, (below - step).clamp_min(torch.finfo(logits.dtype).min))
+
+
+def check_voters(embeddings: Tensor, clusters: Clusters, neighbours: int | None) -> None:
+    """Raises a ValueError unless the embeddings are of the centroids' dimension, and ``neighbours`` is positive."""
+    if embeddings.shape[-1] != clusters.centroids.shape[1]:
+        raise ValueError(
+            f"embeddings: expected dimension {clusters.centroids.shape[1]} as the centroids', "
+            f"got {embeddings.shape[-1]}"
+        )
+    if neighbours is not None and neighbours < 1:
+        raise ValueError(f"neighbours: expected a positive number or None, got {neighbours}")
+
+
+class LinearClassifier(nn.Module):
+    """An encoder and a linear head: images in [0, 1] -> logits.
+
+    Args:
+        orthonormal: the rows of the head are orthonormal: it is 1-Lipschitz, and each pair of rows sqrt(2) apart.
+    """
+
+    def __init__(self, encoder: nn.Module, embedding_dim: int, num_classes: int, *, orthonormal: bool = False) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.linear = (orthogonal_linear if orthonormal else nn.Linear)(embedding_dim, num_classes)
+
+    def embed(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch dim"]:
+        """The encoder's output."""
+        return self.encoder(images)
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
+        """Logits of the linear head."""
+        return self.linear(self.embed(images))
+
+
+class ClusterClassifier(nn.Module):
+    """An encoder and clusters of its embeddings: images in [0, 1] -> log-domain logits.
+
+    Args:
+        rule: "soft" predicts argmax_c g_c(z), all centroids voting (or the ``neighbours`` nearest);
+            "nearest" predicts the class of the nearest centroid.
+        neighbours: how many centroids vote under the soft rule; None for all.
+        learnable: centroids are a parameter, which training moves, and not a buffer.
+    Raises:
+        ValueError: if ``rule`` is unknown, or ``neighbours`` is given with the nearest rule, where nothing votes.
+    """
+
+    centroids: Tensor
+    labels: Tensor
+    variance: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        clusters: Clusters,
+        *,
+        rule: Rule = "soft",
+        neighbours: int | None = None,
+        learnable: bool = False,
+    ) -> None:
+        super().__init__()
+        if rule not in ("soft", "nearest"):
+            raise ValueError(f'rule: expected "soft" or "nearest", got {rule!r}')
+        if rule == "nearest" and neighbours is not None:
+            raise ValueError(f'neighbours: expected None with rule="nearest", got {neighbours}')
+        if neighbours is not None and neighbours < 1:
+            raise ValueError(f"neighbours: expected a positive number or None, got {neighbours}")
+        self.encoder = encoder
+        self.rule: Rule = rule
+        self.neighbours = neighbours
+        centroids = clusters.centroids.detach().clone()
+        if learnable:
+            self.centroids = nn.Parameter(centroids)
+        else:
+            self.register_buffer("centroids", centroids)
+        self.register_buffer("labels", clusters.labels.clone())
+        self.register_buffer("variance", clusters.variance.clone())
+        self._clusters: Clusters | None = None
+        self._parts: tuple[Tensor, Tensor, Tensor] | tuple[()] = ()
+
+    @property
+    def clusters(self) -> Clusters:
+        """The clusters, on the module's device; rebuilt (and checked) only after the module has moved."""
+        parts = (self.centroids, self.labels, self.variance)
+        # learnable centroids stay one parameter when the module moves, so the others have to tell
+        if self._clusters is None or any(mine is not theirs for mine, theirs in zip(parts, self._parts, strict=True)):
+            self._parts = parts
+            self._clusters = Clusters(self.centroids, self.labels, self.variance)
+        return self._clusters
+
+    def embed(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch dim"]:
+        """The encoder's output."""
+        return self.encoder(images)
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
+        """Log-domain logits under the model's rule."""
+        embeddings = self.embed(images)
+        if self.rule == "nearest":
+            return nearest_logits(embeddings, self.clusters)
+        return cluster_logits(embeddings, self.clusters, neighbours=self.neighbours)

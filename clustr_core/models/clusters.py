@@ -1,0 +1,171 @@
+"""Clusters of embeddings, and the per-class k-means that finds them."""
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from clustr_core.numerics.distances import squared_distances
+from clustr_core.numerics.kernels import dispatch
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """K centroids in the embedding space, the class of each and the variance of each.
+
+    Args:
+        centroids: mu_1..mu_K, finite.
+        labels: the class of each cluster, in 0..C-1; every class has at least one cluster.
+        variance: sigma^2 of each cluster, positive; the paper shares one value among all of them.
+    Raises:
+        ValueError: if a shape, a label or a value is off.
+    """
+
+    centroids: Float[Tensor, "cluster dim"]
+    labels: Int[Tensor, " cluster"]
+    variance: Float[Tensor, " cluster"]
+
+    def __post_init__(self) -> None:
+        """Check every field; the message names the field, what came and what was expected."""
+        if self.centroids.dim() != 2 or not len(self.centroids):
+            raise ValueError(f"centroids: expected shape [cluster, dim], got {list(self.centroids.shape)}")
+        count = len(self.centroids)
+        for name in ("labels", "variance"):
+            if getattr(self, name).shape != (count,):
+                shape = list(getattr(self, name).shape)
+                raise ValueError(f"{name}: expected one entry for each of {count} centroids, got shape {shape}")
+        if not self.centroids.is_floating_point():
+            raise ValueError(f"centroids: expected a floating dtype, got {self.centroids.dtype}")
+        if not self.centroids.isfinite().all():
+            raise ValueError("centroids: expected finite values, got NaN or infinity")
+        if not (self.variance.isfinite() & (self.variance > 0)).all():
+            raise ValueError(f"variance: expected positive finite values, got minimum {self.variance.min().item()}")
+        if self.labels.is_floating_point() or self.labels.min() < 0:
+            raise ValueError("labels: expected class indices 0, 1, 2, ..., got negative or non-integer values")
+        missing = sorted(set(range(self.num_classes)) - set(self.labels.tolist()))
+        if missing:
+            raise ValueError(f"labels: expected a cluster for every class, got none for {missing}")
+
+    @cached_property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return int(self.labels.max()) + 1
+
+    @cached_property
+    def by_class(self) -> tuple[Int[Tensor, "class slot"], Bool[Tensor, "class slot"]]:
+        """The clusters of each class, and which slots are filled (classes may differ in their number)."""
+        counts = torch.bincount(self.labels, minlength=self.num_classes)
+        slots = torch.arange(int(counts.max()), device=counts.device)
+        position = (counts.cumsum(0) - counts)[:, None] + slots
+        order = self.labels.argsort(stable=True)
+        return order[position.clamp_max(len(order) - 1)], slots < counts[:, None]
+
+    def gather_by_class(
+        self, values: Shaped[Tensor, "batch cluster"], fill: float | bool
+    ) -> Shaped[Tensor, "batch class slot"]:
+        """Rearrange one value per cluster into [batch, class, slot], with ``fill`` in the empty slots."""
+        columns, filled = self.by_class
+        return values[:, columns].masked_fill(~filled, fill)
+
+    @property
+    def shared_variance(self) -> float:
+        """The one sigma^2 of all clusters.
+
+        Raises:
+            ValueError: if the clusters have different variances.
+        """
+        first = self.variance[0]
+        if not torch.allclose(self.variance, first, rtol=1e-6, atol=0.0):
+            low, high = self.variance.min().item(), self.variance.max().item()
+            raise ValueError(f"clusters: expected one shared variance, got values from {low:.6g} to {high:.6g}")
+        return float(first)
+
+    def to(self, *args, **kwargs) -> "Clusters":
+        """Move or cast, as `torch.Tensor.to`; labels keep their integer dtype."""
+        centroids = self.centroids.to(*args, **kwargs)
+        return replace(
+            self,
+            centroids=centroids,
+            labels=self.labels.to(centroids.device),
+            variance=self.variance.to(centroids),
+        )
+
+
+def fit_clusters(
+    embeddings: Float[Tensor, "batch dim"],
+    labels: Int[Tensor, " batch"],
+    *,
+    per_class: int,
+    n_init: int = 1,
+    max_iter: int = 20,
+    seed: int = 0,
+) -> tuple[Clusters, Int[Tensor, " batch"]]:
+    """k-means within each class; returns the clusters and the cluster of each example.
+
+    sigma^2 = sum_n ||z_n - mu(n)||^2 / (N - 1) over all examples, one value shared by all clusters. Clusters
+    are ordered by class: those of class c are c * per_class, ..., (c + 1) * per_class - 1.
+
+    Args:
+        per_class: k, the number of clusters of each class.
+        n_init: independent k-means++ starts, of which the best is kept.
+        max_iter: Lloyd iterations of each start.
+        seed: fixes the starts; the same input and seed give the same clusters.
+    Raises:
+        ValueError: if an embedding is not finite, or a class has fewer examples than ``per_class``.
+    Source: Alfarra et al. 2021, section 3 (clusters and sigma^2); Arthur and Vassilvitskii 2007 (the starts).
+    """
+    if per_class < 1:
+        raise ValueError(f"per_class: expected at least 1, got {per_class}")
+    if len(embeddings) != len(labels):
+        raise ValueError(f"labels: expected one for each of {len(embeddings)} embeddings, got {len(labels)}")
+    if labels.is_floating_point() or not len(labels) or labels.min() < 0:
+        raise ValueError("labels: expected class indices 0, 1, 2, ..., got none, negative or non-integer ones")
+    if not embeddings.isfinite().all():
+        bad = int((~embeddings.isfinite().all(dim=1)).sum())
+        raise ValueError(f"embeddings: expected finite values, got NaN or infinity in {bad} of {len(embeddings)} rows")
+    embeddings = embeddings.detach()
+    counts = torch.bincount(labels)
+    if len(short := (counts < per_class).nonzero()):
+        label = int(short[0])
+        raise ValueError(
+            f"labels: class {label} has {counts[label]} examples, fewer than per_class={per_class} clusters"
+        )
+    kmeans = dispatch("kmeans", _sklearn_kmeans, embeddings)
+    centroids, assignments = kmeans(embeddings, labels, per_class, n_init, max_iter, seed)
+    cluster_labels = torch.arange(len(counts), device=labels.device).repeat_interleave(per_class)
+    variance = (embeddings - centroids[assignments]).square().sum() / max(len(embeddings) - 1, 1)
+    return Clusters(centroids, cluster_labels, variance.expand(len(centroids)).clone()), assignments
+
+
+def _sklearn_kmeans(
+    points: Float[Tensor, "point dim"],
+    labels: Int[Tensor, " point"],
+    per_class: int,
+    n_init: int,
+    max_iter: int,
+    seed: int,
+) -> tuple[Float[Tensor, "cluster dim"], Int[Tensor, " point"]]:
+    """scikit-learn's Lloyd, the fastest honest choice on a CPU, class by class, each with a seed of its own.
+
+    All fits come between all that PyTorch does: its threads and scikit-learn's go on spinning after each call, and
+    disturb each other. Imported here: importing it takes as long as importing PyTorch.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    members = [(labels == label).nonzero().squeeze(1) for label in range(int(labels.max()) + 1)]
+    parts = [points[rows] for rows in members]
+    centroids = []
+    with warnings.catch_warnings():
+        # fewer distinct points than clusters: coinciding centroids are a valid (if poor) clustering
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for label, part in enumerate(parts):
+            kmeans = KMeans(per_class, n_init=n_init, max_iter=max_iter, random_state=seed + label)  # pyright: ignore[reportArgumentType]
+            centroids.append(torch.from_numpy(kmeans.fit(part.cpu().numpy()).cluster_centers_).to(points))
+    assignments = torch.empty_like(labels)
+    for label, (rows, part, own) in enumerate(zip(members, parts, centroids, strict=True)):
+        assignments[rows] = squared_distances(part, own).argmin(dim=1) + label * per_class
+    return torch.cat(centroids), assignments

@@ -1,0 +1,251 @@
+"""Layers that no two inputs can be moved apart by: 1-Lipschitz in L2 by construction, whatever their weights.
+
+Convolutions are zero-padded and keep the image's size but for `CayleyConv2d`, which wraps around. That a layer is
+1-Lipschitz is not taken on trust anywhere: `lipschitz.lipschitz_upper_bound` computes it from the trained weights.
+"""
+
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class MaxMin(nn.Module):
+    """(max(a, b), min(a, b)) of the two halves a, b of the channels: it sorts pairs, so it loses no gradient.
+
+    Raises:
+        ValueError: if the number of channels is odd.
+    Source: Anil et al. 2019 (GroupSort of groups of two).
+    """
+
+    def forward(self, x: Float[Tensor, "batch channel ..."]) -> Float[Tensor, "batch channel ..."]:
+        """Larger halves first."""
+        if x.shape[1] % 2:
+            raise ValueError(f"x: expected an even number of channels, got {x.shape[1]}")
+        a, b = x.chunk(2, dim=1)
+        return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=1)
+
+
+class OrthogonalPointwise(nn.Module):
+    """A 1x1 convolution whose matrix has orthonormal rows or columns: it mixes channels, and changes their number.
+
+    Source: as `orthogonal_linear`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = orthogonal_linear(in_channels, out_channels)
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch out height width"]:
+        """The image with its channels mixed."""
+        return F.conv2d(images, self.linear.weight[:, :, None, None], self.linear.bias)
+
+
+class PadChannels(nn.Module):
+    """Zero channels behind the image's own: an isometry.
+
+    Raises:
+        ValueError: if the image has more channels than asked for.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(
+        self, images: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch padded height width"]:
+        """The image with ``channels`` channels."""
+        missing = self.channels - images.shape[1]
+        if missing < 0:
+            raise ValueError(f"images: expected at most {self.channels} channels, got {images.shape[1]}")
+        return F.pad(images, (0, 0, 0, 0, 0, missing))
+
+
+class SLLConv2d(nn.Module):
+    """x - W^T diag(t) relu(W x + b), W a convolution: the SDP-based residual layer, 1-Lipschitz for every W, b and q.
+
+    t_i = 2 / sum_j |W W^T|_ij q_j / q_i, with q = exp(``log_scale``) > 0, makes W^T diag(t) W at most 2, and then no
+    slope of the ReLU, all of which lie in [0, 1], can make I - W^T diag(t) diag(slope) W longer than 1.
+
+    Args:
+        channels: of the image, in and out.
+        kernel_size: odd.
+        inner: rows of W; None for as many as ``channels``.
+    Source: Araujo et al. 2023, theorem 3 and its convolutional form. For zero padding, |W W^T| summed over all offsets
+        is at least every row sum of the matrix, so t is never too large.
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 3, *, inner: int | None = None) -> None:
+        super().__init__()
+        _check_kernel(kernel_size)
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(inner or channels, channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(inner or channels))
+        self.log_scale = nn.Parameter(torch.zeros(inner or channels))
+        nn.init.xavier_normal_(self.weight)
+
+    def step(self) -> Float[Tensor, " inner"]:
+        """t of each row."""
+        overlap = F.conv2d(self.weight, self.weight, padding=self.kernel_size - 1).abs().sum(dim=(2, 3))
+        return _sll_step(overlap, self.log_scale)
+
+    def forward(
+        self, images: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch channel height width"]:
+        """The image, moved."""
+        padding = self.kernel_size // 2
+        inner = F.conv2d(images, self.weight, self.bias, padding=padding).relu() * self.step()[:, None, None]
+        return images - F.conv_transpose2d(inner, self.weight, padding=padding)
+
+
+class SLLLinear(nn.Module):
+    """`SLLConv2d` for vectors: x - W^T diag(t) relu(W x + b).
+
+    Args:
+        dim: of the vector, in and out.
+        inner: rows of W; None for as many as ``dim``.
+    Source: Araujo et al. 2023, theorem 3.
+    """
+
+    def __init__(self, dim: int, *, inner: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inner or dim, dim))
+        self.bias = nn.Parameter(torch.zeros(inner or dim))
+        self.log_scale = nn.Parameter(torch.zeros(inner or dim))
+        nn.init.xavier_normal_(self.weight)
+
+    def step(self) -> Float[Tensor, " inner"]:
+        """t of each row."""
+        return _sll_step((self.weight @ self.weight.T).abs(), self.log_scale)
+
+    def forward(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+        """The vector, moved."""
+        return x - (F.linear(x, self.weight, self.bias).relu() * self.step()) @ self.weight
+
+
+class AOLConv2d(nn.Module):
+    """W diag(s) x + b with s_i = (sum_j |W^T W|_ij)^(-1/2): a rescaled convolution, almost orthogonal after training.
+
+    Args:
+        in_channels, out_channels: of the image before and after.
+        kernel_size: odd.
+    Source: Prach and Lampert 2022, theorem 2 (zero padding as in `SLLConv2d`).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        _check_kernel(kernel_size)
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        nn.init.dirac_(self.weight)
+        with torch.no_grad():
+            self.weight += 1e-3 * torch.randn_like(self.weight)
+
+    def effective_weight(self) -> Float[Tensor, "out in kernel kernel"]:
+        """W diag(s)."""
+        columns = self.weight.transpose(0, 1)
+        overlap = F.conv2d(columns, columns, padding=self.kernel_size - 1).abs().sum(dim=(1, 2, 3))
+        return self.weight * _inverse_root(overlap)[:, None, None]
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch out height width"]:
+        """The convolved image."""
+        return F.conv2d(images, self.effective_weight(), self.bias, padding=self.kernel_size // 2)
+
+
+class AOLLinear(nn.Module):
+    """diag(s) W x + b with s_i = (sum_j |W W^T|_ij)^(-1/2): AOL's bound transposed, for few rows and many columns.
+
+    Source: Prach and Lampert 2022, theorem 1, applied to W^T.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        nn.init.orthogonal_(self.weight)
+
+    def effective_weight(self) -> Float[Tensor, "out in"]:
+        """diag(s) W."""
+        return self.weight * _inverse_root((self.weight @ self.weight.T).abs().sum(dim=1))[:, None]
+
+    def forward(self, x: Float[Tensor, "batch in"]) -> Float[Tensor, "batch out"]:
+        """The image of the vector."""
+        return F.linear(x, self.effective_weight(), self.bias)
+
+
+class CayleyConv2d(nn.Module):
+    """An orthogonal convolution that wraps around the image's edges: in the Fourier basis, (I + A)^-1 (I - A).
+
+    A = V - V^* is skew-Hermitian at each frequency, V the transform of a free weight, so each block is unitary.
+
+    Args:
+        channels: of the image, in and out.
+        kernel_size: of the free weight; the orthogonal kernel is as large as the image.
+    Source: Trockman and Kolter 2021, without their learnt norm of the weight.
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        _check_kernel(kernel_size)
+        self.weight = nn.Parameter(torch.empty(channels, channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def blocks(self, height: int, width: int) -> Tensor:
+        """The unitary block of each frequency of a real image, [height, width // 2 + 1, channel, channel]."""
+        free = torch.fft.rfft2(self.weight, s=(height, width)).permute(2, 3, 0, 1)
+        skew = free - free.mH
+        one = torch.eye(free.shape[-1], dtype=free.dtype, device=free.device)
+        return torch.linalg.solve(one + skew, one - skew)
+
+    def forward(
+        self, images: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch channel height width"]:
+        """The convolved image."""
+        size = images.shape[2:]
+        spectrum = torch.fft.rfft2(images).permute(2, 3, 1, 0)
+        moved = self.blocks(*size) @ spectrum
+        return torch.fft.irfft2(moved.permute(3, 2, 0, 1), s=size) + self.bias[:, None, None]
+
+
+def orthogonal_linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
+    """A dense layer with orthonormal rows or columns, by PyTorch's Cayley parametrisation.
+
+    Source: Helfrich et al. 2018, through `torch.nn.utils.parametrizations.orthogonal`.
+    """
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    return orthogonal(linear, orthogonal_map="cayley")  # pyright: ignore[reportReturnType]
+
+
+def fold_parametrizations(module: _Module) -> _Module:
+    """The module with each parametrised weight computed once and for all, for evaluation: the same function, faster."""
+    for layer in module.modules():
+        if parametrize.is_parametrized(layer):
+            for name in list(layer.parametrizations):  # pyright: ignore[reportArgumentType]
+                parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+    return module
+
+
+def _sll_step(overlap: Float[Tensor, "inner inner"], log_scale: Float[Tensor, " inner"]) -> Float[Tensor, " inner"]:
+    scale = log_scale.exp()
+    total = overlap @ scale
+    # a row of zeros moves nothing, whatever its t: 0, so that no large bias is multiplied by infinity
+    some = total > torch.finfo(overlap.dtype).tiny
+    return (2 * scale / total.where(some, 1)) * some
+
+
+def _inverse_root(overlap: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+    return overlap.clamp_min(torch.finfo(overlap.dtype).tiny).rsqrt()
+
+
+def _check_kernel(kernel_size: int) -> None:
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")

@@ -1,0 +1,79 @@
+"""Files: where the book's lie, how they are written whole or not at all, and what they are known by."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def home() -> Path:
+    """The book's root: ``$CLUSTR_HOME``, else the nearest folder upwards that holds myst.yml, else here."""
+    if given := os.environ.get("CLUSTR_HOME"):
+        return Path(given)
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "myst.yml").exists()), here)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its name at the end, and vanishes on any error.
+
+    Raises:
+        OSError: as the file system says (no space, no permission), with nothing left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except Exception as error:
+        if reason := _os_error(error, path):
+            raise reason from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _os_error(error: Exception, path: Path) -> OSError | None:
+    """What the file system said, and of which file; safetensors wraps it in an error of its own."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    if number is None or getattr(error, "filename", None):
+        return None
+    return OSError(number, os.strerror(number), str(path))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write sorted, indented JSON, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read JSON.
+
+    Raises:
+        ValueError: if the file is no JSON object, with its path.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got something truncated or damaged ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def digest(*parts: bytes | str) -> str:
+    """SHA-256 over the parts, in hexadecimal."""
+    total = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode() if isinstance(part, str) else part
+        total.update(len(encoded).to_bytes(8, "little") + encoded)
+    return total.hexdigest()

@@ -1,0 +1,30 @@
+"""The per-example tables."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from clustr_core.storage.files import home, written_whole
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV with nine significant digits, whole or not at all."""
+    with written_whole(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table that `write_table` wrote."""
+    return pd.read_csv(path)
+
+
+def published(profile: str, kind: str) -> pd.DataFrame | None:
+    """The committed rows ``results/<profile>/<kind>-*.csv`` of all methods, or None if there are none."""
+    files = sorted((home() / "results" / profile).glob(f"{kind}-*.csv"))
+    return pd.concat([read_table(file) for file in files], ignore_index=True) if files else None
+
+
+def benchmark(name: str) -> pd.DataFrame | None:
+    """The committed table ``results/<name>.csv`` of a benchmark, or None if there is none."""
+    path = home() / "results" / f"{name}.csv"
+    return read_table(path) if path.exists() else None

@@ -1,0 +1,1 @@
+"""One loop for every method: recipes, objectives, batches, checkpoints, finished runs."""

@@ -1,0 +1,177 @@
+"""The one training loop: a checkpoint each epoch, resume."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from clustr_core import data
+from clustr_core.storage.files import write_json, written_whole
+from clustr_core.storage.provenance import environment
+from clustr_core.storage.tables import write_table
+from clustr_core.training.objectives import objective
+from clustr_core.training.processes import join
+from clustr_core.training.recipes import FreeAdversarialTraining, FreeClustr, Recipe, recipe_to_dict, run_folder
+from clustr_core.training.refresh import clusters_and_sampler, final_clusters
+from clustr_core.training.run import CHECKPOINT, DONE, HISTORY, WEIGHTS, Run, load_run, network_tensors
+from clustr_core.training.state import State, load_checkpoint, new_state, save_progress
+from clustr_core.training.step import Step, augmented, learning_rate
+
+log = logging.getLogger(__name__)
+
+
+def fit(
+    recipe: Recipe,
+    *,
+    dataset: data.Dataset | None = None,
+    folder: Path | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Run:
+    """Train by a recipe, or load what it left on disk: a finished run returns at once, a killed one goes on.
+
+    On a CPU a resumed run equals an uninterrupted one bit for bit. The test set is never looked at.
+
+    Under torchrun the processes share each batch: batches, draws, clusters and the mean loss that a step goes down are
+    those of one process, up to the order in which sums are taken (but for batch norm: `Processes.prepared`). They need
+    one file system: the first process writes, all read.
+
+    Args:
+        dataset: the recipe's dataset if it is in memory already.
+        folder: where the run lies; default ``runs/<run_key>``.
+        device: default the GPU if there is one; of several processes each takes its own.
+    Raises:
+        ValueError: if ``folder`` holds another recipe's run, a checkpoint is damaged, or ``dataset`` is another one.
+    """
+    folder = folder or run_folder(recipe)
+    if dataset is not None and dataset.name != recipe.dataset:
+        raise ValueError(f"dataset: expected {recipe.dataset!r} as in the recipe, got {dataset.name!r}")
+    processes = join(device, recipe.precision)
+    if processes.from_first((folder / DONE).exists):
+        return load_run(folder, expected=recipe)
+    device = processes.device
+    start = fit(recipe.warm_start, dataset=dataset, device=device, progress=progress) if recipe.warm_start else None
+    # the first alone, for it may have to download it
+    if dataset is None and processes.first:
+        dataset = data.load_dataset(recipe.dataset)
+    processes.wait()
+    dataset = dataset or data.load_dataset(recipe.dataset)
+    images = dataset.train_images[: recipe.train_examples].to(device)
+    labels = dataset.train_labels[: recipe.train_examples].to(device)
+    state = new_state(recipe, dataset, images, labels, start, processes)
+    resumed = processes.from_first((folder / CHECKPOINT).exists)
+    if not resumed:
+        save_progress(folder, recipe, state)
+        processes.wait()
+    if resumed or processes.count > 1:
+        # also from the start: another machine may have rounded it differently
+        load_checkpoint(folder / CHECKPOINT, recipe, state)
+    if resumed and processes.first:
+        log.info("%s: going on after epoch %d", folder, state.epoch)
+    shown = progress and processes.first
+    with tqdm(range(recipe.epochs), recipe.method, unit="epoch", initial=state.epoch, disable=not shown) as bar:
+        while state.epoch < recipe.epochs:
+            row = train_epoch(recipe, state, images, labels)
+            state.history.append(row)
+            state.epoch += 1
+            save_progress(folder, recipe, state)
+            bar.set_postfix(loss=f"{row['loss']:.3f}")
+            bar.update()
+    finish(folder, recipe, state, dataset, images, labels)
+    processes.wait()
+    return load_run(folder, expected=recipe)
+
+
+def train_epoch(recipe: Recipe, state: State, images: Tensor, labels: Tensor) -> dict[str, float]:
+    clusters, sampler = clusters_and_sampler(
+        recipe, state.network.encoder, images, labels, state.generator, state.processes
+    )
+    state.network.train()
+    totals, count, touched = (
+        torch.zeros(2, device=images.device),
+        0,
+        torch.zeros(len(images), dtype=torch.bool),
+    )
+    for number, batch in enumerate(sampler):
+        rate = learning_rate(recipe, state.epoch + (number + 0.5) / len(sampler))
+        for group in state.optimiser.param_groups:
+            group["lr"] = rate
+        indices = batch.indices.to(images.device)
+        pixels = data.to_float(augmented(recipe, images[indices], state.generator))
+        assignments = None if batch.assignments is None else batch.assignments.to(images.device)
+        for moved in replays(recipe, state, pixels):
+            step = Step(state.network, moved, labels[indices], state.generator, assignments, clusters, state.processes)
+            loss, magnet = update(recipe, state, step)
+            sampler.update(batch.indices, magnet)
+            totals += torch.stack([loss.sum(), magnet.sum()])
+            count += len(loss)
+        touched[batch.indices] = True
+    mean_loss, mean_magnet = (totals / count).tolist()
+    row = {"epoch": state.epoch + 1, "loss": mean_loss, "learning_rate": learning_rate(recipe, state.epoch + 0.5)}
+    if clusters is not None:
+        coverage = float(touched.float().mean())
+        row |= {"magnet": mean_magnet, "variance": clusters.shared_variance, "coverage": coverage}
+    return row
+
+
+def update(recipe: Recipe, state: State, step: Step) -> tuple[Tensor, Tensor]:
+    """One step down the batch's mean loss; the loss of each of its examples, and of that the magnet term."""
+    processes, count = state.processes, len(step.labels)
+    terms = objective(recipe, step)
+    state.optimiser.zero_grad(set_to_none=True)
+    # what each process adds to the mean; the sum of their gradients is its gradient
+    (processes.unpadded_shard(terms.loss, count).sum() / count).backward()
+    # not by DDP's hooks: a step has several forward passes, by other methods than `forward`, and parameters that only
+    # some recipes use, of which learnable centroids go through no forward pass at all
+    weights = [weight for group in state.optimiser.param_groups for weight in group["params"]]
+    processes.add_up(weight.grad for weight in weights if weight.grad is not None)
+    state.optimiser.step()
+    processes.average(state.local_statistics)
+    loss = processes.gathered(terms.loss.detach(), count)
+    return loss, loss if terms.magnet is None else processes.gathered(terms.magnet.detach(), count)
+
+
+def replays(recipe: Recipe, state: State, pixels: Tensor) -> Iterator[Tensor]:
+    """The images of each update on one batch: once as they are; under free training, again and again, moved by the
+    perturbation, which grows by the very gradient that has just updated the weights."""
+    if not isinstance(recipe, FreeAdversarialTraining | FreeClustr):
+        yield pixels
+        return
+    assert state.perturbation is not None
+    perturbation = state.perturbation[: len(pixels)]
+    for _ in range(recipe.replays):
+        leaf = perturbation.clone().requires_grad_()
+        yield (pixels + leaf).clamp(0, 1)
+        assert leaf.grad is not None
+        # each process has the gradient of its own rows, and zeros
+        state.processes.add_up([leaf.grad])
+        perturbation.add_(leaf.grad.sign(), alpha=recipe.step_size).clamp_(-recipe.eps, recipe.eps)
+
+
+def finish(folder: Path, recipe: Recipe, state: State, dataset: data.Dataset, images: Tensor, labels: Tensor) -> None:
+    """Cluster the final embeddings and write the run; run.json comes last and says that it is whole."""
+    clusters = final_clusters(recipe, state.network, images, labels, state.processes)
+    if not state.processes.first:
+        return
+    tensors = {f"network.{name}": tensor for name, tensor in network_tensors(state.network).items()}
+    parts = {"centroids": clusters.centroids, "labels": clusters.labels, "variance": clusters.variance}
+    tensors |= {f"clusters.{name}": tensor.contiguous() for name, tensor in parts.items()}
+    with written_whole(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary)
+    write_table(folder / HISTORY, pd.DataFrame(state.history))
+    content: dict[str, Any] = {
+        "recipe": recipe_to_dict(recipe),
+        "num_classes": dataset.num_classes,
+        "image_shape": list(dataset.image_shape),
+        "train_images_sha256": state.images_sha256,
+        "processes": state.processes.count,
+        "threads": torch.get_num_threads(),
+        **environment(str(images.device)),
+    }
+    write_json(folder / DONE, content)

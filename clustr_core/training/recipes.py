@@ -1,0 +1,455 @@
+"""What fully determines a run: one frozen dataclass for each training method.
+
+This module reads no tensors, so that a pipeline can ask it for names in no time.
+"""
+
+import ast
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_origin
+
+from clustr_core.storage.files import digest, home
+
+Augmentation = Literal["none", "crop", "crop-flip"]
+Optimiser = Literal["adam", "sgd"]
+Schedule = Literal["steps", "triangle"]
+Guarantee = Literal["none", "lipschitz", "smoothing"]
+Precision = Literal["32-true", "bf16-mixed"]
+# the encoders whose Lipschitz constant is at most 1 by construction
+ONE_LIPSCHITZ = ("lip-mlp", "lip-cnn", "lip-cnn-aol", "lip-cnn-cayley")
+# those of them whose rounding `rounding.embedding_error` can bound, without which nothing is certified
+CERTIFIABLE = ("lip-mlp", "lip-cnn", "lip-cnn-aol")
+# the modules that decide the weights of a run, and the numbers measured on it
+_MODEL = (
+    "distances", "kernels", "clusters", "ascent", "losses", "one_lipschitz", "encoders", "classifiers", "data",
+)  # fmt: skip
+TRAINING_CODE = (*_MODEL, "parallel", "sampling", "training")
+ATTACK_CODE = (*_MODEL, "parallel", "verdicts", "autoattack", "attacks", "paper", "evaluation")
+EXAMINATION_CODE = (*ATTACK_CODE, "toys", "diagnostics", "examination")
+CERTIFICATE_CODE = (
+    *_MODEL, "parallel", "evaluation", "lipschitz", "rounding", "dual", "soft_bounds", "certify", "smoothing",
+    "prototypes",
+)  # fmt: skip
+SANDWICH_CODE = (*ATTACK_CODE, *CERTIFICATE_CODE, "accuracy", "minimum_norm", "sandwich")
+EMBEDDING_CODE = (*_MODEL, "parallel", "evaluation", "embeddings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every training method shares. Lengths are in pixels of [0, 1]; times in epochs.
+
+    Args:
+        dataset, encoder, width: as `data.load` and `encoders.build_encoder` take them.
+        train_examples: train on the first that many only; None for all.
+        augmentation: random crops and mirror images.
+        crop_padding: pixels added on each side before a crop.
+        schedule: "steps" divides the learning rate by ten at the milestones; "triangle" raises it from 0 over the first
+            sixth of the training, holds it until two fifths, and lowers it to 0 at the end.
+        milestones: epochs after which the learning rate is divided by ten.
+        seed: fixes the initial weights, every batch and every random start.
+        precision: "bf16-mixed" passes images through the network in bfloat16 where that is safe; weights, losses and
+            clusters stay in float32, and so does all that is measured afterwards.
+        snapshots: epochs whose weights are kept beside the final ones (0 is the start).
+    Raises:
+        ValueError: if a value has no meaning.
+    """
+
+    method: ClassVar[str]
+    # what a certificate of the method rests on; whether it decides by clusters; by which rule
+    guarantee: ClassVar[Guarantee] = "none"
+    clustered: ClassVar[bool] = False
+    rule: ClassVar[Literal["soft", "nearest"]] = "soft"
+
+    dataset: str = "digits"
+    encoder: str = "small-cnn"
+    width: int = 32
+    train_examples: int | None = None
+    augmentation: Augmentation = "none"
+    crop_padding: int = 4
+    epochs: int = 20
+    batch_size: int = 64
+    optimiser: Optimiser = "adam"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: Schedule = "steps"
+    milestones: tuple[int, ...] = ()
+    seed: int = 111
+    precision: Precision = "32-true"
+    snapshots: tuple[int, ...] = ()
+    per_class: int = 2
+    kmeans_starts: int = 1
+    kmeans_iterations: int = 20
+    neighbours: int = 20
+    warm_start: "Recipe | None" = None
+
+    def __post_init__(self) -> None:
+        """Every number must be positive where zero has no meaning, every choice a known one."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if get_origin(item.type) is Literal and value not in get_args(item.type):
+                raise ValueError(f"{item.name}: expected one of {get_args(item.type)}, got {value!r}")
+            if item.name in _POSITIVE and value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{item.name}: expected a positive number, got {value}")
+            if item.type in (int, int | None) and value is not None and type(value) is not int:
+                raise ValueError(f"{item.name}: expected a whole number, got {value!r}")
+        for name in ("milestones", "snapshots"):
+            if late := [epoch for epoch in getattr(self, name) if not 0 <= epoch <= self.epochs]:
+                raise ValueError(f"{name}: expected epochs in 0..{self.epochs}, got {late}")
+        if self.guarantee == "lipschitz" and self.encoder not in ONE_LIPSCHITZ:
+            raise ValueError(f"encoder: expected one of {ONE_LIPSCHITZ} for {self.method}, got {self.encoder!r}")
+        if self.milestones and self.schedule != "steps":
+            raise ValueError(f"milestones: expected none with schedule {self.schedule!r}, got {self.milestones}")
+        start = self.warm_start
+        if start and "lipschitz" in (self.guarantee, start.guarantee) and start.method != self.method:
+            raise ValueError(f"warm_start: expected a recipe of {self.method} itself, got {start.method}")
+        if start and self.guarantee == "lipschitz" and start.per_class != self.per_class:
+            raise ValueError(f"warm_start: expected per_class={self.per_class} as in the recipe, got {start.per_class}")
+        for name in _SAME_NETWORK if self.warm_start else ():
+            mine, start = getattr(self, name), getattr(self.warm_start, name)
+            if mine != start:
+                raise ValueError(f"warm_start: expected {name}={mine!r} as in the recipe itself, got {start!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy(Recipe):
+    """Plain cross-entropy on clean images, with a linear head: no defence."""
+
+    method: ClassVar[str] = "ce"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialTraining(Recipe):
+    """Cross-entropy on images that PGD (L-infinity, random start) has moved to raise it.
+
+    Source: Madry et al. 2018 (CIFAR-10: eps 8/255, 7 steps of 2/255).
+    """
+
+    method: ClassVar[str] = "pgd-at"
+
+    eps: float = 8 / 255
+    step_size: float = 2 / 255
+    steps: int = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastAdversarialTraining(AdversarialTraining):
+    """Adversarial training with a single step, longer than the radius, from a random start.
+
+    Source: Wong et al. 2020 (CIFAR-10: eps 8/255, one step of 10/255). Deviation: the step is taken in evaluation
+        mode, as in every recipe here.
+    """
+
+    method: ClassVar[str] = "fast-at"
+
+    step_size: float = 10 / 255
+    steps: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trades(AdversarialTraining):
+    """Cross-entropy on clean images plus the divergence between clean and moved predictions.
+
+    Args:
+        trades_weight: beta, the weight of the divergence.
+        start_scale: standard deviation of the normal start around the image, in pixels of [0, 1].
+    Source: Zhang et al. 2019, equation 5 (CIFAR-10: beta 6, eps 0.031, 10 steps of 0.007).
+    """
+
+    method: ClassVar[str] = "trades"
+
+    trades_weight: float = 6.0
+    start_scale: float = 1e-3
+    eps: float = 0.031
+    step_size: float = 0.007
+    steps: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeAdversarialTraining(Recipe):
+    """Each batch replayed; one backward pass moves both the weights and a perturbation that persists between batches.
+
+    Args:
+        replays: updates on each batch (the paper's m). An epoch is a pass over the data, so it costs that many.
+        eps, step_size: the ball of the perturbation, and its step.
+    Source: Shafahi et al. 2019, algorithm 1 (CIFAR-10: eps 8/255, steps of eps, m = 8, epochs divided by m).
+    """
+
+    method: ClassVar[str] = "free-at"
+
+    eps: float = 8 / 255
+    step_size: float = 8 / 255
+    replays: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clustr(Recipe):
+    """The magnet loss on batches of clusters that k-means finds anew each epoch; no adversary.
+
+    Args:
+        per_class: k, clusters of each class.
+        clusters_per_batch, per_cluster: a batch is so many clusters with so many examples of each.
+        gap: the magnet loss's separation, in nats.
+        neighbours: how many nearest centroids vote at evaluation (the paper's L).
+        warm_start: the recipe whose encoder is the start (the paper starts from cross-entropy); None for scratch.
+    Source: Alfarra et al. 2021.
+    """
+
+    method: ClassVar[str] = "clustr"
+    clustered: ClassVar[bool] = True
+
+    clusters_per_batch: int = 12
+    per_cluster: int = 20
+    gap: float = 12.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClustrQTrades(Clustr):
+    """The magnet loss plus one-step consistency: the paper's ClusTR+QTRADES.
+
+    Args:
+        consistency_weight: lambda.
+        eps, step_size: the ball of the random start, and the one signed-gradient step from it.
+        training_neighbours: how many nearest centroids vote in the consistency term (the paper's L in training).
+    Source: Alfarra et al. 2021.
+    """
+
+    method: ClassVar[str] = "clustr-qtrades"
+
+    consistency_weight: float = 8.0
+    eps: float = 8 / 255
+    step_size: float = 10 / 255
+    training_neighbours: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeClustr(Clustr):
+    """The magnet loss with free adversarial training's perturbation: the released code's free variant of ClusTR.
+
+    Args:
+        replays, eps, step_size: as in `FreeAdversarialTraining`.
+    Source: the released code of Alfarra et al. 2021; the perturbation is Shafahi et al. 2019's.
+    """
+
+    method: ClassVar[str] = "free-clustr"
+
+    eps: float = 8 / 255
+    step_size: float = 8 / 255
+    replays: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClustrLip(Clustr):
+    """The magnet loss on a 1-Lipschitz encoder, decided by the nearest cluster: what clustering alone buys.
+
+    Source: this book, chapter 7. Deviations from the paper: the encoder, and the nearest rule in place of the soft one.
+    """
+
+    method: ClassVar[str] = "clustr-lip"
+    guarantee: ClassVar[Guarantee] = "lipschitz"
+    rule: ClassVar[Literal["soft", "nearest"]] = "nearest"
+
+    encoder: str = "lip-mlp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClustrCert(Recipe):
+    """The certificate itself as the loss, on a 1-Lipschitz encoder with clusters that are learnt along with it.
+
+    Args:
+        margin: the certified radius asked for, in pixels of [0, 1] (the loss's m).
+        temperature: how sharply radii below the margin are told from those above, in the same units (the loss's tau).
+    Source: this book, chapter 7: `losses.certificate_loss`.
+    """
+
+    method: ClassVar[str] = "clustr-cert"
+    guarantee: ClassVar[Guarantee] = "lipschitz"
+    clustered: ClassVar[bool] = True
+    rule: ClassVar[Literal["soft", "nearest"]] = "nearest"
+
+    encoder: str = "lip-mlp"
+    margin: float = 0.5
+    temperature: float = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class LipschitzMargin(Recipe):
+    """A 1-Lipschitz encoder with a linear head of orthonormal rows, trained for its margin: the rival without clusters.
+
+    Args:
+        margin: the certified radius asked for, in pixels of [0, 1].
+        temperature: what logits are divided by in the cross-entropy, in the same units.
+    Source: Tsuzuku et al. 2018 (the margin is taken off the label's logit); Leino et al. 2021 (a Lipschitz constant for
+        each pair of classes); Prach and Lampert 2022 (the temperature).
+    """
+
+    method: ClassVar[str] = "lip-linear"
+    guarantee: ClassVar[Guarantee] = "lipschitz"
+
+    encoder: str = "lip-mlp"
+    margin: float = 0.5
+    temperature: float = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smoothing(Recipe):
+    """Cross-entropy on images with Gaussian noise: the base classifier of randomised smoothing.
+
+    Args:
+        noise: its standard deviation, in pixels of [0, 1]; the same in training and in the certificate.
+    Source: Cohen et al. 2019.
+    """
+
+    method: ClassVar[str] = "smoothing"
+    guarantee: ClassVar[Guarantee] = "smoothing"
+
+    noise: float = 0.25
+
+
+METHODS: dict[str, type[Recipe]] = {
+    kind.method: kind
+    for kind in (
+        CrossEntropy, AdversarialTraining, Trades, FreeAdversarialTraining, FastAdversarialTraining,
+        Clustr, ClustrQTrades, FreeClustr, ClustrLip, ClustrCert, LipschitzMargin, Smoothing,
+    )
+}  # fmt: skip
+_POSITIVE = {
+    "width", "train_examples", "epochs", "batch_size", "learning_rate", "per_class", "kmeans_starts",
+    "kmeans_iterations", "neighbours", "eps", "step_size", "steps", "clusters_per_batch", "per_cluster",
+    "consistency_weight", "training_neighbours", "gap", "trades_weight", "start_scale", "replays",
+    "crop_padding", "margin", "temperature", "noise",
+}  # fmt: skip
+# what a warm start must share with the run that it starts
+_SAME_NETWORK = ("dataset", "encoder", "width")
+
+
+def run_key(recipe: Recipe) -> str:
+    """The name of a run's folder: what it is, and a digest of the recipe and of the code that trains it.
+
+    A changed recipe or changed training code is another folder, so nothing stale is ever loaded and nothing is lost.
+    """
+    parts = (json.dumps(recipe_to_dict(recipe), sort_keys=True), code_digest(TRAINING_CODE))
+    dataset = recipe.dataset.rstrip("/").replace(":", "/").rsplit("/", 1)[-1]
+    return f"{dataset}-{recipe.method}-{digest(*parts)[:10]}"
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where a run lies: ``runs/<run_key>`` in the book's root."""
+    return home() / "runs" / run_key(recipe)
+
+
+@cache
+def code_digest(modules: Iterable[str]) -> str:
+    """SHA-256 of what some modules of this package do: comments, docstrings and signatures' types do not count."""
+    package = Path(__file__).parent
+    files = [file for name in modules for file in sorted([*package.glob(f"{name}.py"), *package.glob(f"{name}/*.py")])]
+    return digest(*(ast.dump(_behaviour(ast.parse(file.read_text()))) for file in files))
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON-able values, with its method and, nested, its warm start."""
+    content = asdict(recipe)
+    content["warm_start"] = recipe_to_dict(recipe.warm_start) if recipe.warm_start else None
+    return {"method": recipe.method, **content}
+
+
+def recipe_from_dict(content: dict[str, Any]) -> Recipe:
+    """The inverse of `recipe_to_dict`.
+
+    Raises:
+        ValueError: for an unknown method or field.
+    """
+    content = dict(content)
+    method = content.pop("method", None)
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
+    if content.get("warm_start"):
+        content["warm_start"] = recipe_from_dict(content["warm_start"])
+    return build(METHODS[method], content, where=str(method))
+
+
+def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """A recipe with some fields changed; its warm start follows in what the two must share.
+
+    Raises:
+        ValueError: for an unknown field, or a value without meaning.
+    """
+    changes = _checked(type(recipe), changes, where=recipe.method)
+    if recipe.warm_start and "warm_start" not in changes:
+        followed = {name: value for name, value in changes.items() if name in _SAME_NETWORK}
+        changes["warm_start"] = replace(recipe.warm_start, **followed)
+    return replace(recipe, **changes)
+
+
+def mapping(value: Any, where: str) -> dict[str, Any]:
+    """A mapping; nothing at all is an empty one."""
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{where}: expected keys with values, got {value!r}")
+    return value or {}
+
+
+def build(kind: type, values: dict[str, Any], where: str) -> Any:
+    try:
+        return kind(**_checked(kind, values, where))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if not str(error).startswith(where) else str(error)) from error
+
+
+def _checked(kind: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Known fields only, each value cast to what its field says."""
+    types = {item.name: item.type for item in fields(kind)}
+    if unknown := sorted(set(values) - set(types), key=str):
+        raise ValueError(f"{where}: unknown key {unknown}, expected some of {sorted(types)}")
+    return {name: field_value(value, types[name], f"{where}: {name}") for name, value in values.items()}
+
+
+def field_value(value: Any, kind: Any, where: str) -> Any:
+    """A value as its field's type: numbers from numbers or fractions, tuples from lists, the rest as it is."""
+    if kind == "Recipe | None":
+        if value is not None and not isinstance(value, Recipe):
+            raise ValueError(f"{where}: expected a recipe or None, got {value!r}")
+        return value
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: expected a list, got {value!r}")
+        return tuple(field_value(item, get_args(kind)[0], where) for item in value)
+    if value is None and type(None) in get_args(kind):
+        return value
+    if kind is str and not isinstance(value, str):
+        raise ValueError(f"{where}: expected a name, got {value!r}")
+    numeric = {float, int} & {kind, *get_args(kind)}
+    if not numeric:
+        return value
+    number = _number(value, where)
+    if float in numeric:
+        return number
+    if number != int(number):
+        raise ValueError(f"{where}: expected a whole number, got {value!r}")
+    return int(number)
+
+
+def _number(value: Any, where: str) -> float:
+    """A finite number, or a fraction of two such as "25.5/255"."""
+    try:
+        top, _, bottom = str(value).partition("/")
+        number = float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{where}: expected a number or a fraction, got {value!r}") from error
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError(f"{where}: expected a finite number, got {value!r}")
+    return number
+
+
+def _behaviour(tree: ast.Module) -> ast.Module:
+    """A module without docstrings and without the annotations of its functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return tree

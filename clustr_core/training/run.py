@@ -1,0 +1,145 @@
+"""A finished run on disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, Rule
+from clustr_core.models.clusters import Clusters
+from clustr_core.models.encoders import build_encoder, to_channels_last_frozen
+from clustr_core.models.one_lipschitz import fold_parametrizations
+from clustr_core.storage.files import read_json
+from clustr_core.storage.tables import read_table
+from clustr_core.training.recipes import ClustrCert, LipschitzMargin, Recipe, recipe_from_dict, recipe_to_dict
+
+_Network = TypeVar("_Network", bound=nn.Module)
+CHECKPOINT, WEIGHTS, HISTORY, DONE = "checkpoint.safetensors", "model.safetensors", "history.csv", "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run on disk."""
+
+    path: Path
+    recipe: Recipe
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    train_images_sha256: str
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row an epoch: ``epoch``, ``loss``, ``learning_rate``, and for cluster methods ``magnet``
+        (the magnet term alone), ``variance`` (sigma^2 at its start) and ``coverage`` (share of the images it saw)."""
+        return read_table(self.path / HISTORY)
+
+    def model(self, device: str | torch.device = "cpu") -> LinearClassifier | ClusterClassifier:
+        """The classifier as its method defines it, in evaluation mode."""
+        if self.recipe.clustered:
+            return self.cluster_model(device)
+        net = new_network(self.recipe, self.image_shape, self.num_classes)
+        net.load_state_dict(prefixed(self._weights(), "network."))
+        assert isinstance(net, LinearClassifier)
+        return finished(net, device)
+
+    def cluster_model(self, device: str | torch.device = "cpu", *, rule: Rule | None = None) -> ClusterClassifier:
+        """The run's encoder with clusters of its training embeddings, whatever the method, in evaluation mode.
+
+        Args:
+            rule: None for the method's own, which is "soft" for a method without clusters.
+        """
+        rule = rule or self.recipe.rule
+        tensors = self._weights()
+        encoder = build_encoder(
+            self.recipe.encoder, self.image_shape, width=self.recipe.width, dataset=self.recipe.dataset
+        )
+        encoder.load_state_dict(prefixed(tensors, "network.encoder."))
+        clusters = Clusters(**prefixed(tensors, "clusters."))
+        neighbours = self.recipe.neighbours if rule == "soft" else None
+        return finished(ClusterClassifier(encoder, clusters, rule=rule, neighbours=neighbours), device)
+
+    def encoder_at(self, epoch: int, device: str | torch.device = "cpu") -> nn.Module:
+        """The encoder as it was after ``epoch`` epochs, for the epochs in ``recipe.snapshots``.
+
+        Raises:
+            ValueError: if the recipe kept no such snapshot.
+        """
+        if epoch not in self.recipe.snapshots:
+            raise ValueError(f"epoch: expected one of the snapshots {self.recipe.snapshots}, got {epoch}")
+        net = new_network(self.recipe, self.image_shape, self.num_classes)
+        net.load_state_dict(load_file(snapshot_path(self.path, epoch)))
+        return finished(net.encoder, device)
+
+    def _weights(self) -> dict[str, Tensor]:
+        try:
+            return load_file(self.path / WEIGHTS)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path / WEIGHTS}: expected weights, got a damaged file ({error})") from error
+
+
+def finished(network: _Network, device: str | torch.device) -> _Network:
+    """A network as it is attacked and certified: in evaluation mode, and `lay_out`."""
+    to_channels_last_frozen(fold_parametrizations(network))
+    return network.to(device).eval()
+
+
+def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
+    """A finished run.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is of another recipe than ``expected``.
+    """
+    if not (folder / DONE).exists():
+        raise FileNotFoundError(f"folder: expected a finished run with {DONE} in {folder}")
+    content = read_json(folder / DONE)
+    try:
+        recipe = recipe_from_dict(content["recipe"])
+        channels, height, width = content["image_shape"]
+        run = Run(folder, recipe, content["num_classes"], (channels, height, width), content["train_images_sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / DONE}: expected a finished run, got a damaged file ({error!r})") from error
+    if expected is not None and recipe != expected:
+        raise ValueError(other_recipe(folder / DONE, recipe, expected))
+    return run
+
+
+def new_network(
+    recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int
+) -> LinearClassifier | ClusterClassifier:
+    """The recipe's encoder, initialised from its seed, with what is trained along: a linear head, which the magnet loss
+    leaves unused, or learnable centroids, still at 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
+        if not isinstance(recipe, ClustrCert):
+            orthonormal = isinstance(recipe, LipschitzMargin)
+            return LinearClassifier(encoder, encoder.embedding_dim, num_classes, orthonormal=orthonormal)
+        labels = torch.arange(num_classes).repeat_interleave(recipe.per_class)
+        blank = Clusters(torch.zeros(len(labels), encoder.embedding_dim), labels, torch.ones(len(labels)))
+        return ClusterClassifier(encoder, blank, rule=recipe.rule, learnable=True)
+
+
+def network_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Everything that makes the network, laid out as a file wants it."""
+    return {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+
+
+def snapshot_path(folder: Path, epoch: int) -> Path:
+    return folder / "snapshots" / f"epoch-{epoch:04d}.safetensors"
+
+
+def prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def other_recipe(path: Path, found: Recipe, expected: Recipe) -> str:
+    left, right = recipe_to_dict(found), recipe_to_dict(expected)
+    names = sorted(set(left) | set(right))
+    differing = [f"{n} = {left.get(n)!r}" for n in names if left.get(n) != right.get(n)]
+    return f"{path}: expected a run of this recipe, got one with {', '.join(differing)}"

@@ -1,0 +1,140 @@
+"""All that an epoch changes, and the checkpoint that keeps it."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clustr_core import data
+from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
+from clustr_core.storage.files import digest, written_whole
+from clustr_core.training.processes import ALONE, Processes
+from clustr_core.training.recipes import (
+    Clustr,
+    FreeAdversarialTraining,
+    FreeClustr,
+    Recipe,
+    recipe_from_dict,
+    recipe_to_dict,
+)
+from clustr_core.training.refresh import clustered, embedded
+from clustr_core.training.run import (
+    CHECKPOINT,
+    WEIGHTS,
+    Run,
+    network_tensors,
+    new_network,
+    other_recipe,
+    prefixed,
+    snapshot_path,
+)
+
+
+@dataclass
+class State:
+    """All that an epoch changes."""
+
+    network: LinearClassifier | ClusterClassifier
+    optimiser: torch.optim.Optimizer
+    generator: torch.Generator
+    images_sha256: str
+    perturbation: Tensor | None
+    processes: Processes = ALONE
+    # running statistics of batch norm that the processes do not share as they are computed
+    local_statistics: list[Tensor] = field(default_factory=list)
+    epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def new_state(
+    recipe: Recipe,
+    dataset: data.Dataset,
+    images: Tensor,
+    labels: Tensor,
+    start: Run | None,
+    processes: Processes = ALONE,
+) -> State:
+    network = new_network(recipe, dataset.image_shape, dataset.num_classes)
+    if start is not None:
+        network.load_state_dict(prefixed(load_file(start.path / WEIGHTS), "network."))
+    network.to(images.device)
+    local_statistics = processes.prepared(network)
+    if isinstance(network, ClusterClassifier) and start is None:
+        embeddings = embedded(processes, network.encoder, images)
+        clusters, _ = clustered(processes, recipe, embeddings, labels, recipe.seed)
+        network.centroids.data.copy_(clusters.centroids)
+    trained = network.encoder if isinstance(recipe, Clustr) else network
+    optimiser = _optimiser(recipe, trained)
+    generator = torch.Generator(images.device).manual_seed(recipe.seed)
+    sha256 = digest(images.cpu().numpy().tobytes())
+    perturbation = _no_perturbation(recipe, images)
+    return State(network, optimiser, generator, sha256, perturbation, processes, local_statistics)
+
+
+def _no_perturbation(recipe: Recipe, images: Tensor) -> Tensor | None:
+    """Free training's perturbation at the start: zeros for the largest batch."""
+    if isinstance(recipe, FreeClustr):
+        return images.new_zeros(recipe.clusters_per_batch * recipe.per_cluster, *images.shape[1:], dtype=torch.float32)
+    if isinstance(recipe, FreeAdversarialTraining):
+        return images.new_zeros(recipe.batch_size, *images.shape[1:], dtype=torch.float32)
+    return None
+
+
+def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    if recipe.optimiser == "sgd":
+        return torch.optim.SGD(module.parameters(), lr=rate, weight_decay=decay, momentum=0.9)
+    return torch.optim.Adam(module.parameters(), lr=rate, weight_decay=decay)
+
+
+def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
+    """The snapshot, if this epoch is one, and the checkpoint: one safetensors file that holds all a resume needs."""
+    if not state.processes.first:
+        return
+    if state.epoch in recipe.snapshots:
+        with written_whole(snapshot_path(folder, state.epoch)) as temporary:
+            save_file(network_tensors(state.network), temporary)
+    packed = state.optimiser.state_dict()
+    tensors = {f"network.{name}": tensor for name, tensor in network_tensors(state.network).items()}
+    for index, slots in packed["state"].items():
+        tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in slots.items() if tensor is not None}
+    tensors["generator"] = state.generator.get_state()
+    if state.perturbation is not None:
+        tensors["perturbation"] = state.perturbation
+    facts = {
+        "recipe": recipe_to_dict(recipe),
+        "train_images_sha256": state.images_sha256,
+        "epoch": state.epoch,
+        "history": state.history,
+        "param_groups": packed["param_groups"],
+    }
+    with written_whole(folder / CHECKPOINT) as temporary:
+        save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
+
+
+def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
+    try:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a checkpoint, got a truncated or damaged file ({error})") from error
+    found = recipe_from_dict(facts["recipe"])
+    if found != recipe:
+        raise ValueError(other_recipe(path, found, recipe))
+    if facts["train_images_sha256"] != state.images_sha256:
+        raise ValueError(f"{path}: expected a checkpoint trained on these images; {recipe.dataset} has changed since")
+    state.network.load_state_dict(prefixed(tensors, "network."))
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in prefixed(tensors, "optimiser.").items():
+        index, _, slot = name.partition(".")
+        slots.setdefault(int(index), {})[slot] = tensor
+    state.optimiser.load_state_dict({"state": slots, "param_groups": facts["param_groups"]})
+    state.generator.set_state(tensors["generator"])
+    if state.perturbation is not None:
+        state.perturbation.copy_(tensors["perturbation"])
+    state.epoch, state.history = facts["epoch"], facts["history"]

@@ -1,0 +1,452 @@
+"""Triton's kernels under its interpreter on the CPU, held to the float64 references.
+
+tests/test_kernels.py runs this file in a process of its own: the interpreter is chosen when Triton is imported.
+"""
+
+import os
+
+import pytest
+import torch
+from kernel_problems import (
+    DTYPES,
+    SHAPES,
+    assert_gradients,
+    assert_logits,
+    assert_radius,
+    between_of,
+    blobs,
+    draw,
+)
+from sklearn.cluster import KMeans
+
+from benchmarks import kernels as benchmark
+from clustr_core.certificates.ladder import certified_radius
+from clustr_core.models import classifiers
+from clustr_core.models.clusters import Clusters, fit_clusters
+from clustr_core.numerics import kernels
+from clustr_core.numerics.kernels import dispatch, reference, tiles
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("run this file with TRITON_INTERPRET=1, as tests/test_kernels.py does")
+
+from clustr_core.numerics.kernels.cluster_logits import cluster_logits
+from clustr_core.numerics.kernels.kmeans import _draw, _starts, grouped, kmeans, lloyd
+from clustr_core.numerics.kernels.pairwise_radius import pairwise_radius
+
+# the interpreter is NumPy, which warns where a GPU quietly gives the infinity or NaN that the kernels expect
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_their_gradients(shape, dtype):
+    z, mu, labels, variance = draw(*SHAPES[shape], dtype=dtype)
+    classes, leaves = int(labels.max()) + 1, (z.requires_grad_(), mu.requires_grad_())
+    logits = cluster_logits(*leaves, labels, variance, classes)
+    assert logits.dtype == dtype
+    wanted = reference.cluster_logits(*leaves, labels, variance, classes)
+    assert_logits(logits, wanted, z, mu, variance)
+    assert_gradients(logits, wanted, leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("neighbours", [1, 2, 3, 9, 10, 11])
+def test_neighbours(neighbours, dtype):
+    z, mu, labels, variance = draw(*SHAPES["unequal-unsorted"], dtype=dtype)
+    if neighbours < 10:
+        # rounding may decide which of two nearly equal distances is the last to have a vote
+        distances = torch.cdist(z.double(), mu.double()).square().sort(dim=1).values
+        apart = distances[:, neighbours] - distances[:, neighbours - 1]
+        z = z[apart > 1e-4 * distances[:, neighbours]]
+        assert len(z) > 50
+    leaves = z.requires_grad_(), mu.requires_grad_()
+    logits = cluster_logits(*leaves, labels, variance, 5, neighbours)
+    wanted = reference.cluster_logits(*leaves, labels, variance, 5, min(neighbours, 10))
+    assert logits.isfinite().all()
+    assert_logits(logits, wanted, z, mu, variance)
+    assert_gradients(logits, wanted, leaves)
+
+
+def test_a_class_without_a_vote_is_below_all_others_and_pulled_by_its_nearest_cluster_alone():
+    z, labels = torch.tensor([[0.0, 0.0]], requires_grad=True), torch.tensor([0, 1, 1, 1])
+    # two clusters of class 1 lie on top of each other: together they have the gradient of one
+    mu = torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.0, 3.0], [0.0, -4.0]], requires_grad=True)
+    logits = cluster_logits(z, mu, labels, torch.ones(4), 2, 1)
+    torch.testing.assert_close(logits, torch.tensor([[-0.5, -5.5]]))
+    to_z, to_mu = torch.autograd.grad(logits[0, 1], (z, mu))
+    torch.testing.assert_close(to_z, torch.tensor([[0.0, 3.0]]))
+    torch.testing.assert_close(to_mu[1:], torch.tensor([[0.0, -1.5], [0.0, -1.5], [0.0, 0.0]]))
+    assert not to_mu[0].any()
+
+
+def test_a_voteless_class_with_a_higher_exponent_goes_just_below_the_lowest_vote():
+    z, labels = torch.tensor([[0.0]], requires_grad=True), torch.tensor([0, 1])
+    mu, variance = torch.tensor([[1.0], [2.0]], requires_grad=True), torch.tensor([0.1, 10.0])
+    logits = cluster_logits(z, mu, labels, variance, 2, 1)
+    torch.testing.assert_close(logits, torch.tensor([[-5.0, -6.0]]))
+    assert not torch.autograd.grad(logits[0, 1], z)[0].any()
+
+
+def test_the_reference_has_the_gradient_of_its_differences():
+    z, mu, labels, variance = draw(4, 3, [0, 1, 0, 2, 1])
+    z, mu = z.double().requires_grad_(), mu.double().requires_grad_()
+    for neighbours in (None, 2):
+        assert torch.autograd.gradcheck(
+            lambda z, mu, top=neighbours: reference.cluster_logits(z, mu, labels, variance, 3, top), (z, mu)
+        )
+
+
+@pytest.mark.parametrize("neighbours", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory_layout_does_not_matter(neighbours, dtype):
+    z, mu, labels, _ = draw(6, 10, [0, 2, 1, 2], dtype=dtype)
+    variance, weight = torch.tensor(7.0).expand(4), torch.tensor(1.0, dtype=dtype).expand(6, 3)
+    wide_z, wide_mu = z.repeat_interleave(2, dim=1)[:, ::2], mu.T.contiguous().T
+    assert not wide_z.is_contiguous()
+    assert not wide_mu.is_contiguous()
+    results = []
+    for points, centroids in ((z, mu), (wide_z, wide_mu)):
+        leaves = points.requires_grad_(), centroids.requires_grad_()
+        logits = cluster_logits(*leaves, labels, variance, 3, neighbours)
+        results.append((logits, *torch.autograd.grad(logits, leaves, weight)))
+    for plain, strided in zip(*results, strict=True):
+        assert torch.equal(plain, strided)
+
+
+@pytest.mark.parametrize("neighbours", [None, 3])
+def test_chunks_of_rows_give_what_the_whole_gives(neighbours, monkeypatch):
+    z, mu, labels, variance = draw(150, 4, [0, 1, 0, 2, 1])
+    leaves, weight = (z.requires_grad_(), mu.requires_grad_()), torch.ones(150, 3)
+    whole = cluster_logits(*leaves, labels, variance, 3, neighbours)
+    to_z, to_mu = torch.autograd.grad(whole, leaves, weight)
+    monkeypatch.setattr(tiles, "CHUNK_BYTES", 1)
+    assert [rows.stop for rows in tiles.row_chunks(150, 5)] == [64, 128, 150]
+    chunked = cluster_logits(*leaves, labels, variance, 3, neighbours)
+    assert torch.equal(whole, chunked)
+    again = torch.autograd.grad(chunked, leaves, weight)
+    assert torch.equal(to_z, again[0])
+    torch.testing.assert_close(to_mu, again[1])
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-8, 1e8, 5e17])
+@pytest.mark.parametrize("neighbours", [None, 2])
+def test_extreme_scales(scale, neighbours):
+    z, mu, labels, variance = draw(9, 6, [0, 1, 2, 1], scale=scale)
+    z, mu = z.requires_grad_(), mu.requires_grad_()
+    logits = cluster_logits(z, mu, labels, variance, 3, neighbours)
+    assert_logits(logits, reference.cluster_logits(z, mu, labels, variance, 3, neighbours), z, mu, variance)
+    assert all(found.isfinite().all() for found in torch.autograd.grad(logits.sum(), (z, mu)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_distance_that_overflows_is_a_logit_of_minus_infinity_and_never_nan(dtype):
+    z = torch.tensor([[0.0, 0.0], [3e19, 0.0], [-3e38, 3e38]], dtype=dtype, requires_grad=True)
+    mu = torch.tensor([[0.5, 0.0], [-0.5, 0.0]], dtype=dtype)
+    logits = cluster_logits(z, mu, torch.tensor([0, 1]), torch.ones(2), 2)
+    assert logits[0].tolist() == [-0.125, -0.125]
+    assert logits[1:].isneginf().all()
+    assert not torch.autograd.grad(logits.sum(), z)[0].isnan().any()
+
+
+def test_overflowing_products_are_no_nan_either():
+    mu = torch.tensor([[1e25], [-1e25], [0.0]])
+    logits = cluster_logits(torch.tensor([[1e25], [0.0]]), mu, torch.tensor([0, 1, 2]), torch.ones(3), 3)
+    assert logits.tolist() == [[-torch.inf] * 3, [-torch.inf, -torch.inf, 0.0]]
+
+
+@pytest.mark.parametrize("neighbours", [None, 1])
+def test_nan_is_not_hidden(neighbours):
+    z, mu, labels, variance = draw(3, 4, [0, 1, 1])
+    z[1, 2] = torch.nan
+    assert cluster_logits(z, mu, labels, variance, 2, neighbours).isnan().any(dim=1).tolist() == [False, True, False]
+
+
+def test_an_empty_batch():
+    z, mu, labels, variance = draw(0, 4, [0, 1, 1])
+    z.requires_grad_()
+    logits = cluster_logits(z, mu, labels, variance, 2)
+    assert logits.shape == (0, 2)
+    assert torch.autograd.grad(logits.sum(), z)[0].shape == (0, 4)
+    assert pairwise_radius(z.detach(), mu, labels, torch.zeros(0).long(), torch.cdist(mu, mu), 0.0, 0.0).shape == (0,)
+
+
+def test_only_the_gradient_that_is_asked_for():
+    z, mu, labels, variance = draw(3, 4, [0, 1, 1])
+    for leaf in (z, mu):
+        leaf.requires_grad_()
+        logits = cluster_logits(z, mu, labels, variance, 2)
+        assert torch.autograd.grad(logits.sum(), leaf)[0].any()
+        leaf.requires_grad_(False)
+    with pytest.raises(ValueError, match="variance: expected one without gradient"):
+        cluster_logits(z, mu, labels, variance.requires_grad_(), 2)
+
+
+def test_mixed_precision_is_promoted():
+    z, mu, labels, variance = draw(3, 4, [0, 1, 1])
+    half = z.bfloat16().requires_grad_()
+    logits = cluster_logits(half, mu, labels, variance, 2)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, cluster_logits(half.float(), mu, labels, variance, 2))
+    assert torch.autograd.grad(logits.sum(), half)[0].dtype == torch.bfloat16
+
+
+def test_other_dtypes_are_refused():
+    z, mu, labels, variance = draw(3, 4, [0, 1, 1])
+    with pytest.raises(TypeError, match=r"expected float32, bfloat16 or float16, got torch.float64"):
+        cluster_logits(z, mu.double(), labels, variance, 2)
+    with pytest.raises(TypeError, match=r"centroids: expected float32, .* got torch.float64"):
+        pairwise_radius(z, mu.double(), labels, labels, torch.cdist(mu, mu), 0.0, 0.0)
+    with pytest.raises(TypeError, match=r"points: expected float32, .* got torch.float64"):
+        kmeans(z.double(), labels, 1, 1, 1, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_radius_is_sound_and_within_rounding_of_the_exact_one(shape, dtype, corrected):
+    z, mu, labels, _ = draw(*SHAPES[shape], dtype=dtype)
+    predicted = labels[torch.cdist(z.double(), mu.double()).argmin(dim=1)]
+    correction = torch.linspace(0, 0.3, len(mu)) if corrected else 0.0
+    relative = (z.shape[1] + 8) * torch.finfo(torch.float32).eps / 2
+    found = pairwise_radius(z, mu, labels, predicted, between_of(mu), relative, correction)
+    assert found.dtype == dtype
+    exact = assert_radius(found, z, mu, labels, predicted, relative, correction)
+    assert (exact > 0).any()
+
+
+def test_radius_where_classes_are_never_predicted_and_predictions_are_wrong():
+    z, mu, labels, _ = draw(*SHAPES["unequal-unsorted"])
+    relative = 40 * torch.finfo(torch.float32).eps
+    for predicted in (torch.full((65,), 3), torch.tensor([4, 0]).repeat(33)[:65]):
+        found = pairwise_radius(z, mu, labels, predicted, between_of(mu), relative, 0.0)
+        assert_radius(found, z, mu, labels, predicted, relative)
+
+
+def test_radius_by_hand_and_the_own_cluster_on_top_of_a_rival():
+    mu, labels = torch.tensor([[0.0], [4.0], [4.0]]), torch.tensor([0, 0, 1])
+    z = torch.tensor([[1.0], [5.0]])
+    found = pairwise_radius(z, mu, labels, torch.tensor([0, 0]), between_of(mu), 0.0, 0.0)
+    # the second own cluster says nothing against the rival; the first is nearer for z = 1 only
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.0]))
+    only = pairwise_radius(z, mu[1:], labels[1:], torch.tensor([0, 0]), between_of(mu[1:]), 0.0, 0.0)
+    assert only.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e8, 1e17])
+def test_radius_at_extreme_scales(scale):
+    z, mu, labels, _ = draw(9, 6, [0, 1, 2, 1], scale=scale)
+    predicted = labels[torch.cdist(z, mu).argmin(dim=1)]
+    relative = 14 * torch.finfo(torch.float32).eps / 2
+    found = pairwise_radius(z, mu, labels, predicted, between_of(mu), relative, 0.0)
+    assert_radius(found, z, mu, labels, predicted, relative)
+
+
+def test_radius_is_zero_where_a_square_overflows_or_nothing_is_a_number():
+    mu, labels = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1e25]]), torch.tensor([0, 1, 1])
+    z = torch.tensor([[1e25, 0.0], [torch.nan, 0.0], [3e38, 3e38], [-3e38, 0.0]])
+    for relative in (0.0, 1e-6):
+        found = pairwise_radius(z, mu, labels, torch.zeros(4).long(), between_of(mu), relative, 0.0)
+        assert found.tolist() == [0.0] * 4
+
+
+def test_radius_is_zero_where_only_the_square_of_a_rival_or_of_one_own_cluster_overflows():
+    # 1e20: the square overflows, and a small multiple of the length times the length does not
+    mu, z = torch.tensor([[0.0], [1e20], [-1e20]]), torch.tensor([[1.0]])
+    found = pairwise_radius(z, mu, torch.tensor([0, 1, 1]), torch.tensor([0]), between_of(mu), 1e-6, 0.0)
+    assert found.tolist() == [0.0]
+    # the product with two of the own clusters overflows; by the third alone the radius would be positive
+    mu, z = torch.tensor([[3e28], [-3e28], [1e11], [-1e11]]), torch.tensor([[1e11]])
+    labels, zero = torch.tensor([0, 0, 0, 1]), torch.tensor([0])
+    assert pairwise_radius(z, mu, labels, zero, between_of(mu), 1e-6, 0.0).tolist() == [0.0]
+    assert pairwise_radius(z, mu[2:], labels[2:], zero, between_of(mu[2:]), 1e-6, 0.0) > 9e10
+
+
+def test_radius_in_chunks_and_strided(monkeypatch):
+    z, mu, labels, _ = draw(150, 4, [0, 1, 0, 2, 1])
+    predicted, between = labels[torch.cdist(z, mu).argmin(dim=1)], between_of(mu)
+    whole = pairwise_radius(z, mu, labels, predicted, between, 1e-6, 0.0)
+    monkeypatch.setattr(tiles, "CHUNK_BYTES", 1)
+    assert torch.equal(whole, pairwise_radius(z, mu, labels, predicted, between, 1e-6, 0.0))
+    strided = pairwise_radius(z.T.contiguous().T, mu.T.contiguous().T, labels, predicted, between.T, 1e-6, 0.0)
+    torch.testing.assert_close(whole, strided)
+
+
+def test_rivals_split_among_programs_give_the_same(monkeypatch):
+    z, mu, labels, _ = draw(*SHAPES["two-tiles-of-clusters"])
+    predicted = torch.tensor([0, 2, 1])
+    split = pairwise_radius(z, mu, labels, predicted, between_of(mu), 1e-6, 0.0)
+    monkeypatch.setattr("clustr_core.numerics.kernels.pairwise_radius.PROGRAMS", 1)
+    assert torch.equal(split, pairwise_radius(z, mu, labels, predicted, between_of(mu), 1e-6, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "k", "dim"),
+    [([70, 3, 31], 3, 5), ([40, 40], 1, 33), ([150], 17, 3), ([1, 1, 1], 1, 1), ([1100, 5], 2, 66)],
+)
+def test_lloyd_takes_the_steps_of_a_plain_loop(sizes, k, dim):
+    z, labels = blobs(sizes, k, dim, offset=10.0)
+    starts = _starts(grouped(z, labels), k, torch.Generator().manual_seed(0))
+    for max_iter in (1, 2, 20):
+        centroids, slots, inertia = lloyd(grouped(z, labels), starts, max_iter)
+        means, nearest, total = reference.lloyd(z, labels, starts, max_iter)
+        assert torch.equal(slots, nearest)
+        torch.testing.assert_close(centroids.double(), means, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(inertia, total, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kmeans_reaches_the_inertia_of_scikit_learn(dtype):
+    z, labels = blobs([60, 45, 80], 2, 6, dtype=dtype)
+    centroids, assignments = kmeans(z, labels, 2, 6, 30, 0)
+    assert centroids.dtype == dtype
+    assert torch.equal(assignments // 2, labels)
+    for label in range(3):
+        own = z[labels == label].float()
+        table = torch.cdist(own, centroids[2 * label : 2 * label + 2].float()).square()
+        found = table.gather(1, assignments[labels == label][:, None] - 2 * label).sum().item()
+        best = KMeans(2, n_init=6, max_iter=30, random_state=0).fit(own.numpy()).inertia_
+        # the rounding of the centroids to the points' dtype adds its square
+        assert found == pytest.approx(best, rel=1e-5 + 64 * torch.finfo(dtype).eps ** 2)
+
+
+def test_more_starts_are_never_worse_and_each_class_keeps_its_own_best():
+    z, labels = blobs([90, 80], 4, 2, seed=3)
+    problem, generator = grouped(z, labels), torch.Generator().manual_seed(5)
+    inertias = torch.stack([lloyd(problem, _starts(problem, 4, generator), 20)[2] for _ in range(6)])
+    # the best start of one class is not that of the other, or nothing would be tested
+    assert inertias.argmin(dim=0).unique().numel() == 2
+    centroids, assignments = kmeans(z, labels, 4, 6, 20, 5)
+    for label, best in enumerate(inertias.amin(dim=0).tolist()):
+        own = labels == label
+        assert (z[own] - centroids[assignments[own]]).square().sum().item() == pytest.approx(best, rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bits():
+    z, labels = blobs([70, 90], 3, 5)
+    first, again, other = (kmeans(z, labels, 3, 2, 10, seed) for seed in (1, 1, 2))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+    strided = kmeans(z.T.contiguous().T, labels, 3, 2, 10, 1)
+    assert torch.equal(first[0], strided[0])
+
+
+def test_a_draw_is_in_proportion_to_the_weights():
+    classes = 4000
+    labels = torch.arange(classes).repeat(3)
+    weights = torch.tensor([1.0, 0.0, 3.0]).repeat_interleave(classes)
+    rows = _draw(grouped(torch.zeros(3 * classes, 1), labels), weights, torch.Generator().manual_seed(0))
+    assert torch.equal(labels[rows], torch.arange(classes))
+    shares = torch.bincount(rows // classes, minlength=3) / classes
+    assert shares[1] == 0
+    assert abs(shares[2] - 0.75) < 4 * (0.75 * 0.25 / classes) ** 0.5
+    nothing = _draw(grouped(torch.zeros(4, 1), torch.tensor([1, 0, 0, 1])), torch.zeros(4), torch.Generator())
+    assert nothing.tolist() == [1, 0]
+
+
+def test_starts_are_different_points_of_the_class_the_next_far_from_those_there_are():
+    g = torch.Generator().manual_seed(0)
+    corners = 100 * torch.eye(4).repeat(2, 1)
+    z, labels = corners + 0.01 * torch.rand(8, 4, generator=g), torch.arange(2).repeat_interleave(4)
+    starts = _starts(grouped(z, labels), 4, g)
+    for label in (0, 1):
+        assert sorted(map(tuple, starts[label].tolist())) == sorted(map(tuple, z[labels == label].tolist()))
+
+
+def test_an_empty_cluster_moves_to_the_farthest_point():
+    z = torch.tensor([[0.0], [1.0], [2.0], [9.0], [100.0]])
+    labels = torch.tensor([0, 0, 0, 0, 1])
+    starts = torch.tensor([[[1.0], [500.0], [600.0]], [[100.0], [300.0], [400.0]]])
+    centroids, slots, inertia = lloyd(grouped(z, labels), starts, 1)
+    assert centroids[0].flatten().tolist() == [3.0, 9.0, 0.0]
+    # one point and three clusters: no other point to move to
+    assert centroids[1].flatten().tolist() == [100.0, 100.0, 100.0]
+    assert slots.tolist() == [2, 2, 0, 1, 0]
+    assert inertia.tolist() == [2.0, 0.0]
+
+
+def test_fewer_distinct_points_than_clusters():
+    z, labels = torch.tensor([[0.0], [0.0], [0.0], [1.0], [2.0], [5.0]]), torch.tensor([0, 0, 0, 1, 1, 1])
+    centroids, assignments = kmeans(z, labels, 2, 1, 20, 0)
+    assert centroids[:2].flatten().tolist() == [0.0, 0.0]
+    assert sorted(centroids[2:].flatten().tolist()) == [1.5, 5.0]
+    assert torch.equal(assignments // 2, labels)
+
+
+@pytest.fixture
+def on_triton(monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, "triton")
+
+
+def test_fit_clusters_runs_on_the_kernel(on_triton):
+    z, labels = blobs([30, 50], 2, 4)
+    clusters, assignments = fit_clusters(z, labels.int(), per_class=2, n_init=3, seed=1)
+    centroids, slots = kmeans(z, labels, 2, 3, 20, 1)
+    assert torch.equal(clusters.centroids, centroids)
+    assert torch.equal(assignments, slots.int())
+    assert clusters.labels.tolist() == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"class 0 has 30 examples, fewer than per_class=40"):
+        fit_clusters(z, labels, per_class=40)
+
+
+def test_double_precision_always_has_plain_pytorch(on_triton):
+    z, labels = blobs([30, 50], 2, 4)
+    assert dispatch("kmeans", print, z) is kmeans
+    assert dispatch("kmeans", print, z.double()) is print
+    clusters, _ = fit_clusters(z.double(), labels, per_class=2)
+    assert classifiers.cluster_logits(z.double(), clusters).dtype == torch.float64
+
+
+def test_the_package_and_the_kernels_agree():
+    z, mu, labels, variance = draw(12, 7, [0, 1, 2, 1])
+    clusters = Clusters(mu, labels, variance)
+    fields = (clusters.centroids, clusters.labels, clusters.variance, clusters.num_classes)
+    for neighbours in (None, 2):
+        plain = classifiers.cluster_logits(z, clusters, neighbours=neighbours)
+        torch.testing.assert_close(cluster_logits(z, *fields, neighbours), plain, rtol=1e-5, atol=1e-5)
+    relative = 15 * torch.finfo(torch.float32).eps / 2
+    predicted = labels[torch.cdist(z, mu).argmin(dim=1)]
+    found = pairwise_radius(z, mu, labels, predicted, between_of(mu), relative, 0.0) * (1 - relative)
+    # each takes off a bound on its own rounding
+    torch.testing.assert_close(found, certified_radius(z, clusters, bound="pairwise"), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_benchmark_compares_like_with_like(dtype):
+    sizes = {"examples": 24, "classes": 4, "per_class": 5, "dim": 16}
+    compared = list(benchmark.cases("cpu", dtype=dtype, **sizes))
+    assert len(compared) == (6 if dtype == torch.float32 else 5)
+    for case in compared:
+        ours = case.ours()
+        # in half precision the plain form rounds every step: compared is what it computes, in float32
+        arguments = (a.float() if isinstance(a, torch.Tensor) and a.dtype == dtype else a for a in case.arguments)
+        plain = case.plain(*arguments)
+        for found, wanted in zip(*(v if isinstance(v, tuple) else (v,) for v in (ours, plain)), strict=True):
+            size = 64 * torch.finfo(dtype).eps
+            torch.testing.assert_close(found, wanted, rtol=size, atol=size, check_dtype=False)
+
+
+def test_logits_and_certificates_take_the_kernels(monkeypatch):
+    """What the package returns through the kernels is what it returns without them, gradients included."""
+    z, mu, labels, variance = draw(*SHAPES["unequal-unsorted"], dtype=torch.float32)
+    clusters = Clusters(mu, labels, variance.mean().expand(len(mu)).clone())
+    found = {}
+    for choice in ("reference", "triton"):
+        monkeypatch.setenv(kernels.VARIABLE, choice)
+        leaf = z.clone().requires_grad_()
+        logits = classifiers.cluster_logits(leaf, clusters)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), leaf)
+        radii = [certified_radius(z, clusters), certified_radius(z, clusters, rule="soft")]
+        found[choice] = [logits.detach(), gradient, *radii]
+    for plain, kernel in zip(found["reference"], found["triton"], strict=True):
+        torch.testing.assert_close(kernel, plain, rtol=2e-4, atol=2e-4)
+    assert (found["triton"][2] > 0).any()
+
+
+def test_of_centroids_that_coincide_only_so_many_vote():
+    """A certificate counts on it: with two voters, one of them ours, three rivals in one place have one vote."""
+    centroids, labels = torch.tensor([[0.0], [2.0], [2.0], [2.0]]), torch.tensor([0, 1, 1, 1])
+    z = torch.tensor([[0.5], [0.99]])
+    logits = cluster_logits(z, centroids, labels, torch.ones(4), 2, 2)
+    assert logits.argmax(dim=1).tolist() == [0, 0]
+    torch.testing.assert_close(logits[:, 1], -(2 - z.squeeze(1)).square() / 2)

@@ -1,0 +1,211 @@
+"""What `test_parallel` runs under torchrun, and the recipes that it runs: several.py FOLDER TASK [TASK ...]."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from clustr_core import data
+from clustr_core.measuring import attacked, pieces
+from clustr_core.measuring.attacked import attacks_of
+from clustr_core.measuring.certified import certificates_of
+from clustr_core.measuring.profile import Profile, Protocol, SandwichBudget, SmoothingBudget
+from clustr_core.measuring.sandwich import sandwich_of
+from clustr_core.models.classifiers import LinearClassifier
+from clustr_core.storage.files import digest, write_json
+from clustr_core.training import loop, refresh
+from clustr_core.training.objectives import objective
+from clustr_core.training.processes import Processes, join
+from clustr_core.training.recipes import (
+    AdversarialTraining,
+    Clustr,
+    ClustrCert,
+    ClustrLip,
+    ClustrQTrades,
+    CrossEntropy,
+    FastAdversarialTraining,
+    FreeAdversarialTraining,
+    FreeClustr,
+    LipschitzMargin,
+    Smoothing,
+    Trades,
+)
+from clustr_core.training.run import load_run
+from clustr_core.training.step import Step
+
+# 151 examples in batches of 50: the last has one row, so that the second process has nothing but padding
+SMALL = {"width": 4, "train_examples": 151, "batch_size": 50, "epochs": 2, "optimiser": "sgd", "learning_rate": 2e-3}
+MOVED = {"eps": 0.1, "step_size": 0.05}
+# batches of 15 rows
+ODD = {"clusters_per_batch": 5, "per_cluster": 3} | SMALL
+LIPSCHITZ = {"encoder": "lip-mlp", "schedule": "triangle", "width": 16}
+START = CrossEntropy(**SMALL | {"epochs": 1})
+RECIPES = {
+    "ce": CrossEntropy(augmentation="crop", **SMALL),
+    "pgd-at": AdversarialTraining(steps=2, **MOVED, **SMALL),
+    "trades": Trades(steps=2, **MOVED, **SMALL),
+    "free-at": FreeAdversarialTraining(replays=2, **MOVED, **SMALL),
+    "fast-at": FastAdversarialTraining(**MOVED, **SMALL),
+    "clustr": Clustr(warm_start=START, snapshots=(0, 2), **ODD),
+    "clustr-qtrades": ClustrQTrades(warm_start=START, augmentation="crop-flip", **MOVED, **ODD),
+    "free-clustr": FreeClustr(warm_start=START, replays=2, **MOVED, **ODD),
+    "clustr-lip": ClustrLip(**ODD | LIPSCHITZ),
+    "clustr-cert": ClustrCert(**SMALL | LIPSCHITZ),
+    "lip-linear": LipschitzMargin(**SMALL | LIPSCHITZ),
+    "smoothing": Smoothing(noise=0.2, **SMALL),
+    "clustr, adam": Clustr(**ODD | {"optimiser": "adam", "learning_rate": 1e-3}),
+}
+BF16 = AdversarialTraining(steps=2, precision="bf16-mixed", **MOVED, **SMALL)
+BATCH_NORM = ClustrQTrades(**MOVED, **ODD | {"encoder": "resnet18", "width": 2, "epochs": 1})
+LONG = FreeClustr(replays=2, **MOVED, **ODD | {"epochs": 4})
+PROFILE = Profile(
+    "several",
+    {},
+    {
+        "linf": Protocol(eps=(0.05, 0.1), steps=2, examples=37, losses=("ce", "margin")),
+        "walk": Protocol(attack="cell-walk", eps=(0.1,), steps=2, restarts=1, examples=20),
+    },
+    certified_examples=37,
+    sandwich=SandwichBudget(examples=12, steps=2, points=3),
+    smoothing=SmoothingBudget(examples=12, samples=20, selection_samples=5, failure_prob=0.1),
+)
+MEASURED = ("ce", "clustr", "clustr-cert", "lip-linear", "smoothing")
+CHUNK = 5
+
+
+def fit(recipe, folder: Path):
+    return loop.fit(recipe, dataset=data.load_dataset("digits"), folder=folder, device="cpu", progress=False)
+
+
+def trained(folder: Path, only=None) -> dict:
+    """Every recipe, and what each process holds at the end of it."""
+    held = {}
+    real_finish, real_sampler = loop.finish, refresh.ClusterBatches
+    samplers = []
+
+    class Noted(real_sampler):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            samplers.append(self)
+
+    def finish(path, recipe, state, *arguments):
+        tensors = [*state.network.state_dict().values(), state.generator.get_state()]
+        if state.perturbation is not None:
+            tensors.append(state.perturbation)
+        states = [json.dumps(sampler.state_dict()) for sampler in samplers]
+        held[path.name] = digest(*states, *(tensor.numpy().tobytes() for tensor in tensors))
+        held[f"{path.name} samplers"] = len(samplers)
+        samplers.clear()
+        real_finish(path, recipe, state, *arguments)
+
+    loop.finish, refresh.ClusterBatches = finish, Noted
+    several = RECIPES | {"bf16": BF16, "batch-norm": BATCH_NORM, "long": LONG}
+    for name, recipe in several.items():
+        run = fit(recipe, folder / name)
+        held[f"{name} run"] = [str(run.path), digest(run.history.to_csv())]
+    loop.finish, refresh.ClusterBatches = real_finish, real_sampler
+    return held
+
+
+def magnet_gradient(processes: Processes) -> torch.Tensor:
+    """d/dw of the sum of weighted magnet losses of a batch of 7, in double precision, from each process's own rows."""
+    g = torch.Generator().manual_seed(3)
+    images, weights = torch.rand(7, 1, 4, 4, generator=g).double(), torch.rand(7, generator=g).double()
+    torch.manual_seed(4)
+    network = LinearClassifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)), 3, 2).double()
+    assignments = torch.tensor([0, 0, 1, 1, 2, 2, 3])
+    step = Step(network, images, assignments // 2, g, assignments, None, processes)
+    loss = objective(Clustr(), step).loss
+    processes.unpadded_shard(loss * step.mine(weights), 7).sum().backward()
+    gradients = [parameter.grad for parameter in network.encoder.parameters()]
+    processes.add_up(gradients)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def gathered(processes: Processes) -> dict:
+    """What parts and wholes are, for more and for fewer rows than processes, and the gradient through a whole."""
+    shapes = {}
+    for total in (1, 2, 5):
+        rows = torch.arange(total).double()[:, None]
+        part = processes.shard(rows)
+        assert torch.equal(processes.gathered(part, total), rows)
+        shapes[str(total)] = [part.flatten().tolist(), processes.unpadded_shard(part, total).flatten().tolist()]
+    word = processes.from_first(lambda: f"said by {processes.rank}")
+    return {"parts": shapes, "word": word, "gradient": magnet_gradient(processes).tolist()}
+
+
+def tables(folder: Path) -> dict:
+    """The table of every measurement of some runs, and which pieces this process made."""
+    made, real, chunk = [], pieces.write_table, pieces.CHUNK
+
+    def noted(path, table):
+        made.append(str(path))
+        real(path, table)
+
+    pieces.write_table, pieces.CHUNK = noted, CHUNK
+    found = {}
+    for name in MEASURED:
+        run = load_run(folder / name)
+        asked = {"certificates": certificates_of}
+        if name != "smoothing":
+            asked["attacks"] = attacks_of
+        if run.recipe.guarantee == "lipschitz":
+            asked["sandwich"] = sandwich_of
+        for kind, measure in asked.items():
+            found[f"{kind}-{name}"] = measure(
+                run, PROFILE, dataset=data.load_dataset("digits"), progress=False
+            ).to_csv()
+    pieces.write_table, pieces.CHUNK = real, chunk
+    return {"tables": found, "made": made}
+
+
+def die_in_the_second_epoch(rank: int) -> None:
+    real = loop.train_epoch
+
+    def epoch(recipe, state, *arguments):
+        if rank == 1 and state.epoch == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(recipe, state, *arguments)
+
+    loop.train_epoch = epoch
+
+
+def die_after_two_pieces(rank: int) -> None:
+    real, made = attacked.attack_rows, []
+
+    def rows(*arguments):
+        if rank == 1 and len(made) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        made.append(1)
+        return real(*arguments)
+
+    attacked.attack_rows = rows
+
+
+def main(folder: Path, tasks: list[str]) -> None:
+    torch.set_num_threads(1)
+    processes = join("cpu")
+    for task in tasks:
+        match task:
+            case "train":
+                told = trained(folder)
+            case "gather":
+                told = gathered(processes)
+            case "measure":
+                told = tables(folder)
+            case "lose-a-training":
+                die_in_the_second_epoch(processes.rank)
+                fit(LONG, folder / "lost")
+            case "resume":
+                told = {"epochs": len(fit(LONG, folder / "lost").history)}
+            case "lose-an-attack":
+                die_after_two_pieces(processes.rank)
+                tables(folder)
+        write_json(folder / f"{task}-{processes.rank}.json", told)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

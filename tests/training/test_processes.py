@@ -1,0 +1,240 @@
+"""Two processes are one: the same batches, clusters, losses, tables; what is lost is done again, and nothing else."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import several
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from clustr_core.models.encoders import build_encoder
+from clustr_core.storage.files import read_json, write_json
+from clustr_core.training.processes import ALONE, Processes, device_here
+from clustr_core.training.recipes import Clustr
+from clustr_core.training.run import load_run
+
+ROOT = Path(__file__).resolve().parents[2]
+# sums of float32 taken in another order, through some 30 steps; larger than any difference seen by a factor of 20
+LOSS, WEIGHTS = 1e-5, 1e-4
+
+
+def launch(folder: Path, *tasks: str, count: int = 2) -> subprocess.CompletedProcess[str]:
+    """Processes of their own, as torchrun starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    command += [str(ROOT / "tests/training/several.py"), str(folder), *tasks]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CLUSTR_HOME": str(folder / "home")}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def told(folder: Path, task: str) -> list[dict]:
+    """What each of two processes said."""
+    return [read_json(folder / f"{task}-{rank}.json") for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """All that two processes do when nobody dies."""
+    folder = tmp_path_factory.mktemp("two")
+    done = launch(folder, "gather", "train")
+    assert done.returncode == 0, done.stderr[-4000:]
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """The same in this process."""
+    folder = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLUSTR_HOME", str(folder / "home"))
+        for name, recipe in (several.RECIPES | {"bf16": several.BF16}).items():
+            several.fit(recipe, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", several.RECIPES)
+def test_two_processes_train_as_one(name, one, two):
+    ours, theirs = (load_run(folder / name, expected=several.RECIPES[name]) for folder in (one, two))
+    # loss, magnet, and of each epoch's clusters the variance and which examples they made the batches of
+    assert theirs.history.columns.tolist() == ours.history.columns.tolist()
+    for column in ours.history:
+        assert theirs.history[column].tolist() == pytest.approx(ours.history[column].tolist(), rel=LOSS), column
+    # Adam makes full steps of gradients that are nothing but rounding: that of the last bias under the magnet loss,
+    # which does not see where all embeddings lie together
+    if "adam" not in name:
+        first, second = (load_file(folder / name / "model.safetensors") for folder in (one, two))
+        for key, tensor in first.items():
+            torch.testing.assert_close(second[key], tensor, rtol=WEIGHTS, atol=WEIGHTS)
+    assert read_json(two / name / "run.json")["processes"] == 2
+    assert read_json(one / name / "run.json")["processes"] == 1
+
+
+def test_bfloat16_is_shared_like_float32(one, two):
+    losses = [load_run(folder / "bf16").history["loss"].tolist() for folder in (one, two)]
+    # a unit of bfloat16 is 1/256 of a number, and here another sum decides how some are rounded
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    plain = load_run(one / "pgd-at").history["loss"].tolist()
+    assert losses[0] != plain
+    assert losses[0] == pytest.approx(plain, rel=1e-2)
+
+
+def test_both_processes_hold_the_same_at_the_end(two):
+    first, second = told(two, "train")
+    assert first == second
+    for name, recipe in {**several.RECIPES, "long": several.LONG}.items():
+        # one sampler of clusters an epoch, whose random state and losses are part of what is compared
+        expected = recipe.epochs if isinstance(recipe, Clustr) else 0
+        assert first[f"{name} samplers"] == expected
+    assert first["clustr"] != first["clustr, adam"]
+
+
+def test_batch_norm_on_cpus_says_what_it_is(two):
+    said = "batch norm: 2 processes on CPUs, each with the statistics of its own rows"
+    assert (two / "stderr").read_text().count(said) == 1
+    run = load_run(two / "batch-norm")
+    assert run.history["loss"].map(math.isfinite).all()
+
+
+def test_batch_norm_on_gpus_sees_the_whole_batch():
+    """As far as it goes without one: the layers are PyTorch's synchronised ones, with the weights they had."""
+    network = build_encoder("resnet18", (1, 8, 8), width=2)
+    before = dict(network.named_parameters())
+    assert Processes(torch.device("cuda", 0), 0, 2).prepared(network) == []
+    kinds = {type(layer) for layer in network.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)}
+    assert kinds == {torch.nn.SyncBatchNorm}
+    assert all(after is before[name] for name, after in network.named_parameters())
+
+
+def test_each_row_is_some_process_own_once(two):
+    first, second = told(two, "gather")
+    # of one row, of two, of five: what a process computes, and what of it counts
+    assert first["parts"] == {"1": [[0], [0]], "2": [[0], [0]], "5": [[0, 1, 2], [0, 1, 2]]}
+    assert second["parts"] == {"1": [[0], []], "2": [[1], [1]], "5": [[3, 4, 0], [3, 4]]}
+    assert first["word"] == second["word"] == "said by 0"
+
+
+@given(total=st.integers(1, 40), count=st.integers(1, 9))
+def test_parts_together_are_the_whole(total, count):
+    rows = torch.arange(total)
+    processes = [Processes(torch.device("cpu"), rank, count) for rank in range(count)]
+    parts = [each.part(rows) for each in processes]
+    assert len({len(part) for part in parts}) == 1
+    assert all(len(part) for part in parts)
+    assert torch.equal(torch.cat(parts)[:total], rows)
+    assert torch.equal(torch.cat([each.own(part, total) for each, part in zip(processes, parts, strict=True)]), rows)
+
+
+def test_the_gradient_through_a_gathered_batch_is_that_of_one_process(two):
+    """Double precision, so that a factor, a lost row or a row counted twice could not hide."""
+    expected = several.magnet_gradient(ALONE)
+    assert expected.norm() > 0.1
+    for process in told(two, "gather"):
+        torch.testing.assert_close(
+            torch.tensor(process["gradient"], dtype=torch.float64), expected, rtol=1e-12, atol=1e-13
+        )
+
+
+def test_one_process_asks_nobody_and_loads_nothing():
+    code = """
+import sys
+from clustr_core import evaluation, training, recipes, data
+from clustr_core.parallel import join
+rows = __import__("torch").arange(3.0)
+alone = join("cpu")
+assert alone.part(rows) is alone.whole(rows, 3) is rows and alone.first and alone.count == 1
+assert alone.from_first(lambda: 7) == 7
+print(any(name.startswith("lightning") for name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n"
+
+
+def test_several_processes_do_not_share_a_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device_here("cpu") == torch.device("cpu")
+    assert device_here("cuda") == device_here("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="device: expected cuda, of which each of 2 processes has one, got cuda:0"):
+        device_here("cuda:0")
+
+
+# measurements
+
+
+@pytest.fixture(scope="module")
+def measured(one, tmp_path_factory) -> Path:
+    """The runs of one process, measured by two; the second died during the first attacks."""
+    folder = tmp_path_factory.mktemp("measured")
+    for name in several.MEASURED:
+        shutil.copytree(one / name, folder / name)
+    died = launch(folder, "lose-an-attack")
+    assert died.returncode != 0
+    assert "SIGKILL" in died.stderr
+    left = {path: path.stat().st_mtime_ns for path in folder.rglob("tables/*.csv")}
+    assert left
+    done = launch(folder, "measure")
+    assert done.returncode == 0, done.stderr[-4000:]
+    # what the lost process and the one that waited for it had made is there still, and untouched
+    assert left.items() <= {path: path.stat().st_mtime_ns for path in folder.rglob("tables/*.csv")}.items()
+    write_json(folder / "left.json", {"left": sorted(map(str, left))})
+    return folder
+
+
+def test_two_processes_measure_as_one_and_nothing_twice(one, measured, monkeypatch):
+    first, second = told(measured, "measure")
+    alone = several.tables(one)
+    assert set(alone["tables"]) == {
+        *(f"certificates-{name}" for name in several.MEASURED),
+        *(f"attacks-{name}" for name in several.MEASURED if name != "smoothing"),
+        "sandwich-clustr-cert",
+        "sandwich-lip-linear",
+    }
+    assert first["tables"] == second["tables"] == alone["tables"]
+    left = read_json(measured / "left.json")["left"]
+    made = [*left, *first["made"], *second["made"]]
+    assert len(made) == len(set(made)) == len(alone["made"])
+    assert {Path(path).name for path in made} == {Path(path).name for path in alone["made"]}
+    assert abs(len(first["made"]) - len(second["made"])) <= len(alone["tables"]) * 2
+
+
+def test_a_lost_process_ends_the_training_and_two_others_go_on(two, tmp_path):
+    died = launch(tmp_path, "lose-a-training")
+    assert died.returncode != 0
+    assert "SIGKILL" in died.stderr
+    assert not (tmp_path / "lost/run.json").exists()
+    done = launch(tmp_path, "resume")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [process["epochs"] for process in told(tmp_path, "resume")] == [4, 4]
+    for name in ("model.safetensors", "history.csv", "checkpoint.safetensors"):
+        assert (tmp_path / "lost" / name).read_bytes() == (two / "long" / name).read_bytes(), name
+
+
+def test_of_several_processes_at_the_command_line_one_speaks_and_writes(tmp_path):
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles/tiny.yaml").write_text(
+        "shared: {dataset: digits, width: 4, train_examples: 150}\n"
+        "methods:\n  ce: {epochs: 1}\n"
+        "attacks:\n  linf: {norm: linf, eps: [0.1], steps: 2, examples: 20}\n"
+    )
+    said, tables = [], []
+    for number, start in enumerate((["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], [])):
+        home = tmp_path / str(number)
+        shutil.copytree(tmp_path / "profiles", home / "profiles")
+        command = [sys.executable, *start, "-m", "clustr_core.cli", "attack", "--profile", "tiny", "--method", "ce"]
+        environment = os.environ | {"CLUSTR_HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, "--device", "cpu"], env=environment, cwd=home, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        said.append(done.stdout)
+        tables.append((home / "results/tiny/attacks-ce.csv").read_bytes())
+    assert said[0] == said[1]
+    assert said[0].count("wrote results/tiny/attacks-ce.csv (80 rows)") == 1
+    assert tables[0] == tables[1]
