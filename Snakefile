@@ -12,9 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(workflow.basedir))
 from clustr_core.measuring.profile import load_profile
-from clustr_core.training.recipes import (
-    ATTACK_CODE, CERTIFICATE_CODE, EXAMINATION_CODE, SANDWICH_CODE, code_digest, run_key,
-)
+from clustr_core.measuring.versions import VERSIONS
+from clustr_core.training.recipes import run_key
 from tools import notebooks
 
 PROFILE = load_profile(config.get("profile", "quick"))
@@ -32,7 +31,7 @@ TOOLS = ["tools/execute.py", "tools/notebooks.py"]
 
 METHOD_OF = {run_key(recipe): method for method, recipe in PROFILE.recipes.items()}
 RUN_OF = {method: f"runs/{key}/run.json" for key, method in METHOD_OF.items()}
-# what is measured of which methods
+# which methods each kind of table covers
 KINDS = {
     "attacks": PROFILE.attacked,
     "certificates": [*PROFILE.recipes, "prototypes"] if PROFILE.recipes else [],
@@ -44,7 +43,7 @@ TABLES = [f"results/{NAME}/{kind}-{method}.csv" for kind, methods in KINDS.items
 # the runs from which attacks are transferred
 SOURCES = sorted({RUN_OF[each.source] for each in PROFILE.attacks.values() if each.attack == "transfer"})
 # prototypes are certified without a run: what their table depends on is code
-CERTIFYING = [path for path in CORE if Path(path).stem in CERTIFICATE_CODE]
+CERTIFYING = [path for path in CORE if "certificates" in Path(path).parts]
 CHAPTERS = {source.stem: notebooks.read_source(source) for source in notebooks.sources(Path("."))}
 
 
@@ -103,7 +102,7 @@ rule attack:
     output:
         f"results/{NAME}/attacks-{{method}}.csv",
     params:
-        code=code_digest(ATTACK_CODE),
+        version=VERSIONS["attack"],
         protocols={name: asdict(protocol) for name, protocol in PROFILE.attacks.items()},
     threads: PROCESSES
     resources:
@@ -120,7 +119,7 @@ rule diagnose:
         f"results/{NAME}/diagnostics-{{method}}.csv",
         f"results/{NAME}/ablations-{{method}}.csv",
     params:
-        code=code_digest(EXAMINATION_CODE),
+        version=VERSIONS["diagnostics"],
         examination=asdict(PROFILE.examination) if PROFILE.examination else None,
     threads: 1
     resources:
@@ -135,7 +134,7 @@ rule certify:
     output:
         f"results/{NAME}/certificates-{{method}}.csv",
     params:
-        code=code_digest(CERTIFICATE_CODE),
+        version=VERSIONS["certificate"],
         examples=PROFILE.certified_examples,
         dataset=sorted({recipe.dataset for recipe in PROFILE.recipes.values()}),
         smoothing=asdict(PROFILE.smoothing) if PROFILE.smoothing else None,
@@ -152,7 +151,7 @@ rule sandwich:
     output:
         f"results/{NAME}/sandwich-{{method}}.csv",
     params:
-        code=code_digest(SANDWICH_CODE),
+        version=VERSIONS["sandwich"],
         budget=asdict(PROFILE.sandwich) if PROFILE.sandwich else None,
     threads: PROCESSES
     resources:

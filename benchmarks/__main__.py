@@ -3,7 +3,7 @@
     python -m benchmarks [--only SUITE ...] [--quick] [--threads N] [--output FOLDER]
 
 Prints every row beside its target, and writes bench.csv, growth.csv, step-parts.csv, methods-cost.csv, layouts.csv and
-predicted.csv to results/ (a quarter of an hour on two cores; nothing else should be running). With --only, the other
+predicted.csv to results/bench/ (a quarter of an hour on two cores; nothing else should be running). With --only, the other
 suites' rows of bench.csv stay. --quick shows in a minute that every suite runs, at sizes that say nothing about speed.
 """
 
@@ -68,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes; writes nothing but to --output")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
-    parser.add_argument("--output", type=Path, help="folder of the tables (default: results/)")
+    parser.add_argument("--output", type=Path, help="folder of the tables (default: results/bench/)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     effort = Effort(rounds=2, seconds=1.0, quick=True) if options.quick else Effort()
-    folder = options.output or (None if options.quick else home() / "results")
+    folder = options.output or (None if options.quick else home() / "results/bench")
     asked = options.only or [*SUITES, *TABLES]
     about = machine()
     suites = [name for name in SUITES if name in asked]

@@ -191,7 +191,7 @@ def setting_of(profile: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table, and write it with the environment to results/certification-cost.csv."""
+    """Print the table, and write it with the environment to results/bench/certification-cost.csv."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", help="take encoder, width and clusters of each class from its recipes")
     parser.add_argument("--images", type=int, default=64)
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = cost_table(**setting)
     print(table.to_string(index=False))
     about = {**setting, "threads": 1, "machine": platform.machine(), "torch": torch.__version__}
-    write_table(home() / "results" / "certification-cost.csv", table.assign(**about))
+    write_table(home() / "results/bench" / "certification-cost.csv", table.assign(**about))
 
 
 if __name__ == "__main__":

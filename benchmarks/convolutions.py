@@ -4,7 +4,7 @@
 
 One network, one loss, one budget of CPU time (process time on one thread, one job after the other, in whole epochs);
 only the convolution differs, and the learning rate: for each the better of 0.01 and 0.002 after one epoch, so that none
-is judged by another's. Writes results/convolutions.csv.
+is judged by another's. Writes results/bench/convolutions.csv.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = comparison(
         data.load_dataset(options.dataset), width=options.width, minutes=options.minutes, examples=options.examples
     )
-    write_table(home() / "results" / "convolutions.csv", table)
+    write_table(home() / "results/bench" / "convolutions.csv", table)
     print(table.to_string(index=False, float_format="%.3f"))
 
 

@@ -1,6 +1,6 @@
 """The GPU kernels beside plain PyTorch, each set timed in turn in one run, and what the kernels compile to.
 
-.venv/bin/python -m benchmarks.kernels             on a CUDA device: writes results/kernels.csv
+.venv/bin/python -m benchmarks.kernels             on a CUDA device: writes results/bench/kernels.csv
 .venv/bin/python -m benchmarks.kernels --compile   anywhere: registers, spilled bytes and shared memory of each kernel
 
 Plain PyTorch runs eagerly and through torch.compile, in the inputs' dtype. A kernel's fraction of a limit is the least
@@ -309,7 +309,7 @@ def main() -> None:
     about = {"device": device, "rounds": options.rounds, "torch": torch.__version__, "triton": triton.__version__}
     table = pd.DataFrame(rows).assign(**sizes, **about)
     print(table.to_string(index=False))
-    write_table(home() / "results" / "kernels.csv", table)
+    write_table(home() / "results/bench" / "kernels.csv", table)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Methods of profile quick are trained in float32 and in bf16-mixed, with three se
 by the same PGD, climbing in float32 and in bfloat16 (autocast), and each find is judged in float32. Certificates are
 those of embeddings in float64, held against what embeddings in bfloat16 would have certified: an image counts as
 promised too much where that is more. Autocast on a CPU rounds as on a GPU, with other kernels. Writes
-results/precision.csv.
+results/bench/precision.csv.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def precision_table(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table, and write it with the environment to results/precision.csv."""
+    """Print the table, and write it with the environment to results/bench/precision.csv."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
         arguments
     )
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = precision_table()
     print(table.to_string(index=False, float_format="%.3f"))
     about = {"eps": EPS, "radius": RADIUS, "threads": 1, "machine": platform.machine(), "torch": torch.__version__}
-    write_table(home() / "results" / "precision.csv", table.assign(**about))
+    write_table(home() / "results/bench" / "precision.csv", table.assign(**about))
 
 
 if __name__ == "__main__":

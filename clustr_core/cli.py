@@ -25,13 +25,15 @@ from clustr_core.measuring.examination import ablations_of, diagnostics_of
 from clustr_core.measuring.pieces import AttackTarget, CachedRows, Share, fill_cache
 from clustr_core.measuring.profile import Examination, Profile, load_profile
 from clustr_core.measuring.sandwich import CertificateBroken, sandwich_of, sandwich_pieces
+from clustr_core.measuring.versions import VERSIONS
 from clustr_core.models.official import NUM_CLASSES, load_official
 from clustr_core.storage.files import digest, home
+from clustr_core.storage.provenance import environment, write_sidecar
 from clustr_core.storage.tables import write_table
 from clustr_core.training.loop import fit
 from clustr_core.training.processes import count, device_here, is_first
 from clustr_core.training.recipes import CERTIFIABLE, METHODS, Precision, Recipe, override, run_folder
-from clustr_core.training.run import DONE, Run
+from clustr_core.training.run import DONE, Run, load_run
 
 EPILOG = """\
 examples:
@@ -55,6 +57,13 @@ A profile (profiles/NAME.yaml) names the dataset, the methods' recipes and the a
 name made of its recipe and of the code that trains it: a finished one is loaded, a killed one goes on where it was.
 Figures come only from the notebooks: make figures PROFILE=quick.
 """
+
+
+# the measurement behind each kind of table
+_KIND_OF_TABLE = {
+    "attacks": "attack", "certificates": "certificate", "sandwich": "sandwich", "diagnostics": "diagnostics",
+    "ablations": "ablation",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -274,9 +283,29 @@ def _set_threads(count: int) -> None:
 
 def _write(table: pd.DataFrame, profile: Profile, options: argparse.Namespace, kind: str) -> None:
     """The profile's own table; with --set it is another run's, and goes beside that run instead."""
-    changed = bool(options.set)
-    folder = run_folder(_recipe(options)) if changed else home() / "results" / profile.name
-    _write_at(Path(getattr(options, "output", None) or folder / f"{kind}-{options.method}.csv"), table)
+    if given := getattr(options, "output", None):
+        _write_at(Path(given), table)
+        return
+    folder = run_folder(_recipe(options)) if options.set else home() / "results" / profile.name
+    path = folder / f"{kind}-{options.method}.csv"
+    _write_at(path, table)
+    if is_first():
+        write_sidecar(path, _made(profile, options, kind))
+
+
+def _made(profile: Profile, options: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """What decides the rows of a table, beside the code: for its sidecar."""
+    about = {
+        **environment(str(_device(options))),
+        "profile": {"name": profile.name, "sha256": profile.sha256},
+        "version": VERSIONS[_KIND_OF_TABLE[kind]],
+        "method": options.method,
+    }
+    if options.method not in profile.recipes:
+        return about | {"run": None, "weights_sha256": None, "seed": None}
+    recipe = _recipe(options)
+    run = load_run(run_folder(recipe))
+    return about | {"run": run.path.name, "weights_sha256": run.weights_sha256, "seed": recipe.seed}
 
 
 def _write_at(path: Path, table: pd.DataFrame) -> None:

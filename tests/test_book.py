@@ -121,7 +121,7 @@ def test_pair_is_in_step(source: Path) -> None:
 def test_twin_is_current(source: Path) -> None:
     twin = read_twin(source)
     profile = twin.metadata.clustr.profile.name
-    current = notebooks.provenance(ROOT, source, ROOT / "profiles" / f"{profile}.yaml")
+    current = notebooks.provenance(ROOT, source, ROOT / "profiles" / f"{profile}.yaml", results="results/published")
     stale = [key for key in current if current[key] != twin.metadata.clustr.get(key)]
     assert profile == "quick"
     assert not stale, f"{stale} changed since {source.stem} was published: make publish"
@@ -158,13 +158,13 @@ def test_every_figure_is_labelled_captioned_and_described(source: Path) -> None:
         assert len(embed.alt) > 20
         assert images[0].data["text/plain"] == embed.alt
         for suffix in (".svg", ".png", ".csv"):
-            assert (ROOT / "figures/quick" / f"{label}{suffix}").exists()
+            assert (ROOT / "figures/published/quick" / f"{label}{suffix}").exists()
 
 
 def test_labels_are_unique_and_nothing_else_lies_in_figures() -> None:
     labels = [label for source in SOURCES for label in notebooks.figure_labels(notebooks.read_source(source))]
     assert not [label for label, count in Counter(labels).items() if count > 1]
-    assert {path.stem for path in (ROOT / "figures/quick").iterdir()} == set(labels)
+    assert {path.stem for path in (ROOT / "figures/published/quick").iterdir()} == set(labels)
 
 
 def test_checking_leaves_no_stub_of_the_theme() -> None:

@@ -77,7 +77,7 @@ def test_the_many_samples_are_the_few_by_proportion(table):
 
 def test_the_table_is_written_with_its_setting(tiny_book, capsys):
     certification.main(["--profile", "tiny", "--images", "3", "--samples", "11", "--rounds", "1"])
-    written = read_table(tiny_book / "results/certification-cost.csv")
+    written = read_table(tiny_book / "results/bench/certification-cost.csv")
     assert set(written["encoder"]) == {"lip-cnn"}
     for name, value in {"width": 48, "per_class": 3, "images": 3, "samples": 11, "rounds": 1, "threads": 1}.items():
         assert set(written[name]) == {value}

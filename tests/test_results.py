@@ -31,7 +31,7 @@ from tools.first_page import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = sorted(path.name for path in (ROOT / "results").iterdir() if path.is_dir())
+PUBLISHED = sorted(path.name for path in (ROOT / "results/published").iterdir() if path.name != "bench")
 
 
 def sorted_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -189,7 +189,7 @@ def certified_curves(name: str) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-@pytest.mark.parametrize("profile", [name for name in PUBLISHED if (ROOT / "figures" / name).is_dir()])
+@pytest.mark.parametrize("profile", [name for name in PUBLISHED if (ROOT / "figures/published" / name).is_dir()])
 @pytest.mark.parametrize(
     ("label", "derive"),
     [
@@ -201,12 +201,12 @@ def certified_curves(name: str) -> pd.DataFrame:
     ],
 )
 def test_figures_are_drawn_from_the_rows(profile: str, label: str, derive) -> None:
-    drawn = read_table(ROOT / "figures" / profile / f"{label}.csv")
+    drawn = read_table(ROOT / "figures/published" / profile / f"{label}.csv")
     assert_frame_equal(sorted_rows(derive(profile)), sorted_rows(drawn), check_dtype=False, rtol=1e-6)
 
 
 def test_the_figure_of_certificates_is_drawn_from_the_rows() -> None:
-    drawn = read_table(ROOT / "figures/quick/fig-certified-accuracy.csv")
+    drawn = read_table(ROOT / "figures/published/quick/fig-certified-accuracy.csv")
     keys = ["profile", "method", "at"]
     left, right = (table.sort_values(keys).reset_index(drop=True) for table in (certified_curves("quick"), drawn))
     assert_frame_equal(left[sorted(left)], right[sorted(left)], check_dtype=False, rtol=1e-6, atol=1e-9)

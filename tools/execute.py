@@ -4,6 +4,7 @@ python -m tools.execute notebooks/03-training.md --profile quick --output _build
 """
 
 import argparse
+import ast
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from clustr_core.measuring.profile import load_profile
 from clustr_core.storage.files import home
+from clustr_core.storage.provenance import environment
 from tools import notebooks
 
 INLINE = "module://matplotlib_inline.backend_inline"
@@ -41,8 +43,36 @@ def chosen_parameters(
     return dict(chapter) | ({"profile": profile} if "profile" in declared else {})
 
 
-def execute(source: Path, profile_name: str, output: Path) -> None:
+def given_parameters(pairs: Sequence[str], declared: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Parameters from a command line: NAME=VALUE, the value a literal, or text where the default is text.
+
+    Raises:
+        ValueError: for a name that the chapter does not declare, or a value that is no literal.
+    """
+    given = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or name not in declared:
+            raise ValueError(
+                f"-p: expected NAME=VALUE with NAME one of {', '.join(declared) or 'none'} in {source.name}, got {pair!r}"
+            )
+        if isinstance(declared[name], str):
+            given[name] = value
+            continue
+        try:
+            given[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"-p {name}: expected a literal such as {declared[name]!r}, got {value!r}") from error
+        if isinstance(given[name], list) != isinstance(declared[name], list):
+            raise ValueError(f"-p {name}: expected a value such as {declared[name]!r}, got {value!r}")
+    return given
+
+
+def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] = ()) -> None:
     """Execute ``source`` under the profile into ``output``; a failed run is kept in ``failed/`` beside it.
+
+    Args:
+        given: parameters as NAME=VALUE, over those of the profile.
 
     Raises:
         ValueError: for a profile key that the notebook does not declare.
@@ -53,7 +83,9 @@ def execute(source: Path, profile_name: str, output: Path) -> None:
     notebook = notebooks.read_source(source)
     declared = notebooks.declared_parameters(notebook)
     parameters = chosen_parameters(source, declared, profile.chapters.get(source.stem, {}), profile.name)
-    notebook.metadata["clustr"] = notebooks.provenance(root, source, root / "profiles" / f"{profile.name}.yaml")
+    parameters |= given_parameters(given, declared, source)
+    made_from = notebooks.provenance(root, source, root / "profiles" / f"{profile.name}.yaml")
+    notebook.metadata["clustr"] = made_from | {"made": environment("cpu")}
     running = output.parent / "failed" / output.name
     running.parent.mkdir(parents=True, exist_ok=True)
     output.unlink(missing_ok=True)
@@ -93,9 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="the chapter, notebooks/NN-topic.md")
     parser.add_argument("--profile", required=True, help="a name in profiles/: smoke, quick, cpu, paper")
     parser.add_argument("--output", type=Path, required=True, help="the executed .ipynb")
+    parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE", help="another parameter")
     options = parser.parse_args(arguments)
     try:
-        execute(options.source, options.profile, options.output)
+        execute(options.source, options.profile, options.output, options.given)
     except PapermillExecutionError as error:
         failed = options.output.parent / "failed" / options.output.name
         print(f"{options.source}: cell {error.cell_index} failed, see {failed}\n", file=sys.stderr)

@@ -30,7 +30,7 @@ def rows(profile: str, kind: str) -> pd.DataFrame:
         "certificates": [*wanted.recipes, "prototypes"],
         "sandwich": [*wanted.lipschitz],
     }.get(kind, [*wanted.ordinary])
-    tables = [read_table(ROOT / "results" / profile / f"{kind}-{method}.csv") for method in methods]
+    tables = [read_table(ROOT / "results/published" / profile / f"{kind}-{method}.csv") for method in methods]
     return pd.concat(tables, ignore_index=True)
 
 

@@ -109,17 +109,19 @@ def _embed(match: re.Match[str]) -> Embed:
     )
 
 
-def provenance(root: Path, source: Path, profile: Path) -> dict[str, Any]:
-    """Hashes of everything that a run of ``source`` under ``profile`` is made from."""
-    profile_name = profile.stem
-    tables = sorted((root / "results" / profile_name).glob("*.csv")) if uses_tables(read_source(source)) else []
+def provenance(root: Path, source: Path, profile: Path, *, results: str = "results") -> dict[str, Any]:
+    """Hashes of what makes a twin stale: its source, its profile, and that profile's rows, under ``results``.
+
+    The package is not among them: a mended docstring makes no picture stale, and a change of behaviour is another
+    `TRAINING_VERSION`, other `VERSIONS`, and so other rows.
+
+    Args:
+        results: the folder of folders of rows: "results" after a run, "results/published" of what is committed.
+    """
+    name = profile.stem
+    tables = sorted((root / results / name).glob("*.csv")) if uses_tables(read_source(source)) else []
     return {
-        "core": _tree_digest(root, sorted([*(root / "clustr_core").rglob("*.py"), *(root / "proofs").glob("*.v")])),
-        "profile": {"name": profile_name, "sha256": digest(profile.read_bytes())},
+        "profile": {"name": name, "sha256": digest(profile.read_bytes())},
         "source": digest(source.read_bytes()),
-        "tables": {path.relative_to(root).as_posix(): digest(path.read_bytes()) for path in tables},
+        "tables": {path.name: digest(path.read_bytes()) for path in tables},
     }
-
-
-def _tree_digest(root: Path, paths: list[Path]) -> str:
-    return digest(*(part for p in paths for part in (p.relative_to(root).as_posix(), p.read_bytes())))

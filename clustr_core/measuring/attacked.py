@@ -30,10 +30,8 @@ from clustr_core.measuring.pieces import (
     named,
     source_of,
     target_of,
-    test_digest,
 )
 from clustr_core.measuring.profile import Profile, Protocol
-from clustr_core.training.recipes import ATTACK_CODE
 from clustr_core.training.run import Run
 
 
@@ -59,7 +57,7 @@ def measure(subject: AttackTarget, protocol: Protocol, dataset: data.Dataset, *,
 def measure_pieces(subject: AttackTarget, protocol: Protocol, dataset: data.Dataset) -> list[CachedRows]:
     """All that `measure` needs, for jobs that `compute` a share of it each."""
     chunks = drawn_order(dataset)[: protocol.examples].split(CHUNK)
-    test = test_digest(dataset)
+    test = dataset.test_digest
     return [
         CachedRows(
             _rows_path(subject, protocol, eps, loss, chunk, test),
@@ -133,7 +131,7 @@ def _rows_path(subject: AttackTarget, protocol: Protocol, eps: float, loss: str,
     asked = replace(protocol, eps=(eps,), losses=(), examples=None, step_size=protocol.step_size_at(eps))
     source = subject.source.identity if subject.source and protocol.attack == "transfer" else None
     what = {**asdict(asked), "loss": loss, "model": subject.identity, "source": source, "chunk": chunk.tolist()}
-    return kept_at(subject.tables, "attack", what, test, ATTACK_CODE)
+    return kept_at(subject.tables, "attack", what, test)
 
 
 def attack_rows(

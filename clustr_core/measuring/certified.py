@@ -28,7 +28,7 @@ from clustr_core.measuring.pieces import (
 )
 from clustr_core.measuring.profile import Profile, SmoothingBudget
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
-from clustr_core.training.recipes import CERTIFICATE_CODE, Recipe, Smoothing
+from clustr_core.training.recipes import Recipe, Smoothing
 from clustr_core.training.run import Run
 
 # of a certificate that is vacuous anyway; of one that is meant to hold, all
@@ -140,9 +140,9 @@ def _certificate_pieces(
             raise ValueError(f"smoothing: expected a budget in the profile for {run.recipe.method}, got none")
         budget = asdict(replace(smoothing, examples=None))
         rows = partial(_smoothing_rows, target_of(run, device=device), run.recipe, smoothing, dataset)
-        return cached_chunks(run, dataset, "certificate", smoothing.examples, budget, CERTIFICATE_CODE, rows)
+        return cached_chunks(run, dataset, "certificate", smoothing.examples, budget, rows)
     rows = partial(certificate_rows, CertifiedRun(run, dataset, device))
-    return cached_chunks(run, dataset, "certificate", examples, {}, CERTIFICATE_CODE, rows)
+    return cached_chunks(run, dataset, "certificate", examples, {}, rows)
 
 
 def certificate_rows(certified: CertifiedRun, indices: Tensor) -> pd.DataFrame:

@@ -16,7 +16,6 @@ from clustr_core.models.clusters import Clusters, fit_clusters
 from clustr_core.models.embed import embed_all, predictions
 from clustr_core.numerics.distances import squared_distances
 from clustr_core.storage.tables import read_table, write_table
-from clustr_core.training.recipes import EMBEDDING_CODE
 from clustr_core.training.run import Run
 
 
@@ -43,7 +42,7 @@ def umap_map(
 def embedding_table(run: Run, *, examples: int | None = None, dataset: data.Dataset | None = None) -> pd.DataFrame:
     """Test images in the plane: ``index label prediction correct cluster x y``, UMAP coordinates last."""
     dataset = dataset_of(run, dataset)
-    path = cache_path(run, dataset, "embedding", {"examples": examples}, EMBEDDING_CODE)
+    path = cache_path(run, dataset, "embedding", {"examples": examples})
     if not path.exists():
         model = run.model()
         indices, images, labels = some_test_images(run, dataset, examples)
@@ -65,7 +64,7 @@ def formation_table(run: Run, *, examples: int | None = None, dataset: data.Data
         margin = (rival_distance^2 - own_distance^2) / (2 sigma^2), which the magnet loss asks to exceed the gap.
     """
     dataset = dataset_of(run, dataset)
-    path = cache_path(run, dataset, "formation", {"examples": examples}, EMBEDDING_CODE)
+    path = cache_path(run, dataset, "formation", {"examples": examples})
     if not path.exists():
         parts = [_formation_rows(run, epoch, dataset, examples) for epoch in run.recipe.snapshots]
         write_table(path, pd.concat(parts, ignore_index=True))
@@ -109,7 +108,7 @@ def geometry_table(runs: dict[str, Run], *, dataset: data.Dataset | None = None)
     rows = []
     for method, run in runs.items():
         mine = dataset_of(run, dataset)
-        path = cache_path(run, mine, "geometry", {}, EMBEDDING_CODE)
+        path = cache_path(run, mine, "geometry", {})
         if not path.exists():
             write_table(path, pd.DataFrame([_geometry(run, mine)]))
         rows.append(read_table(path).assign(method=method))

@@ -22,7 +22,7 @@ from clustr_core.measuring.pieces import (
 )
 from clustr_core.measuring.profile import Examination, Profile
 from clustr_core.storage.tables import read_table, write_table
-from clustr_core.training.recipes import EXAMINATION_CODE, CrossEntropy
+from clustr_core.training.recipes import CrossEntropy
 from clustr_core.training.run import Run
 
 
@@ -74,7 +74,7 @@ def _of_each_head(
     for head in heads_of(run):
         subject = target_of(run, head=head, device=device)
         what = {**asdict(asked), "head": head, "source": source.path.name if source else None}
-        path = cache_path(run, dataset, kind, what, EXAMINATION_CODE)
+        path = cache_path(run, dataset, kind, what)
         if not path.exists():
             _, images, labels = some_test_images(run, dataset, asked.examples)
             found = compute(subject.model, data.to_float(images.to(device)), labels.to(device), asked)

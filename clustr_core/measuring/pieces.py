@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 
 from clustr_core import data
 from clustr_core.measuring.profile import Profile
+from clustr_core.measuring.versions import VERSIONS
 from clustr_core.storage.files import digest
 from clustr_core.storage.tables import read_table, write_table
 from clustr_core.training.processes import join
 from clustr_core.training.recipes import (
     CrossEntropy,
-    code_digest,
     run_folder,
 )
 from clustr_core.training.run import Run, load_run
@@ -116,7 +116,7 @@ def target_of(
     name = run.recipe.method if head == "own" else f"{run.recipe.method}-clusters"
     load = (lambda: run.model(device)) if head == "own" else (lambda: run.cluster_model(device))
     from_ = target_of(source, device=device) if source is not None else None
-    return AttackTarget(name, load, f"{run.path.name} {head}", run.path / "tables", from_, device)
+    return AttackTarget(name, load, f"{run.weights_sha256} {head}", run.path / "tables", from_, device)
 
 
 def heads_of(run: Run) -> tuple[Head, ...]:
@@ -144,21 +144,18 @@ def dataset_of(run: Run, dataset: data.Dataset | None) -> data.Dataset:
     dataset = dataset or data.load_dataset(run.recipe.dataset)
     if dataset.name != run.recipe.dataset:
         raise ValueError(f"dataset: expected {run.recipe.dataset!r} as in the run, got {dataset.name!r}")
-    seen = dataset.train_images[: run.recipe.train_examples]
-    if digest(seen.numpy().tobytes()) != run.train_images_sha256:
-        raise ValueError(
-            f"dataset: expected the images that {run.path.name} was trained on; {dataset.name} has changed"
-        )
+    run.check_data(dataset)
     return dataset
 
 
-def cache_path(run: Run, dataset: data.Dataset, kind: str, what: dict, code: tuple[str, ...]) -> Path:
-    """Where a measurement is kept: beside its run, under a digest of the question, the test set and the code."""
-    return kept_at(run.path / "tables", kind, what, test_digest(dataset), code)
+def cache_path(run: Run, dataset: data.Dataset, kind: str, what: dict) -> Path:
+    """Where a measurement of a run is kept: beside it, under a digest of its weights and all that was asked."""
+    return kept_at(run.path / "tables", kind, {**what, "weights": run.weights_sha256}, dataset.test_digest)
 
 
-def kept_at(tables: Path, kind: str, what: dict, test: str, code: tuple[str, ...]) -> Path:
-    key = digest(json.dumps(what, sort_keys=True), test, code_digest(code))
+def kept_at(tables: Path, kind: str, what: dict, test: str) -> Path:
+    """Where rows are kept: under a digest of the question, the test set and the measurement's version."""
+    key = digest(json.dumps(what, sort_keys=True), test, str(VERSIONS[kind]))
     return tables / f"{kind}-{key[:12]}.csv"
 
 
@@ -172,11 +169,13 @@ def some_test_images(
 
 
 def drawn_order(dataset: data.Dataset) -> Int[Tensor, " test"]:
-    return torch.randperm(len(dataset.test_labels), generator=torch.Generator().manual_seed(0))
+    """The order of the test images that is drawn once for all methods and measurements."""
+    return _permutation(len(dataset.test_labels))
 
 
-def test_digest(dataset: data.Dataset) -> str:
-    return digest(dataset.test_images.numpy().tobytes(), dataset.test_labels.numpy().tobytes())
+@cache
+def _permutation(count: int) -> Int[Tensor, " count"]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def cached_chunks(
@@ -185,11 +184,9 @@ def cached_chunks(
     kind: str,
     examples: int | None,
     what: dict,
-    code: tuple[str, ...],
     rows: Callable[[Tensor], pd.DataFrame],
 ) -> list[CachedRows]:
     """One piece for each chunk of as many test images, in the order drawn once."""
     chunks = [chunk.sort().values for chunk in drawn_order(dataset)[:examples].split(CHUNK)]
-    test = test_digest(dataset)
-    paths = [kept_at(run.path / "tables", kind, {**what, "chunk": chunk.tolist()}, test, code) for chunk in chunks]
+    paths = [cache_path(run, dataset, kind, {**what, "chunk": chunk.tolist()}) for chunk in chunks]
     return [CachedRows(path, partial(rows, chunk)) for path, chunk in zip(paths, chunks, strict=True)]

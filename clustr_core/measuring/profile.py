@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 
 from clustr_core.attacks.names import ATTACKS, PAPER_STEP_SIZE, Norm
-from clustr_core.storage.files import home
+from clustr_core.storage.files import digest, home
 from clustr_core.training.recipes import METHODS, Recipe, build, field_value, mapping
 
 
@@ -165,7 +165,11 @@ def _check_budget(budget: SandwichBudget | SmoothingBudget) -> None:
 
 @dataclass(frozen=True)
 class Profile:
-    """A scale at which the whole book is computed: its runs, its measurements, its chapters' parameters."""
+    """A scale at which the whole book is computed: its runs, its measurements, its chapters' parameters.
+
+    Args:
+        sha256: of the file that it was read from.
+    """
 
     name: str
     recipes: dict[str, Recipe]
@@ -175,6 +179,7 @@ class Profile:
     sandwich: SandwichBudget | None = None
     smoothing: SmoothingBudget | None = None
     chapters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         """An attack can only be transferred from a method of the profile."""
@@ -236,7 +241,9 @@ def load_profile(name: str | Path) -> Profile:
     }
     recipes = _recipes(methods, shared, path.name)
     try:
-        return Profile(path.stem, recipes, protocols, examples, chapters=chapters, **budgets)
+        return Profile(
+            path.stem, recipes, protocols, examples, chapters=chapters, sha256=digest(path.read_bytes()), **budgets
+        )
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 

@@ -44,9 +44,6 @@ from clustr_core.measuring.pieces import (
 )
 from clustr_core.measuring.profile import Profile, SandwichBudget
 from clustr_core.storage.files import written_whole
-from clustr_core.training.recipes import (
-    SANDWICH_CODE,
-)
 from clustr_core.training.run import Run
 
 # the last two search only inside the certified balls, so that a curve of theirs alone says nothing beyond them
@@ -454,7 +451,7 @@ def _sandwich_pieces(
         raise ValueError(f"run: expected a method on a 1-Lipschitz encoder, got {run.recipe.method}")
     what = asdict(replace(budget, examples=None))
     rows = partial(_sandwich_rows, CertifiedRun(run, dataset, device), target_of(run, device=device), budget)
-    return cached_chunks(run, dataset, "sandwich", budget.examples, what, SANDWICH_CODE, rows)
+    return cached_chunks(run, dataset, "sandwich", budget.examples, what, rows)
 
 
 def _sandwich_rows(

@@ -1,17 +1,105 @@
-"""Where a number comes from: versions and device."""
+"""Where a number comes from: commit, versions, processor, threads; and the sidecar that says so beside each table."""
 
+import os
 import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+from clustr_core.storage.files import digest, home, read_json, write_json
 
 VERSIONED = ("torch", "torchvision", "numpy", "scikit-learn", "umap-learn")
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions and device: what a reader needs to judge a number."""
+    """What a reader needs to judge a number, and what may move it: versions, device, processor, threads, commit.
+
+    ``threads`` is None where PyTorch is not loaded, ``commit`` where the book is no git repository.
+    """
+    torch = sys.modules.get("torch")
     return {
+        "commit": commit(home().resolve()),
         "device": device,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": processor(),
+        "threads": torch.get_num_threads() if torch else None,
         "versions": {name: metadata.version(name) for name in VERSIONED},
+    }
+
+
+@cache
+def commit(root: Path) -> str | None:
+    """The commit that is checked out at ``root``, with "+changes" if tracked files differ from it."""
+    git = ["git", "-C", str(root)]
+    quiet = {"capture_output": True, "text": True, "check": True, "env": os.environ | {"GIT_OPTIONAL_LOCKS": "0"}}
+    try:
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], **quiet).stdout.strip()
+        if Path(top).resolve() != root:
+            return None
+        found = subprocess.run([*git, "rev-parse", "HEAD"], **quiet).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **quiet).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{found}+changes" if changed else found
+
+
+@cache
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def sidecar_of(table: Path) -> Path:
+    """``X.json`` beside ``X.csv``."""
+    return table.with_suffix(".json")
+
+
+def write_sidecar(table: Path, made: Mapping[str, Any], *, note: str = "") -> None:
+    """Say beside a table what it holds and how it was made.
+
+    Args:
+        table: the CSV, already written.
+        made: `environment` and what else decides the rows: seed, profile, run, weights, protocol, version. What is
+            not known is None.
+        note: in words, what a reader must know beyond that.
+    """
+    write_json(sidecar_of(table), {"table": _contents(table), "made": dict(made), "note": note})
+
+
+def check_sidecar(table: Path) -> dict[str, Any]:
+    """The sidecar of a table, held against it.
+
+    Raises:
+        FileNotFoundError: if a table has no sidecar.
+        ValueError: if the table is not the one that the sidecar speaks of; what differs is named.
+    """
+    path = sidecar_of(table)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a sidecar that says how {table.name} was made, got none")
+    content = read_json(path)
+    said, found = content.get("table"), _contents(table)
+    if not isinstance(said, dict) or not isinstance(content.get("made"), dict):
+        raise ValueError(f"{path}: expected the keys table and made, got {sorted(content)}")
+    if wrong := sorted(key for key in found if said.get(key) != found[key]):
+        differing = ", ".join(f"{key} {said.get(key)!r}, found {found[key]!r}" for key in wrong)
+        raise ValueError(f"{table}: expected the table that its sidecar describes: {differing}")
+    return content
+
+
+def _contents(table: Path) -> dict[str, Any]:
+    lines = table.read_text(encoding="utf-8").splitlines()
+    return {
+        "sha256": digest(table.read_bytes()),
+        "rows": len(lines) - 1,
+        "columns": lines[0].split(",") if lines else [],
     }

@@ -19,12 +19,12 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def published(profile: str, kind: str) -> pd.DataFrame | None:
-    """The committed rows ``results/<profile>/<kind>-*.csv`` of all methods, or None if there are none."""
-    files = sorted((home() / "results" / profile).glob(f"{kind}-*.csv"))
+    """The committed rows ``results/published/<profile>/<kind>-*.csv`` of all methods, or None if there are none."""
+    files = sorted((home() / "results/published" / profile).glob(f"{kind}-*.csv"))
     return pd.concat([read_table(file) for file in files], ignore_index=True) if files else None
 
 
 def benchmark(name: str) -> pd.DataFrame | None:
-    """The committed table ``results/<name>.csv`` of a benchmark, or None if there is none."""
-    path = home() / "results" / f"{name}.csv"
+    """The published table ``results/published/bench/<name>.csv`` of a benchmark, or None if there is none."""
+    path = home() / "results/published/bench" / f"{name}.csv"
     return read_table(path) if path.exists() else None

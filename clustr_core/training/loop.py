@@ -54,7 +54,10 @@ def fit(
         raise ValueError(f"dataset: expected {recipe.dataset!r} as in the recipe, got {dataset.name!r}")
     processes = join(device, recipe.precision)
     if processes.from_first((folder / DONE).exists):
-        return load_run(folder, expected=recipe)
+        run = load_run(folder, expected=recipe)
+        if dataset is not None:
+            run.check_data(dataset)
+        return run
     device = processes.device
     start = fit(recipe.warm_start, dataset=dataset, device=device, progress=progress) if recipe.warm_start else None
     # the first alone, for it may have to download it
@@ -169,7 +172,7 @@ def finish(folder: Path, recipe: Recipe, state: State, dataset: data.Dataset, im
         "recipe": recipe_to_dict(recipe),
         "num_classes": dataset.num_classes,
         "image_shape": list(dataset.image_shape),
-        "train_images_sha256": state.images_sha256,
+        "train_data_sha256": state.data_sha256,
         "processes": state.processes.count,
         "threads": torch.get_num_threads(),
         **environment(str(images.device)),

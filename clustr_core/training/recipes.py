@@ -3,12 +3,9 @@
 This module reads no tensors, so that a pipeline can ask it for names in no time.
 """
 
-import ast
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -23,19 +20,9 @@ Precision = Literal["32-true", "bf16-mixed"]
 ONE_LIPSCHITZ = ("lip-mlp", "lip-cnn", "lip-cnn-aol", "lip-cnn-cayley")
 # those of them whose rounding `rounding.embedding_error` can bound, without which nothing is certified
 CERTIFIABLE = ("lip-mlp", "lip-cnn", "lip-cnn-aol")
-# the modules that decide the weights of a run, and the numbers measured on it
-_MODEL = (
-    "distances", "kernels", "clusters", "ascent", "losses", "one_lipschitz", "encoders", "classifiers", "data",
-)  # fmt: skip
-TRAINING_CODE = (*_MODEL, "parallel", "sampling", "training")
-ATTACK_CODE = (*_MODEL, "parallel", "verdicts", "autoattack", "attacks", "paper", "evaluation")
-EXAMINATION_CODE = (*ATTACK_CODE, "toys", "diagnostics", "examination")
-CERTIFICATE_CODE = (
-    *_MODEL, "parallel", "evaluation", "lipschitz", "rounding", "dual", "soft_bounds", "certify", "smoothing",
-    "prototypes",
-)  # fmt: skip
-SANDWICH_CODE = (*ATTACK_CODE, *CERTIFICATE_CODE, "accuracy", "minimum_norm", "sandwich")
-EMBEDDING_CODE = (*_MODEL, "parallel", "evaluation", "embeddings")
+# what training does; raised by one when a recipe leads to other weights than before (`tests/fingerprints.json` notices)
+# 1: runs are named by their recipe and this number, and no longer by a digest of source code
+TRAINING_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,11 +314,12 @@ _SAME_NETWORK = ("dataset", "encoder", "width")
 
 
 def run_key(recipe: Recipe) -> str:
-    """The name of a run's folder: what it is, and a digest of the recipe and of the code that trains it.
+    """The name of a run's folder: its data, its method, and a digest of the recipe and of `TRAINING_VERSION`.
 
-    A changed recipe or changed training code is another folder, so nothing stale is ever loaded and nothing is lost.
+    Neither Python's version nor a word of the source code is in it. The digest of the data is not either, since a
+    pipeline asks for names before the data are there: it is recorded in the run, and checked at every use.
     """
-    parts = (json.dumps(recipe_to_dict(recipe), sort_keys=True), code_digest(TRAINING_CODE))
+    parts = (json.dumps(recipe_to_dict(recipe), sort_keys=True), str(TRAINING_VERSION))
     dataset = recipe.dataset.rstrip("/").replace(":", "/").rsplit("/", 1)[-1]
     return f"{dataset}-{recipe.method}-{digest(*parts)[:10]}"
 
@@ -339,14 +327,6 @@ def run_key(recipe: Recipe) -> str:
 def run_folder(recipe: Recipe) -> Path:
     """Where a run lies: ``runs/<run_key>`` in the book's root."""
     return home() / "runs" / run_key(recipe)
-
-
-@cache
-def code_digest(modules: Iterable[str]) -> str:
-    """SHA-256 of what some modules of this package do: comments, docstrings and signatures' types do not count."""
-    package = Path(__file__).parent
-    files = [file for name in modules for file in sorted([*package.glob(f"{name}.py"), *package.glob(f"{name}/*.py")])]
-    return digest(*(ast.dump(_behaviour(ast.parse(file.read_text()))) for file in files))
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -441,15 +421,3 @@ def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not math.isfinite(number):
         raise ValueError(f"{where}: expected a finite number, got {value!r}")
     return number
-
-
-def _behaviour(tree: ast.Module) -> ast.Module:
-    """A module without docstrings and without the annotations of its functions."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-        if isinstance(node, ast.FunctionDef):
-            node.returns = None
-        if isinstance(node, ast.arg):
-            node.annotation = None
-    return tree

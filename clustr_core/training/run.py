@@ -1,6 +1,7 @@
 """A finished run on disk."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,11 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from clustr_core import data
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, Rule
 from clustr_core.models.clusters import Clusters
 from clustr_core.models.encoders import build_encoder, to_channels_last_frozen
 from clustr_core.models.one_lipschitz import fold_parametrizations
-from clustr_core.storage.files import read_json
+from clustr_core.storage.files import digest, read_json
 from clustr_core.storage.tables import read_table
 from clustr_core.training.recipes import ClustrCert, LipschitzMargin, Recipe, recipe_from_dict, recipe_to_dict
 
@@ -30,7 +32,26 @@ class Run:
     recipe: Recipe
     num_classes: int
     image_shape: tuple[int, int, int]
-    train_images_sha256: str
+    train_data_sha256: str
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the file of weights: by this, rows that are measured know the model."""
+        return digest((self.path / WEIGHTS).read_bytes())
+
+    def check_data(self, dataset: data.Dataset) -> None:
+        """Refuse data of the same name with other contents.
+
+        Raises:
+            ValueError: if these are not the training images and labels that the run saw.
+        """
+        images, labels = (part[: self.recipe.train_examples] for part in (dataset.train_images, dataset.train_labels))
+        if (found := training_digest(images, labels)) != self.train_data_sha256:
+            raise ValueError(
+                f"dataset: expected the data that {self.path.name} was trained on "
+                f"({self.train_data_sha256[:10]}), got others named {dataset.name!r} ({found[:10]}); "
+                "give folder= to train on these"
+            )
 
     @property
     def history(self) -> pd.DataFrame:
@@ -83,9 +104,14 @@ class Run:
 
 
 def finished(network: _Network, device: str | torch.device) -> _Network:
-    """A network as it is attacked and certified: in evaluation mode, and `lay_out`."""
+    """A network as it is attacked and certified: in evaluation mode, and with channels last."""
     to_channels_last_frozen(fold_parametrizations(network))
     return network.to(device).eval()
+
+
+def training_digest(images: Tensor, labels: Tensor) -> str:
+    """SHA-256 of training images and labels."""
+    return digest(images.cpu().numpy().tobytes(), labels.cpu().long().numpy().tobytes())
 
 
 def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
@@ -101,7 +127,7 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
     try:
         recipe = recipe_from_dict(content["recipe"])
         channels, height, width = content["image_shape"]
-        run = Run(folder, recipe, content["num_classes"], (channels, height, width), content["train_images_sha256"])
+        run = Run(folder, recipe, content["num_classes"], (channels, height, width), content["train_data_sha256"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / DONE}: expected a finished run, got a damaged file ({error!r})") from error
     if expected is not None and recipe != expected:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clustr_core import data
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
-from clustr_core.storage.files import digest, written_whole
+from clustr_core.storage.files import written_whole
 from clustr_core.training.processes import ALONE, Processes
 from clustr_core.training.recipes import (
     Clustr,
@@ -31,6 +31,7 @@ from clustr_core.training.run import (
     other_recipe,
     prefixed,
     snapshot_path,
+    training_digest,
 )
 
 
@@ -41,7 +42,7 @@ class State:
     network: LinearClassifier | ClusterClassifier
     optimiser: torch.optim.Optimizer
     generator: torch.Generator
-    images_sha256: str
+    data_sha256: str
     perturbation: Tensor | None
     processes: Processes = ALONE
     # running statistics of batch norm that the processes do not share as they are computed
@@ -70,7 +71,7 @@ def new_state(
     trained = network.encoder if isinstance(recipe, Clustr) else network
     optimiser = _optimiser(recipe, trained)
     generator = torch.Generator(images.device).manual_seed(recipe.seed)
-    sha256 = digest(images.cpu().numpy().tobytes())
+    sha256 = training_digest(images, labels)
     perturbation = _no_perturbation(recipe, images)
     return State(network, optimiser, generator, sha256, perturbation, processes, local_statistics)
 
@@ -107,7 +108,7 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
         tensors["perturbation"] = state.perturbation
     facts = {
         "recipe": recipe_to_dict(recipe),
-        "train_images_sha256": state.images_sha256,
+        "train_data_sha256": state.data_sha256,
         "epoch": state.epoch,
         "history": state.history,
         "param_groups": packed["param_groups"],
@@ -126,7 +127,7 @@ def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
     found = recipe_from_dict(facts["recipe"])
     if found != recipe:
         raise ValueError(other_recipe(path, found, recipe))
-    if facts["train_images_sha256"] != state.images_sha256:
+    if facts["train_data_sha256"] != state.data_sha256:
         raise ValueError(f"{path}: expected a checkpoint trained on these images; {recipe.dataset} has changed since")
     state.network.load_state_dict(prefixed(tensors, "network."))
     slots: dict[int, dict[str, Tensor]] = {}

@@ -290,7 +290,7 @@ def test_what_a_run_knows(train, digits):
     assert (history["loss"] == history["magnet"]).all()
     assert ((history["coverage"] > 0) & (history["coverage"] <= 1)).all()
     content = read_json(run.path / "run.json")
-    assert content["train_images_sha256"] == digest(digits.train_images[:150].numpy().tobytes())
+    assert content["train_data_sha256"] == training_digest(digits.train_images[:150], digits.train_labels[:150])
     assert content["device"] == "cpu"
     assert {"torch", "scikit-learn"} <= set(content["versions"])
 
