@@ -8,23 +8,36 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test test-long bench proofs lab book-check book publish lint clean
+.PHONY: help figures chapter test test-fast test-long verify bench proofs lab book-check book publish lint clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PROFILE=smoke|quick|cpu|cpu-cifar10|paper (now $(PROFILE))   CORES=n (now $(CORES))   PYTHON=python3.11"
 
-figures: $(READY)  ## train, attack, certify and run every chapter: writes figures/PROFILE/; goes on where it was killed
+figures: $(READY)  ## train, attack, certify and run every chapter: figures/PROFILE/, results/PROFILE/; killed, run it again
 	$(BIN)/python -m snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-incomplete --rerun-incomplete \
 	  --nolock --quiet rules
+	@$(BIN)/python -m tools.compare --profile $(PROFILE)
+
+chapter: $(READY)  ## one chapter with other parameters: make chapter NAME=06-is-it-real ARGS='-p pictured_eps=0.2'
+	$(BIN)/python -m tools.execute "notebooks/$(NAME).md" --profile $(PROFILE) \
+	  --output "_build/$(PROFILE)/chapter/$(NAME).ipynb" $(ARGS)
 
 test-long: $(READY)  ## the random configurations of the certificates, twenty times as many
 	CLUSTR_TEST_CONFIGURATIONS=10000 $(BIN)/python -m pytest tests/test_ladder.py
 
 test: $(READY)  ## every test: units, properties, notebooks in profile smoke, the book
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
-bench: $(READY)  ## everything that is timed, beside its targets (nothing else should be running): results/*.csv
+test-fast: $(READY)  ## the inner loop, under two minutes: numerics, storage, models, sampling, attacks' balls and results
+	$(BIN)/python -m pytest -n 2 --dist loadscope -q tests/test_house.py tests/storage tests/numerics/test_distances.py \
+	  tests/models/test_clusters.py tests/models/test_classifiers.py tests/training/test_sampling.py \
+	  tests/training/test_recipes.py tests/attacks/test_ball.py tests/certificates/test_ladder.py
+
+verify: $(READY)  ## every number of index.md's tables, every published table with its sidecar, every twin's rows
+	$(BIN)/python -m tools.verify
+
+bench: $(READY)  ## everything that is timed, beside its targets (nothing else should be running): results/bench/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps adv-lib==0.2.8
 	$(BIN)/python -m benchmarks
@@ -43,7 +56,7 @@ book-check: $(READY)  ## validate the whole book offline: references, embeds, li
 book: $(READY)  ## build the site into _build/html (needs internet once, for the theme; Node 20)
 	$(BIN)/python -m jupyter_book build --html --strict
 
-publish: figures  ## run the chapters, then put the executed twins beside their sources
+publish: figures  ## make what was regenerated the published: results/published/, figures/published/, the chapters' twins
 	$(BIN)/python -m tools.publish --profile $(PROFILE)
 
 lint: $(READY)  ## ruff, ruff format, pyright

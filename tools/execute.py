@@ -54,7 +54,7 @@ def given_parameters(pairs: Sequence[str], declared: Mapping[str, Any], source: 
         name, equals, value = pair.partition("=")
         if not equals or name not in declared:
             raise ValueError(
-                f"-p: expected NAME=VALUE with NAME one of {', '.join(declared) or 'none'} in {source.name}, got {pair!r}"
+                f"-p: expected NAME=VALUE, NAME one of {', '.join(declared) or 'none'} in {source.name}, got {pair!r}"
             )
         if isinstance(declared[name], str):
             given[name] = value

@@ -1,6 +1,6 @@
-"""Put executed chapters beside their sources: the twins that GitHub and the book show.
+"""Publish what a run regenerated: rows, figures and, of profile quick, weights and the executed twins of the chapters.
 
-    python -m tools.publish
+    python -m tools.publish [--profile quick]
 
 A twin is the source's own cells with the run's outputs, and nothing that changes from one run to the next.
 """
@@ -8,6 +8,7 @@ A twin is the source's own cells with the run's outputs, and nothing that change
 import argparse
 import copy
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,10 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
+from clustr_core.measuring.profile import load_profile
 from clustr_core.storage.files import home, written_whole
+from clustr_core.storage.provenance import check_sidecar, sidecar_of
+from clustr_core.training.recipes import run_key
 from tools import notebooks
 
 LANGUAGE = {
@@ -27,6 +31,8 @@ LANGUAGE = {
     "nbconvert_exporter": "python",
     "pygments_lexer": "ipython3",
 }
+# the profile whose run makes the twins
+BOOK = "quick"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}\b")
 
@@ -105,24 +111,65 @@ def check_portable(text: str, name: str, root: Path) -> None:
 
 
 def publish(root: Path, profile: str) -> list[Path]:
-    """Write the twin of every chapter that was executed under the profile.
+    """Make what a run regenerated the published: rows with their sidecars, figures and, of profile quick, the twins
+    and the weights that the rows were measured on.
+
+    Everything is checked before anything is written.
 
     Raises:
-        ValueError: if a chapter was not executed, or not from what is there now.
+        ValueError: if a chapter was not executed, or not from what is there now, or a table is not its sidecar's.
+        FileNotFoundError: if a table has no sidecar.
     """
-    written = []
+    twins = _twins(root, profile)
+    tables = sorted((root / "results" / profile).glob("*.csv"))
+    for table in tables:
+        check_sidecar(table)
+    figures = sorted((root / "figures" / profile).iterdir()) if (root / "figures" / profile).is_dir() else []
+    rows = [path for table in tables for path in (table, sidecar_of(table))]
+    _replace(root / "results/published" / profile, rows)
+    _replace(root / "figures/published" / profile, figures)
+    if profile != BOOK:
+        return []
+    _publish_weights(root, profile)
+    for path, text in twins.items():
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return list(twins)
+
+
+def _twins(root: Path, profile: str) -> dict[Path, str]:
+    """The text of every chapter's twin, by its path."""
+    twins = {}
     for source in notebooks.sources(root):
         executed = root / "_build" / profile / f"{source.stem}.ipynb"
         if not executed.exists():
             raise ValueError(
                 f"{executed.relative_to(root)}: expected an executed chapter, got none: make figures first"
             )
-        text = _twin_text(root, source, executed, profile)
-        path = source.with_suffix(".ipynb")
-        with written_whole(path) as temporary:
-            temporary.write_text(text)
-        written.append(path)
-    return written
+        twins[source.with_suffix(".ipynb")] = _twin_text(root, source, executed, profile)
+    return twins
+
+
+def _replace(folder: Path, files: Sequence[Path]) -> None:
+    """Make a folder hold copies of these files and no others; its subfolders stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        with written_whole(folder / path.name) as temporary:
+            shutil.copyfile(path, temporary)
+    names = {path.name for path in files}
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in names:
+            path.unlink()
+
+
+def _publish_weights(root: Path, profile: str) -> None:
+    """The finished runs of a profile, without checkpoints, snapshots and cached rows."""
+    for method, recipe in load_profile(root / "profiles" / f"{profile}.yaml").recipes.items():
+        run = root / "runs" / run_key(recipe)
+        if not (run / "run.json").exists():
+            raise ValueError(f"{run.relative_to(root)}: expected a finished run of {method}, got none")
+        kept = [run / name for name in ("model.safetensors", "history.csv", "run.json")]
+        _replace(root / "results/published" / profile / "weights" / method, kept)
 
 
 def _twin_text(root: Path, source: Path, executed: Path, profile: str) -> str:
@@ -139,7 +186,7 @@ def _twin_text(root: Path, source: Path, executed: Path, profile: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 with the reason on stderr if a chapter cannot be published."""
-    parser = argparse.ArgumentParser(prog="python -m tools.publish", description="Publish the executed chapters.")
+    parser = argparse.ArgumentParser(prog="python -m tools.publish", description="Publish what a run regenerated.")
     parser.add_argument("--profile", default="quick", help="the profile whose run the book shows (quick)")
     options = parser.parse_args(arguments)
     try:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from clustr_core import data
 from clustr_core.attacks.autoattack import autoattack, square
@@ -41,19 +42,19 @@ from clustr_core.measuring.sandwich import (
     sandwich_of,
     sandwich_table,
 )
+from clustr_core.measuring.versions import VERSIONS
 from clustr_core.models.classifiers import ClusterClassifier
 from clustr_core.models.embed import embed_all
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import (
-    ATTACK_CODE,
     AdversarialTraining,
     ClustrCert,
     ClustrLip,
     CrossEntropy,
     LipschitzMargin,
     Smoothing,
-    code_digest,
 )
+from clustr_core.training.run import load_run
 
 PROTOCOL = Protocol(eps=(0.05, 0.3), steps=4, restarts=2, examples=40)
 COLUMNS = [
@@ -336,14 +337,24 @@ def test_any_other_model_is_another_measurement(digits, tmp_path, attacked):
         assert len(attacked) == len(loads) == len(list(tmp_path.iterdir())) == count
 
 
-@pytest.mark.parametrize("module", ["ascent", "losses", "attacks", "verdicts", "autoattack", "paper", "evaluation"])
-def test_other_attack_code_is_another_measurement(runs, measure, attacked, monkeypatch, module):
+def test_another_version_of_the_attacks_is_another_measurement(runs, measure, attacked, monkeypatch):
     run, protocol = unmeasured(runs["ce"]), Protocol(eps=(0.1,), steps=1, examples=2, losses=("ce",))
     measure(run, protocol)
-    assert module in ATTACK_CODE
-    real = code_digest
-    monkeypatch.setattr(attacked, "code_digest", lambda modules: real(modules) + ("x" if module in modules else ""))
     measure(run, protocol)
+    assert len(attacked) == 1
+    monkeypatch.setitem(VERSIONS, "attack", VERSIONS["attack"] + 1)
+    measure(run, protocol)
+    assert len(attacked) == 2
+
+
+def test_other_weights_are_another_measurement(runs, measure, attacked, tmp_path):
+    """Weights that changed under a run's name are measured anew, and not taken for the old ones."""
+    protocol = Protocol(eps=(0.1,), steps=1, examples=2, losses=("ce",))
+    copy = shutil.copytree(unmeasured(runs["ce"]).path, tmp_path / "copy")
+    measure(load_run(copy), protocol)
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, copy / "model.safetensors")
+    measure(load_run(copy), protocol)
     assert len(attacked) == 2
 
 

@@ -29,7 +29,7 @@ from clustr_core.models.clusters import Clusters, fit_clusters
 from clustr_core.models.embed import embed_all, evaluating
 from clustr_core.models.encoders import build_encoder
 from clustr_core.storage import tables
-from clustr_core.storage.files import digest, read_json
+from clustr_core.storage.files import read_json
 from clustr_core.training import loop
 from clustr_core.training.loop import fit, train_epoch
 from clustr_core.training.losses import certificate_loss, full_magnet_loss, magnet_loss, margin_cross_entropy
@@ -52,7 +52,7 @@ from clustr_core.training.recipes import (
     run_folder,
 )
 from clustr_core.training.refresh import clusters_and_sampler
-from clustr_core.training.run import load_run, new_network, prefixed
+from clustr_core.training.run import load_run, new_network, prefixed, training_digest
 from clustr_core.training.sampling import ShuffledBatches
 from clustr_core.training.state import new_state
 from clustr_core.training.step import Step, learning_rate

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -12,15 +11,13 @@ import pytest
 
 from clustr_core.attacks.names import ATTACKS
 from clustr_core.measuring.profile import Profile, Protocol, SandwichBudget, SmoothingBudget, load_profile
+from clustr_core.storage.files import digest
 from clustr_core.training import recipes
 from clustr_core.training.recipes import (
     _POSITIVE,
-    ATTACK_CODE,
-    CERTIFICATE_CODE,
     METHODS,
     ONE_LIPSCHITZ,
-    SANDWICH_CODE,
-    TRAINING_CODE,
+    TRAINING_VERSION,
     AdversarialTraining,
     Clustr,
     ClustrCert,
@@ -34,7 +31,6 @@ from clustr_core.training.recipes import (
     Recipe,
     Smoothing,
     Trades,
-    code_digest,
     override,
     recipe_from_dict,
     recipe_to_dict,
@@ -482,107 +478,27 @@ def test_where_a_run_lies(dataset, begins, tmp_path, monkeypatch):
     assert run_folder(recipe) == tmp_path / "runs" / run_key(recipe)
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A copy of the package that run keys are made from."""
-    copy = tmp_path / "clustr_core"
-    shutil.copytree(Path(recipes.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(recipes, "__file__", str(copy / "recipes.py"))
-    code_digest.cache_clear()
-    yield copy
-    code_digest.cache_clear()
-
-
-def key_after(path, old, new):
-    """The run key once a piece of a file has been replaced."""
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-    code_digest.cache_clear()
-    return run_key(CrossEntropy())
-
-
-def test_the_copied_code_gives_the_same_name(package):
-    copied = run_key(CrossEntropy())
-    code_digest.cache_clear()
-    recipes.__file__ = str(Path(sys.modules["clustr_core"].__file__).with_name("recipes.py"))
-    assert run_key(CrossEntropy()) == copied
-
-
-@pytest.mark.parametrize("module", TRAINING_CODE)
-def test_changed_training_code_is_another_run(package, module):
+@pytest.mark.parametrize("python", ["3.11.0", "3.14.2"])
+def test_a_name_does_not_depend_on_python_or_on_source_code(python, monkeypatch):
+    """A name is a digest of the recipe's values and of one number: it is pinned here, and nothing else is read."""
     before = run_key(CrossEntropy())
-    path = package / f"{module}.py" if module != "kernels" else package / "kernels/__init__.py"
-    assert key_after(path, "return ", "return None or ") != before
+    monkeypatch.setattr("platform.python_version", lambda: python)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("a name needs no file"))
+    assert run_key(CrossEntropy()) == before
+    content = json.dumps(recipe_to_dict(CrossEntropy()), sort_keys=True)
+    assert before == f"digits-ce-{digest(content, str(TRAINING_VERSION))[:10]}"
 
 
-@pytest.mark.parametrize("module", ["cluster_logits", "kmeans", "pairwise_radius", "tiles"])
-def test_a_changed_kernel_is_another_run_and_another_certificate(package, module):
-    before = run_key(CrossEntropy()), code_digest(CERTIFICATE_CODE)
-    key = key_after(package / f"kernels/{module}.py", "return ", "return None or ")
-    assert key != before[0]
-    assert code_digest(CERTIFICATE_CODE) != before[1]
-
-
-@pytest.mark.parametrize("module", ["verdicts", "autoattack", "attacks", "paper", "evaluation", "ascent", "losses"])
-def test_changed_attack_code_is_another_measurement(package, module):
-    before = code_digest(ATTACK_CODE)
-    key_after(package / f"{module}.py", "return ", "return None or ")
-    assert code_digest(ATTACK_CODE) != before
-
-
-def digests_after(path):
-    """The digests of certificates and of sandwiches once a file does something else."""
-    path.write_text(path.read_text() + "\nextra = 1\n")
-    code_digest.cache_clear()
-    return code_digest(CERTIFICATE_CODE), code_digest(SANDWICH_CODE)
-
-
-CERTIFYING = [
-    "lipschitz", "rounding", "one_lipschitz", "certify", "dual", "soft_bounds", "smoothing", "prototypes", "parallel",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "module", [*CERTIFYING, "minimum_norm", "sandwich", "accuracy", "autoattack", "verdicts", "ascent"]
-)
-def test_changed_certificate_code_is_another_certificate_and_another_sandwich(package, module):
-    before = code_digest(CERTIFICATE_CODE), code_digest(SANDWICH_CODE)
-    certificate, sandwich = digests_after(package / f"{module}.py")
-    assert (certificate != before[0]) == (module in (*CERTIFYING, "ascent"))
-    assert sandwich != before[1]
-
-
-@pytest.mark.parametrize("module", ["verdicts", "autoattack", "attacks", "paper"])
-def test_a_certificate_does_not_depend_on_attacks(package, module):
-    before = code_digest(CERTIFICATE_CODE)
-    key_after(package / f"{module}.py", "return ", "return None or ")
-    assert code_digest(CERTIFICATE_CODE) == before
-
-
-def test_comments_and_docstrings_do_not_count(package):
+def test_another_version_of_the_training_is_another_run(monkeypatch):
     before = run_key(CrossEntropy())
-    path = package / "losses.py"
-    assert key_after(path, '"""The magnet loss in both of its forms', '"""Other words for it') == before
-    assert key_after(path, '"""The mean loss, the loss of each example', '"""Other words again') == before
-    assert key_after(path, '    """The stochastic magnet loss of one batch', '    """A loss') == before
-    assert key_after(path, "    _check_rows(", "    # a comment\n\n    _check_rows(") == before
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "plotting", "cli", "accuracy", "evaluation", "certify", "recipes", "verdicts", "autoattack", "attacks", "paper",
-        "lipschitz", "rounding", "smoothing", "prototypes", "minimum_norm", "sandwich",
-    ],
-)  # fmt: skip
-def test_other_code_does_not_count(package, module):
-    before = run_key(CrossEntropy())
-    assert key_after(package / f"{module}.py", "return ", "return None or ") == before
+    monkeypatch.setattr(recipes, "TRAINING_VERSION", TRAINING_VERSION + 1)
+    assert run_key(CrossEntropy()) != before
 
 
 def test_names_are_found_without_reading_tensors():
-    code = "import sys; import clustr_core.recipes; print([m for m in ('torch', 'sklearn') if m in sys.modules])"
+    code = (
+        "import sys; import clustr_core.measuring.profile; print([m for m in ('torch', 'sklearn') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

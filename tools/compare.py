@@ -1,0 +1,80 @@
+"""Regenerated rows beside the published ones: `make figures` ends with this.
+
+    python -m tools.compare --profile quick
+
+Another processor sums in another order, and training magnifies that, so a difference is no failure: what is asked is
+whether the accuracies still lie within the published 95 % intervals. The exit status is 0 either way.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from clustr_core.measuring.accuracy import best_bound, certified_accuracy, robust_accuracy
+from clustr_core.storage.files import home
+from clustr_core.storage.tables import read_table
+
+# where certified accuracies are compared, L2, in pixels of [0, 1]
+RADII = [0.0, 0.14, 0.28, 0.5]
+
+
+def accuracies(path: Path) -> pd.DataFrame | None:
+    """The accuracies that a table of rows stands for, one a row: ``at value low high``; None for other tables."""
+    table = read_table(path)
+    if path.name.startswith("attacks-"):
+        found = robust_accuracy(table[table["attack"] != "paper"])
+        at = found["method"] + " " + found["norm"] + " " + found["eps"].map("{:.4g}".format)
+        return found.assign(at=at, value=found["robust_accuracy"])[["at", "value", "low", "high"]]
+    if path.name.startswith("certificates-"):
+        found = certified_accuracy(best_bound(table), RADII)
+        at = found["method"] + " certified at " + found["at"].map("{:.4g}".format)
+        return found.assign(at=at, value=found["certified_accuracy"])[["at", "value", "low", "high"]]
+    return None
+
+
+def compare(regenerated: Path, published: Path) -> Iterator[str]:
+    """One line for each table: identical, within the published intervals, outside (named), or only differing."""
+    for path in sorted(regenerated.glob("*.csv")):
+        other = published / path.name
+        if not other.exists():
+            yield f"{path.name}: not published"
+        elif path.read_bytes() == other.read_bytes():
+            yield f"{path.name}: identical"
+        elif (theirs := accuracies(other)) is None:
+            yield f"{path.name}: differs"
+        else:
+            yield f"{path.name}: {_verdict(accuracies(path), theirs)}"
+
+
+def _verdict(mine: pd.DataFrame | None, theirs: pd.DataFrame) -> str:
+    assert mine is not None
+    both = theirs.merge(mine[["at", "value"]], on="at", suffixes=("", "_mine"))
+    outside = both[(both["value_mine"] < both["low"]) | (both["value_mine"] > both["high"])]
+    if not len(outside):
+        largest = (both["value_mine"] - both["value"]).abs().max()
+        return f"within the published intervals (largest difference {100 * largest:.1f} points)"
+    named = [
+        f"{row.at}: {100 * row.value_mine:.1f} instead of {100 * row.value:.1f} "
+        f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
+        for row in outside.itertuples()
+    ]
+    return "outside the published intervals: " + "; ".join(named)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; always 0: a difference is no failure."""
+    parser = argparse.ArgumentParser(prog="python -m tools.compare", description="Regenerated rows beside published.")
+    parser.add_argument("--profile", default="quick")
+    profile = parser.parse_args(arguments).profile
+    results = home() / "results"
+    lines = list(compare(results / profile, results / "published" / profile))
+    print(f"results/{profile}/ beside results/published/{profile}/")
+    print("\n".join(f"  {line}" for line in lines) or "  no rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
