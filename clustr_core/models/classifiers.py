@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from clustr_core.models.clusters import Clusters
+from clustr_core.models.clusters import Clusters, state_of
 from clustr_core.models.one_lipschitz import orthogonal_linear
 from clustr_core.numerics.distances import mean_centroid, rows_within, squared_distances
 from clustr_core.numerics.kernels import dispatch
@@ -274,17 +274,41 @@ class ClusterClassifier(nn.Module):
         self.register_buffer("labels", clusters.labels.clone())
         self.register_buffer("variance", clusters.variance.clone())
         self._clusters: Clusters | None = None
-        self._parts: tuple[Tensor, Tensor, Tensor] | tuple[()] = ()
+        self._seen: tuple[object, ...] = ()
 
     @property
     def clusters(self) -> Clusters:
-        """The clusters, on the module's device; rebuilt (and checked) only after the module has moved."""
-        parts = (self.centroids, self.labels, self.variance)
-        # learnable centroids stay one parameter when the module moves, so the others have to tell
-        if self._clusters is None or any(mine is not theirs for mine, theirs in zip(parts, self._parts, strict=True)):
-            self._parts = parts
+        """The clusters as they are now, on the module's device: made, and checked, again whenever any part was
+        replaced or written to (loaded, moved, assigned, changed in place).
+
+        Learnable centroids are written to at every step of training; of these only a replacement counts, so that a step
+        waits for no check. They are read afresh at every use in any case.
+        """
+        learnt = isinstance(self.centroids, nn.Parameter)
+        centroids = id(self.centroids) if learnt else state_of(self.centroids)
+        seen = (centroids, state_of(self.labels), state_of(self.variance))
+        if self._clusters is None or seen != self._seen:
             self._clusters = Clusters(self.centroids, self.labels, self.variance)
+            self._seen = seen
         return self._clusters
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Refuse a state whose clusters are none, before anything is loaded.
+
+        Raises:
+            ValueError: as `Clusters`.
+        """
+        given = [state_dict.get(f"{prefix}{name}") for name in ("centroids", "labels", "variance")]
+        # what is missing or of another shape is PyTorch's to name
+        if all(
+            isinstance(mine, Tensor) and mine.shape == own.shape for mine, own in zip(given, self._parts, strict=True)
+        ):
+            Clusters(*given)  # pyright: ignore[reportArgumentType]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.centroids, self.labels, self.variance
 
     def embed(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch dim"]:
         """The encoder's output."""

@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -43,25 +42,32 @@ class Clusters:
             raise ValueError("centroids: expected finite values, got NaN or infinity")
         if not (self.variance.isfinite() & (self.variance > 0)).all():
             raise ValueError(f"variance: expected positive finite values, got minimum {self.variance.min().item()}")
-        if self.labels.is_floating_point() or self.labels.min() < 0:
+        if self.labels.dtype != torch.int64:
+            # narrow integers wrap around in arithmetic: uint8 would change a certificate in silence
+            object.__setattr__(self, "labels", class_indices(self.labels))
+        if self.labels.min() < 0:
             raise ValueError("labels: expected class indices 0, 1, 2, ..., got negative or non-integer values")
-        missing = sorted(set(range(self.num_classes)) - set(self.labels.tolist()))
+        missing = sorted(set(range(int(self.labels.max()) + 1)) - set(self.labels.tolist()))
         if missing:
             raise ValueError(f"labels: expected a cluster for every class, got none for {missing}")
 
-    @cached_property
+    @property
     def num_classes(self) -> int:
         """C, the number of classes."""
-        return int(self.labels.max()) + 1
+        return len(self.by_class[0])
 
-    @cached_property
+    @property
     def by_class(self) -> tuple[Int[Tensor, "class slot"], Bool[Tensor, "class slot"]]:
-        """The clusters of each class, and which slots are filled (classes may differ in their number)."""
-        counts = torch.bincount(self.labels, minlength=self.num_classes)
-        slots = torch.arange(int(counts.max()), device=counts.device)
-        position = (counts.cumsum(0) - counts)[:, None] + slots
-        order = self.labels.argsort(stable=True)
-        return order[position.clamp_max(len(order) - 1)], slots < counts[:, None]
+        """The clusters of each class, and which slots are filled (classes may differ in their number).
+
+        Made once, and again when the labels were changed in place.
+        """
+        now = state_of(self.labels)
+        kept = self.__dict__.get("_by_class")
+        if kept is None or kept[0] != now:
+            kept = (now, _table_by_class(self.labels))
+            self.__dict__["_by_class"] = kept
+        return kept[1]
 
     def gather_by_class(
         self, values: Shaped[Tensor, "batch cluster"], fill: float | bool
@@ -94,6 +100,33 @@ class Clusters:
         )
 
 
+def state_of(tensor: Tensor) -> object:
+    """What changes whenever a tensor's values may have: equal before and after only if nothing was written to it.
+
+    Tensors made in inference mode count no writes, so that their state never equals an earlier one.
+    """
+    return object() if tensor.is_inference() else (id(tensor), tensor._version)
+
+
+def class_indices(labels: Tensor) -> Int[Tensor, "..."]:
+    """Labels as int64.
+
+    Raises:
+        ValueError: if they are no integers.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels: expected class indices 0, 1, 2, ..., got non-integer values ({labels.dtype})")
+    return labels.long()
+
+
+def _table_by_class(labels: Int[Tensor, " cluster"]) -> tuple[Int[Tensor, "class slot"], Bool[Tensor, "class slot"]]:
+    counts = torch.bincount(labels)
+    slots = torch.arange(int(counts.max()), device=counts.device)
+    position = (counts.cumsum(0) - counts)[:, None] + slots
+    order = labels.argsort(stable=True)
+    return order[position.clamp_max(len(order) - 1)], slots < counts[:, None]
+
+
 def fit_clusters(
     embeddings: Float[Tensor, "batch dim"],
     labels: Int[Tensor, " batch"],
@@ -121,12 +154,12 @@ def fit_clusters(
         raise ValueError(f"per_class: expected at least 1, got {per_class}")
     if len(embeddings) != len(labels):
         raise ValueError(f"labels: expected one for each of {len(embeddings)} embeddings, got {len(labels)}")
-    if labels.is_floating_point() or not len(labels) or labels.min() < 0:
+    if labels.is_floating_point() or labels.dtype == torch.bool or not len(labels) or labels.min() < 0:
         raise ValueError("labels: expected class indices 0, 1, 2, ..., got none, negative or non-integer ones")
     if not embeddings.isfinite().all():
         bad = int((~embeddings.isfinite().all(dim=1)).sum())
         raise ValueError(f"embeddings: expected finite values, got NaN or infinity in {bad} of {len(embeddings)} rows")
-    embeddings = embeddings.detach()
+    embeddings, labels = embeddings.detach(), class_indices(labels)
     counts = torch.bincount(labels)
     if len(short := (counts < per_class).nonzero()):
         label = int(short[0])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from clustr_core.certificates.ladder import certified_radius, certify
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
 from clustr_core.models.clusters import Clusters
 from clustr_core.numerics import distances
@@ -261,3 +262,80 @@ def test_half_precision_is_computed_in_float32():
     # an embedding from autocast beside centroids in float32
     mixed = cluster_logits(coarse, clusters.to(torch.float32))
     assert torch.equal(mixed, cluster_logits(coarse.float(), clusters.to(torch.float32)))
+
+
+SQUARE = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+
+
+def square_model(labels, **options):
+    """Four corners of a square, seen by an encoder that changes nothing."""
+    clusters = Clusters(SQUARE, torch.tensor(labels), torch.ones(4))
+    return ClusterClassifier(torch.nn.Flatten(), clusters, **options).eval()
+
+
+def load(model):
+    model.load_state_dict(square_model([0, 0, 1, 1]).state_dict())
+
+
+def assign(model):
+    model.labels = torch.tensor([0, 0, 1, 1])
+
+
+def write(model):
+    model.labels.copy_(torch.tensor([0, 0, 1, 1]))
+
+
+def move_centroids(model):
+    with torch.no_grad():
+        model.centroids[[1, 2]] = model.centroids[[2, 1]].clone()
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("rule", ["nearest", "soft"])
+@pytest.mark.parametrize("change", [load, assign, write, move_centroids])
+def test_whatever_changes_the_clusters_changes_predictions_and_certificates(change, rule, learnable):
+    """No certified ball holds another class, and the changed model is the one that was built so."""
+    model, wanted = square_model([0, 1, 0, 1], rule=rule, learnable=learnable), square_model([0, 0, 1, 1], rule=rule)
+    images = torch.rand(300, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    model(images)
+    certify(model, images, lipschitz=1.0)
+    change(model)
+    predicted = model(images).argmax(dim=1)
+    assert torch.equal(predicted, wanted(images).argmax(dim=1))
+    radius = certify(model, images, lipschitz=1.0)
+    for direction in torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]):
+        moved = images + 0.99 * radius[:, None, None, None] * direction
+        assert torch.equal(model(moved).argmax(dim=1), predicted)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        ("labels", torch.tensor([0, 0, 2, 2]), "labels: expected a cluster for every class"),
+        ("labels", torch.tensor([0, 0, -1, 1]), "labels: expected class indices"),
+        ("centroids", SQUARE / 0, "centroids: expected finite"),
+        ("variance", torch.zeros(4), "variance: expected positive"),
+    ],
+)
+def test_a_state_without_clusters_is_refused_and_the_old_one_stays(part, value, words):
+    model, images = square_model([0, 1, 0, 1]), torch.rand(20, 1, 1, 2)
+    before = model(images)
+    with pytest.raises(ValueError, match=words):
+        model.load_state_dict(model.state_dict() | {part: value})
+    assert torch.equal(model(images), before)
+    setattr(model, part, value)
+    with pytest.raises(ValueError, match=words):
+        model(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_dtype_are_the_same_labels(dtype, as_installed):
+    """uint8 once wrapped around, and changed radii in silence."""
+    labels = torch.tensor([0, 0, 1, 2])
+    z = torch.rand(50, 2, generator=torch.Generator().manual_seed(1))
+    narrow, wide = (Clusters(SQUARE, each, torch.ones(4)) for each in (labels.to(dtype), labels))
+    assert narrow.labels.dtype == torch.int64
+    assert torch.equal(certified_radius(z, narrow), certified_radius(z, wide))
+    assert torch.equal(cluster_logits(z, narrow), cluster_logits(z, wide))
+    with pytest.raises(ValueError, match="labels: expected class indices"):
+        Clusters(SQUARE, labels.bool(), torch.ones(4))
