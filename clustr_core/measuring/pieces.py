@@ -25,7 +25,6 @@ from clustr_core.training.recipes import (
 )
 from clustr_core.training.run import Run, load_run
 
-BATCH = 256
 # so many examples are measured, and kept, at one time; a temperature is taken from so many
 CHUNK = 128
 Head = Literal["own", "clusters"]

@@ -8,7 +8,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from clustr_core import data
-from clustr_core.measuring.pieces import BATCH
+
+# images that are predicted at one time
+BATCH = 256
 
 
 @contextmanager
