@@ -14,6 +14,7 @@ def check_finite(embeddings: Float[Tensor, "batch dim"]) -> None:
 
 
 def check_positive(**lengths: float) -> None:
+    """Raises a ValueError unless every number is positive and finite."""
     for name, length in lengths.items():
         if not (length > 0 and math.isfinite(length)):
             raise ValueError(f"{name}: expected a positive number, got {length}")

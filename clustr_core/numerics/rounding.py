@@ -1,7 +1,8 @@
 """What a dtype keeps: full precision inside autocast and TF32, the rounding of sums, rounding down."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,14 +14,83 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in the full precision of their dtype inside the block: no autocast, no TF32, no bfloat16."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
+    """Products and convolutions in the full precision of their dtype inside the block: no autocast, TF32 or bfloat16.
+
+    Whichever switches of PyTorch allow less, the old ones (``set_float32_matmul_precision``, ``allow_tf32``) or the
+    new ones (``fp32_precision``), all are afterwards what they were, after an exception too.
+    """
+    with _legacy_full_precision(), _fp32_full_precision(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def _legacy_full_precision() -> Iterator[None]:
+    """The old switches at full precision, where they can be read: PyTorch refuses once a new one contradicts them."""
+    cudnn = torch.backends.cudnn
+    kept: list[tuple[Callable[[Any], None], Any]] = []
+    switches: tuple[tuple[Callable[[], Any], Callable[[Any], None], Any], ...] = (
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        (lambda: cudnn.allow_tf32, lambda allow: setattr(cudnn, "allow_tf32", allow), False),
+    )
+    # an old switch also writes the new ones behind it, so these are put back last
+    with _fp32_kept():
+        try:
+            for read, write, full in switches:
+                with suppress(RuntimeError):
+                    kept.append((write, read()))
+                    write(full)
             yield
+        finally:
+            for write, value in reversed(kept):
+                write(value)
+
+
+@contextmanager
+def _fp32_full_precision() -> Iterator[None]:
+    """The new switches at full precision: each operation's own, which goes before those of its backend and of all."""
+    with _fp32_kept():
+        for switch, _ in _fp32_switches():
+            if switch.fp32_precision in _COARSE:
+                switch.fp32_precision = "ieee"
+        yield
+
+
+@contextmanager
+def _fp32_kept() -> Iterator[None]:
+    kept = [(switch, _own_precision(switch, parents)) for switch, parents in _fp32_switches()]
+    try:
+        yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for switch, value in kept:
+            switch.fp32_precision = value
+
+
+_COARSE = ("tf32", "bf16")
+
+
+def _fp32_switches() -> list[tuple[Any, tuple[Any, ...]]]:
+    """The new switch of each operation, and those that it follows while it has no value of its own."""
+    everything: Any = torch.backends
+    cuda, mkldnn = everything.cudnn, everything.mkldnn
+    if not hasattr(everything, "fp32_precision"):  # before PyTorch 2.9 there are the old ones alone
+        return []
+    of_cuda = [(switch, (everything, cuda)) for switch in (everything.cuda.matmul, cuda.conv, cuda.rnn)]
+    return of_cuda + [(switch, (everything,)) for switch in (mkldnn.matmul, mkldnn.conv, mkldnn.rnn)]
+
+
+def _own_precision(switch: Any, parents: tuple[Any, ...]) -> str:
+    """A switch's own value, "none" where it follows a parent. It reads as its parent's then: only a change tells."""
+    value = switch.fp32_precision
+    for i, parent in enumerate(parents):
+        if parent.fp32_precision != value or value == "none":
+            continue
+        own, other = _own_precision(parent, parents[:i]), "tf32" if value == "ieee" else "ieee"
+        parent.fp32_precision = other
+        follows = switch.fp32_precision != value
+        parent.fp32_precision = own
+        if follows:
+            return "none"
+    return value
 
 
 def relative_rounding(embeddings: Tensor) -> float:

@@ -76,7 +76,7 @@ def test_an_unknown_choice_names_the_variable(chosen, value):
 
 
 def test_triton_compiles_for_no_cpu():
-    code = "import torch; from clustr_core.kernels import dispatch; dispatch('kmeans', print, torch.ones(1))"
+    code = "import torch; from clustr_core.numerics.kernels import dispatch; dispatch('kmeans', print, torch.ones(1))"
     refused = python("-c", code, CLUSTR_KERNELS="triton")
     assert "RuntimeError: CLUSTR_KERNELS: expected a CUDA tensor for 'triton', got one on cpu" in refused.stderr
     assert python("-c", code, CLUSTR_KERNELS="triton", TRITON_INTERPRET="1").returncode == 0
@@ -102,8 +102,8 @@ def test_where_triton_is_missing_plain_pytorch_runs_with_one_warning(chosen, mon
 
 def test_nothing_of_triton_is_imported_before_it_is_wanted():
     code = (
-        "import sys, torch; before = set(sys.modules); import clustr_core.certify, clustr_core.losses;"
-        "from clustr_core.kernels import dispatch; dispatch('kmeans', print, torch.ones(1));"
+        "import sys, torch; before = set(sys.modules); import clustr_core.certificates.ladder, clustr_core.training.losses;"
+        "from clustr_core.numerics.kernels import dispatch; dispatch('kmeans', print, torch.ones(1));"
         "print([m for m in set(sys.modules) - before if m.split('.')[0] == 'triton' or 'kernels.' in m])"
     )
     assert python("-c", code).stdout.strip() == "[]"
