@@ -129,6 +129,8 @@ def test_unknown_name():
         ({"train_images": torch.zeros(2, 1, 4, 4)}, r"train_images: expected uint8 .* got torch.float32"),
         ({"test_images": torch.zeros(2, 4, 4, dtype=torch.uint8)}, r"test_images: expected uint8 of shape"),
         ({"train_labels": torch.tensor([0.0, 1.0])}, "train_labels: expected integers, got torch.float32"),
+        ({"train_labels": torch.tensor([False, True])}, "train_labels: expected integers, got torch.bool"),
+        ({"train_labels": torch.tensor([[0], [1]])}, r"train_labels: expected shape \[2\], got \[2, 1\]"),
         ({"train_labels": torch.tensor([0])}, "train_labels: expected one for each of 2 images, got 1"),
         ({"test_labels": torch.tensor([0, 2])}, r"test_labels: expected classes in 0\.\.1, got 0 to 2"),
         ({"test_labels": torch.tensor([0, -1])}, r"test_labels: expected classes in 0\.\.1, got -1 to 0"),
@@ -139,6 +141,18 @@ def test_datasets_that_do_not_hold_together(as_installed, changes, message):
     good = data.Dataset("toy", images, labels, images, labels, ("a", "b"))
     with pytest.raises(ValueError, match=message):
         replace(good, **changes)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+)
+def test_labels_of_any_integers_become_int64(digits, dtype):
+    found = replace(digits, train_labels=digits.train_labels.to(dtype), test_labels=digits.test_labels.to(dtype))
+    for part in ("train", "test"):
+        labels = getattr(found, f"{part}_labels")
+        assert labels.dtype == torch.int64
+        assert torch.equal(labels, getattr(digits, f"{part}_labels"))
+    assert found.train_digest == digits.train_digest
 
 
 # archives of torchvision's formats, downloaded from a server on this machine

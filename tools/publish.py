@@ -120,7 +120,7 @@ def publish(root: Path, profile: str) -> list[Path]:
         text = _twin_text(root, source, executed, profile)
         path = source.with_suffix(".ipynb")
         with written_whole(path) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
         written.append(path)
     return written
 

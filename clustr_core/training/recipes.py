@@ -346,7 +346,7 @@ def code_digest(modules: Iterable[str]) -> str:
     """SHA-256 of what some modules of this package do: comments, docstrings and signatures' types do not count."""
     package = Path(__file__).parent
     files = [file for name in modules for file in sorted([*package.glob(f"{name}.py"), *package.glob(f"{name}/*.py")])]
-    return digest(*(ast.dump(_behaviour(ast.parse(file.read_text()))) for file in files))
+    return digest(*(ast.dump(_behaviour(ast.parse(file.read_text(encoding="utf-8")))) for file in files))
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
