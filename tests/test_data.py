@@ -1,6 +1,9 @@
 """Datasets: what is loaded is what lies on disk, and what cannot be used is refused by name."""
 
+import errno
 import os
+import struct
+import zlib
 from dataclasses import replace
 from urllib.error import URLError
 
@@ -126,6 +129,8 @@ def test_unknown_name():
         ({"train_images": torch.zeros(2, 1, 4, 4)}, r"train_images: expected uint8 .* got torch.float32"),
         ({"test_images": torch.zeros(2, 4, 4, dtype=torch.uint8)}, r"test_images: expected uint8 of shape"),
         ({"train_labels": torch.tensor([0.0, 1.0])}, "train_labels: expected integers, got torch.float32"),
+        ({"train_labels": torch.tensor([False, True])}, "train_labels: expected integers, got torch.bool"),
+        ({"train_labels": torch.tensor([[0], [1]])}, r"train_labels: expected shape \[2\], got \[2, 1\]"),
         ({"train_labels": torch.tensor([0])}, "train_labels: expected one for each of 2 images, got 1"),
         ({"test_labels": torch.tensor([0, 2])}, r"test_labels: expected classes in 0\.\.1, got 0 to 2"),
         ({"test_labels": torch.tensor([0, -1])}, r"test_labels: expected classes in 0\.\.1, got -1 to 0"),
@@ -136,6 +141,18 @@ def test_datasets_that_do_not_hold_together(as_installed, changes, message):
     good = data.Dataset("toy", images, labels, images, labels, ("a", "b"))
     with pytest.raises(ValueError, match=message):
         replace(good, **changes)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+)
+def test_labels_of_any_integers_become_int64(digits, dtype):
+    found = replace(digits, train_labels=digits.train_labels.to(dtype), test_labels=digits.test_labels.to(dtype))
+    for part in ("train", "test"):
+        labels = getattr(found, f"{part}_labels")
+        assert labels.dtype == torch.int64
+        assert torch.equal(labels, getattr(digits, f"{part}_labels"))
+    assert found.train_digest == digits.train_digest
 
 
 # archives of torchvision's formats, downloaded from a server on this machine
@@ -212,12 +229,16 @@ def load(folder):
     return data.load_dataset(f"folder:{folder}")
 
 
-def cache(folder):
-    return folder / data.CACHE_NAME
+def caches(root):
+    return sorted((root / data.CACHE_FOLDER).glob("*")) if (root / data.CACHE_FOLDER).exists() else []
 
 
-def leftovers(folder):
-    return sorted(path.name for path in folder.rglob(".*"))
+@pytest.fixture(autouse=True)
+def root(tmp_path_factory, monkeypatch):
+    """Where downloads and decoded images lie, apart from the images."""
+    place = tmp_path_factory.mktemp("data")
+    monkeypatch.setenv("CLUSTR_DATA", str(place))
+    return place
 
 
 def test_a_folder_of_colour_images(folder):
@@ -230,7 +251,22 @@ def test_a_folder_of_colour_images(folder):
     for row, seed in enumerate(range(4)):
         assert np.array_equal(found.train_images[row].numpy(), picture(seed).transpose(2, 0, 1))
     assert np.array_equal(found.test_images[1].numpy(), picture(5).transpose(2, 0, 1))
-    assert leftovers(folder) == [data.CACHE_NAME]
+
+
+def test_nothing_is_written_beside_the_images(folder, root):
+    before = sorted(folder.rglob("*"))
+    load(folder)
+    assert sorted(folder.rglob("*")) == before
+    assert len(caches(root)) == 1
+
+
+def test_where_nothing_can_be_written_images_are_decoded_with_a_warning(folder, root, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(data, "written_whole", refuse)
+    with pytest.warns(UserWarning, match=f"decoded images are not kept, {root}.* cannot be written"):
+        assert len(load(folder).train_images) == 4
 
 
 def test_a_relative_folder_is_found_in_the_books_root(folder, monkeypatch, tmp_path_factory):
@@ -270,18 +306,30 @@ def test_a_palette_with_transparency_is_read_without_a_warning(folder):
     assert np.array_equal(load(folder).train_images[2].numpy(), np.asarray(palette.convert("RGB")).transpose(2, 0, 1))
 
 
-def test_images_are_decoded_once(folder):
+def test_images_are_decoded_once(folder, monkeypatch):
     first = load(folder)
-    before = cache(folder).stat().st_mtime_ns
-    # other pixels behind the same sizes and times: only a cache can still know the old ones
-    for path in folder.rglob("*.png"):
-        stat = path.stat()
-        path.write_bytes(bytes(stat.st_size))
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    def never(files):
+        raise AssertionError("decoded twice")
+
+    monkeypatch.setattr(data, "_decode", never)
     again = load(folder)
     assert torch.equal(again.train_images, first.train_images)
     assert torch.equal(again.test_images, first.test_images)
-    assert cache(folder).stat().st_mtime_ns == before
+
+
+def test_images_of_one_size_and_time_that_change_places_are_decoded_again(folder):
+    first, second = folder / "train/cat/x.bmp", folder / "train/dog/x.bmp"
+    for seed, path in ((20, first), (21, second)):
+        save(path, picture(seed))
+        os.utime(path, (10**9, 10**9))
+    load(folder)
+    first.rename(folder / "aside")
+    second.rename(first)
+    (folder / "aside").rename(second)
+    found = load(folder).train_images
+    assert np.array_equal(found[2].numpy(), picture(21).transpose(2, 0, 1))
+    assert np.array_equal(found[5].numpy(), picture(20).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("change", ["touched", "added", "removed", "renamed"])
@@ -303,12 +351,13 @@ def test_a_stale_cache_is_made_again(folder, change):
 
 
 @pytest.mark.parametrize("keep", [0, 4, 60, -1])
-def test_a_truncated_cache_is_made_again(folder, keep):
+def test_a_truncated_cache_is_made_again(folder, root, keep):
     first = load(folder)
-    whole = cache(folder).read_bytes()
-    cache(folder).write_bytes(whole[:keep])
+    (cache,) = caches(root)
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:keep])
     assert torch.equal(load(folder).train_images, first.train_images)
-    assert cache(folder).read_bytes() == whole
+    assert cache.read_bytes() == whole
 
 
 def spoil(folder, case):
@@ -326,8 +375,8 @@ def spoil(folder, case):
         bad = bad.with_suffix(".tiff")
         save(bad, np.zeros((6, 5), dtype=np.float32))
     return {
-        "unreadable": f"expected an image, got an unreadable file {bad}",
-        "truncated": f"expected an image, got an unreadable file {bad}",
+        "unreadable": f"expected an image .* got an unreadable file {bad}",
+        "truncated": f"expected an image .* got an unreadable file {bad}",
         "odd size": rf"expected every image to be 5 x 6 pixels, got \(6, 5\) in {bad}",
         "16 bit": f"expected 8-bit images .* got 'I;16' in {bad}",
         "float": f"expected 8-bit images .* got 'F' in {bad}",
@@ -335,10 +384,10 @@ def spoil(folder, case):
 
 
 @pytest.mark.parametrize("case", ["unreadable", "truncated", "odd size", "16 bit", "float"])
-def test_an_image_that_cannot_be_used_is_named_and_nothing_is_cached(folder, case):
+def test_an_image_that_cannot_be_used_is_named_and_nothing_is_cached(folder, root, case):
     with pytest.raises(ValueError, match=f"folder: {spoil(folder, case)}"):
         load(folder)
-    assert leftovers(folder) == []
+    assert caches(root) == []
 
 
 def test_a_colour_image_among_grey_ones_is_refused(folder):
@@ -383,10 +432,72 @@ def test_a_missing_folder(tmp_path):
         load(tmp_path)
 
 
-def test_no_room_for_the_cache_leaves_no_part_of_it(tmp_path):
+def test_no_room_for_the_cache_leaves_no_part_of_it(tmp_path, root):
     for seed, name in enumerate(("train/cat/a", "train/dog/a", "test/cat/a", "test/dog/a")):
         save(tmp_path / f"{name}.png", picture(seed, (100, 100, 3)))
-    with files_of_at_most(50_000), pytest.raises(OSError, match=f"File too large: '.*{data.CACHE_NAME}'"):
+    with (
+        files_of_at_most(50_000),
+        pytest.raises(OSError, match=f"File too large: '{root}/{data.CACHE_FOLDER}/images-.*'"),
+    ):
         load(tmp_path)
-    assert leftovers(tmp_path) == []
+    assert caches(root) == []
     assert len(load(tmp_path).train_images) == 2
+
+
+def test_hidden_files_and_folders_are_skipped(folder):
+    for part in ("train", "test"):
+        save(folder / part / ".ipynb_checkpoints/a.png", picture(0))
+        save(folder / part / "cat/.ipynb_checkpoints/a.png", picture(0))
+        (folder / part / ".DS_Store").touch()
+    found = load(folder)
+    assert found.class_names == ("cat", "dog")
+    assert len(found.train_images) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "kind"),
+    [
+        ("train/cat/gone.png", lambda path: path.symlink_to("/gone.png"), "a dangling link"),
+        ("test/fox", lambda path: path.symlink_to("/gone"), "a dangling link"),
+        ("train/cat/nested", lambda path: path.mkdir(), "a folder"),
+        ("train/loose.png", lambda path: path.touch(), "a file"),
+    ],
+)
+def test_what_would_vanish_is_named(folder, name, make, kind):
+    make(folder / name)
+    with pytest.raises(ValueError, match=f"folder: expected nothing but .* got {kind}, {folder / name}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [b"train/cat/\xe9.png", b"train/\xe9"])
+def test_names_that_are_not_utf8_are_refused_by_name(folder, name):
+    path = os.path.join(os.fsencode(folder), name)
+    if name.endswith(b"png"):
+        os.rename(folder / "train/cat/a.png", path)
+    else:
+        os.mkdir(path)
+    with pytest.raises(ValueError, match=r"folder: expected names in UTF-8, got '\\udce9"):
+        load(folder)
+
+
+def png_of(width, height, extra=b""):
+    """The bytes of a PNG whose header tells of so many pixels, with other chunks before its own."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    more = chunk(b"zTXt", b"k\0\0" + zlib.compress(extra)) if extra else b""
+    return b"\x89PNG\r\n\x1a\n" + header + more + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [png_of(10_000, 10_000), png_of(60_000, 60_000), png_of(5, 6, bytes(2**21)), b"%!PS-Adobe-3.0 EPSF-3.0\n", b""],
+    ids=["large", "bomb", "long text", "another format", "empty"],
+)
+def test_whatever_pillow_says_the_file_is_named(folder, content):
+    bad = folder / "train/dog/b.png"
+    bad.write_bytes(content)
+    with pytest.raises(ValueError, match=f"folder: expected an image .*PNG.* got an unreadable file {bad}"):
+        load(folder)

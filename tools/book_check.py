@@ -52,14 +52,16 @@ def check(root: Path) -> list[str]:
 def _write_stub(copy: Path) -> None:
     stub = copy / "_build/templates/site/myst/book-theme/template.yml"
     stub.parent.mkdir(parents=True)
-    stub.write_text(STUB)
+    stub.write_text(STUB, encoding="utf-8")
 
 
 def _build(copy: Path) -> list[str]:
     command = [sys.executable, "-m", "jupyter_book", "build", "--site", "--strict", "--ci"]
     environment = {k: v for k, v in os.environ.items() if k not in ("BASE_URL", "HOST", "CLUSTR_HOME")}
     environment |= {"NO_COLOR": "1", "FORCE_COLOR": "0"}
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=copy, env=environment, capture_output=True, encoding="utf-8", timeout=300, check=False
+    )
     lines = (done.stderr + "\n" + done.stdout).splitlines()
     # The summary at the end repeats the faults with a dash; the lines above it say where.
     complaints = [line.strip() for line in lines if COMPLAINT.match(line) and not line.strip().startswith("-")]
@@ -70,7 +72,7 @@ def _build(copy: Path) -> list[str]:
 
 def page_faults(page: Path, public: Path) -> list[str]:
     """Faults in one built page that the build itself does not report."""
-    content = json.loads(page.read_text())
+    content = json.loads(page.read_text(encoding="utf-8"))
     where = content.get("location", page.name).lstrip("/")
     return [f"{where}: {fault}" for node in _walk(content["mdast"]) for fault in _faults(node, public)]
 

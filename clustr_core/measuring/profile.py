@@ -250,7 +250,7 @@ def load_profile(name: str | Path) -> Profile:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name}: expected YAML, got {error}") from error
 

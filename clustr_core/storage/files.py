@@ -3,17 +3,20 @@
 import hashlib
 import json
 import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+HOST = re.sub(r"\W", "_", platform.node())
+
 
 def home() -> Path:
     """The book's root: ``$CLUSTR_HOME``, else the nearest folder upwards that holds myst.yml, else here."""
     if given := os.environ.get("CLUSTR_HOME"):
-        return Path(given)
+        return Path(given).expanduser()
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / "myst.yml").exists()), here)
 
@@ -22,11 +25,14 @@ def home() -> Path:
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name at the end, and vanishes on any error.
 
+    What a killed writer of the same file on this machine left behind is removed first.
+
     Raises:
         OSError: as the file system says (no space, no permission), with nothing left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_stale(path)
+    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -38,6 +44,25 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the temporaries of dead writers; another machine's are left, since only it knows whether they live."""
+    pattern = re.compile(re.escape(f".{path.name}.{HOST}-") + r"(\d+)\.tmp")
+    for entry in path.parent.iterdir():
+        found = pattern.fullmatch(entry.name)
+        if found and not _is_alive(int(found[1])):
+            entry.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _os_error(error: Exception, path: Path) -> OSError | None:
@@ -52,7 +77,7 @@ def _os_error(error: Exception, path: Path) -> OSError | None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write sorted, indented JSON, whole or not at all."""
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: if the file is no JSON object, with its path.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got something truncated or damaged ({error})") from error
     if not isinstance(content, dict):

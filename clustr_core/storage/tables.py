@@ -10,12 +10,19 @@ from clustr_core.storage.files import home, written_whole
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table as CSV with nine significant digits, whole or not at all."""
     with written_whole(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
+        table.to_csv(temporary, index=False, encoding="utf-8", float_format="%.9g", lineterminator="\n")
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table that `write_table` wrote."""
-    return pd.read_csv(path)
+    """Read a table that `write_table` wrote.
+
+    Raises:
+        ValueError: if the file is empty, no CSV or not in UTF-8, with its path.
+    """
+    try:
+        return pd.read_csv(path, encoding="utf-8")
+    except ValueError as error:  # pandas' own errors and UnicodeDecodeError are among them
+        raise ValueError(f"{path}: expected a table, got something empty or damaged ({error})") from error
 
 
 def published(profile: str, kind: str) -> pd.DataFrame | None:

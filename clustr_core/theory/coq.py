@@ -56,12 +56,13 @@ def check(path: Path) -> Check | None:
     coqc = shutil.which("coqc")
     if coqc is None:
         return None
-    version = subprocess.run([coqc, "--print-version"], capture_output=True, text=True, check=True).stdout.split()[0]
-    source = path.read_text()
+    printed = subprocess.run([coqc, "--print-version"], capture_output=True, encoding="utf-8", check=True)
+    version = printed.stdout.split()[0]
+    source = path.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
-        copy.write_text(source)
-        done = subprocess.run([coqc, copy.name], cwd=folder, capture_output=True, text=True, check=False)
+        copy.write_text(source, encoding="utf-8")
+        done = subprocess.run([coqc, copy.name], cwd=folder, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise ValueError(f"{path.name}: expected a proof that coqc accepts, got {done.stderr.strip() or done.stdout}")
     groups = re.findall(r"^Print Assumptions (\w+)\.", source, flags=re.MULTILINE)

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from clustr_core.storage.files import digest, home, read_json, write_json, written_whole
+from clustr_core.storage.files import HOST, digest, home, read_json, write_json, written_whole
 from clustr_core.storage.provenance import environment
 from clustr_core.storage.tables import read_table, write_table
 
@@ -143,6 +145,9 @@ def test_the_books_root(tmp_path, monkeypatch):
     assert home() == tmp_path / "book"
     monkeypatch.setenv("CLUSTR_HOME", str(tmp_path / "other"))
     assert home() == tmp_path / "other"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CLUSTR_HOME", "~/other")
+    assert home() == tmp_path / "other"
 
 
 def test_the_environment_is_what_a_reader_needs():
@@ -151,3 +156,36 @@ def test_the_environment_is_what_a_reader_needs():
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert json.loads(json.dumps(found)) == found
     assert os.uname().nodename not in json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"a,b\n1,2\n1,2,3\n", b'a,b\n"1,2\n', b"a,b\n\xe9,1\n", b"\x00\xff\x80"], ids=repr
+)
+def test_a_damaged_table_is_named(path, content):
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path}: expected a table, got something empty or damaged"):
+        read_table(path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from clustr_core.storage.files import written_whole
+with written_whole(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half", encoding="utf-8")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_left_goes_at_the_next_write(tmp_path):
+    path = tmp_path / "a[b]*.txt"
+    subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    (left,) = tmp_path.iterdir()
+    alive = tmp_path / f".{path.name}.{HOST}-{os.getppid()}.tmp"
+    foreign = tmp_path / f"{left.name}".replace(HOST, "elsewhere")
+    other = tmp_path / left.name.replace("a[b]", "a")
+    for name in (alive, foreign, other):
+        name.touch()
+    write_json(path, {})
+    assert set(tmp_path.iterdir()) == {path, alive, foreign, other}
