@@ -3,8 +3,9 @@
     python -m benchmarks [--only SUITE ...] [--quick] [--threads N] [--output FOLDER]
 
 Prints every row beside its target, and writes bench.csv, growth.csv, step-parts.csv, methods-cost.csv, layouts.csv and
-predicted.csv to results/bench/ (a quarter of an hour on two cores; nothing else should be running). With --only, the other
-suites' rows of bench.csv stay. --quick shows in a minute that every suite runs, at sizes that say nothing about speed.
+predicted.csv to results/bench/ (a quarter of an hour on two cores; nothing else should be running). With --only, the
+other suites' rows of bench.csv stay. --quick shows in a minute that every suite runs, at sizes that say nothing about
+speed.
 """
 
 import argparse

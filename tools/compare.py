@@ -25,13 +25,15 @@ def accuracies(path: Path) -> pd.DataFrame | None:
     """The accuracies that a table of rows stands for, one a row: ``at value low high``; None for other tables."""
     table = read_table(path)
     if path.name.startswith("attacks-"):
-        found = robust_accuracy(table[table["attack"] != "paper"])
+        found = robust_accuracy(pd.DataFrame(table[table["attack"] != "paper"]))
         at = found["method"] + " " + found["norm"] + " " + found["eps"].map("{:.4g}".format)
-        return found.assign(at=at, value=found["robust_accuracy"])[["at", "value", "low", "high"]]
+        return pd.DataFrame({"at": at, "value": found["robust_accuracy"], "low": found["low"], "high": found["high"]})
     if path.name.startswith("certificates-"):
         found = certified_accuracy(best_bound(table), RADII)
         at = found["method"] + " certified at " + found["at"].map("{:.4g}".format)
-        return found.assign(at=at, value=found["certified_accuracy"])[["at", "value", "low", "high"]]
+        return pd.DataFrame(
+            {"at": at, "value": found["certified_accuracy"], "low": found["low"], "high": found["high"]}
+        )
     return None
 
 
@@ -57,9 +59,9 @@ def _verdict(mine: pd.DataFrame | None, theirs: pd.DataFrame) -> str:
         largest = (both["value_mine"] - both["value"]).abs().max()
         return f"within the published intervals (largest difference {100 * largest:.1f} points)"
     named = [
-        f"{row.at}: {100 * row.value_mine:.1f} instead of {100 * row.value:.1f} "
-        f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
-        for row in outside.itertuples()
+        f"{row['at']}: {100 * row['value_mine']:.1f} instead of {100 * row['value']:.1f} "
+        f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        for _, row in outside.iterrows()
     ]
     return "outside the published intervals: " + "; ".join(named)
 

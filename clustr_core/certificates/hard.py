@@ -42,6 +42,7 @@ class _Frame:
 
 
 def frame_of(clusters: Clusters, relative: float, neighbours: int | None, *, votes: bool) -> _Frame:
+    """What the clusters give to all chunks."""
     origin = mean_centroid(clusters.centroids)
     centroids = clusters.centroids - origin
     correction = _vote_correction(clusters, neighbours) if votes else torch.zeros_like(centroids[:, 0])

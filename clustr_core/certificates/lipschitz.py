@@ -308,6 +308,7 @@ _RULES: dict[type[nn.Module], Callable[..., float]] = {
 
 
 def check_constants(lipschitz: float, embedding_error: float) -> None:
+    """Refuse a Lipschitz constant that is not positive, or an error that is negative."""
     if not (lipschitz > 0 and math.isfinite(lipschitz)):
         raise ValueError(f"lipschitz: expected a positive finite number, got {lipschitz}")
     if not (embedding_error >= 0 and math.isfinite(embedding_error)):

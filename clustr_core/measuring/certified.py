@@ -105,6 +105,7 @@ class CertifiedRun:
 
     @cached_property
     def model(self) -> LinearClassifier | ClusterClassifier:
+        """The model whose embeddings are certified."""
         recipe = self.run.recipe
         clustered = recipe.clustered or recipe.guarantee == "none"
         model = self.run.cluster_model(self.device) if clustered else self.run.model(self.device)
@@ -124,6 +125,7 @@ class CertifiedRun:
         return upper, lipschitz_lower_bound(self.model.encoder, probes)
 
     def pixels(self, indices: Tensor) -> Tensor:
+        """Test images in [0, 1], in the model's dtype and on its device."""
         return data.to_float(self.dataset.test_images[indices].to(self.device)).to(next(self.model.parameters()))
 
 

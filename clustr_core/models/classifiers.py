@@ -114,6 +114,7 @@ class PackedClusters:
 
     @classmethod
     def of(cls, clusters: Clusters) -> "PackedClusters":
+        """Pack clusters."""
         columns, filled = clusters.by_class
         order, empty = columns.T.flatten(), ~filled.T.flatten()
         # in this order from here on, so that the clusters' own order changes no bit
@@ -127,6 +128,7 @@ class PackedClusters:
         return cls(order, empty, len(columns), origin, sigma, ratios, weights, constants, shared)
 
     def votes(self, embeddings: Tensor) -> _Votes:
+        """The votes on some embeddings."""
         points = (embeddings - self.origin).div_(self.sigma)
         squares = points.square().sum(dim=1)
         exponents = torch.addmm(self.constants, points, self.weights.T)

@@ -92,6 +92,7 @@ def fit(
 
 
 def train_epoch(recipe: Recipe, state: State, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """One epoch: its clusters, its batches, its row of the history."""
     clusters, sampler = clusters_and_sampler(
         recipe, state.network.encoder, images, labels, state.generator, state.processes
     )

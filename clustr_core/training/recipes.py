@@ -372,6 +372,7 @@ def mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def build(kind: type, values: dict[str, Any], where: str) -> Any:
+    """A frozen dataclass from written values, each cast to what its field says; an error names where."""
     try:
         return kind(**_checked(kind, values, where))
     except ValueError as error:

@@ -157,14 +157,17 @@ def network_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def snapshot_path(folder: Path, epoch: int) -> Path:
+    """Where the weights after an epoch are kept."""
     return folder / "snapshots" / f"epoch-{epoch:04d}.safetensors"
 
 
 def prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def other_recipe(path: Path, found: Recipe, expected: Recipe) -> str:
+    """What to say of a file that is of another recipe: the fields in which it differs."""
     left, right = recipe_to_dict(found), recipe_to_dict(expected)
     names = sorted(set(left) | set(right))
     differing = [f"{n} = {left.get(n)!r}" for n in names if left.get(n) != right.get(n)]

@@ -59,6 +59,7 @@ def new_state(
     start: Run | None,
     processes: Processes = ALONE,
 ) -> State:
+    """The start of a training: fresh weights, or those of the run that it starts from."""
     network = new_network(recipe, dataset.image_shape, dataset.num_classes)
     if start is not None:
         network.load_state_dict(prefixed(load_file(start.path / WEIGHTS), "network."))
@@ -118,6 +119,7 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
 
 
 def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
+    """Go on from a checkpoint, which must be of this recipe and of these data."""
     try:
         tensors = load_file(path)
         with safe_open(path, framework="pt") as file:

@@ -68,6 +68,7 @@ def learning_rate(recipe: Recipe, epoch: float) -> float:
 
 
 def augmented(recipe: Recipe, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images as the recipe augments them."""
     if recipe.augmentation == "none":
         return images
     flip = recipe.augmentation == "crop-flip"

@@ -102,7 +102,8 @@ def test_where_triton_is_missing_plain_pytorch_runs_with_one_warning(chosen, mon
 
 def test_nothing_of_triton_is_imported_before_it_is_wanted():
     code = (
-        "import sys, torch; before = set(sys.modules); import clustr_core.certificates.ladder, clustr_core.training.losses;"
+        "import sys, torch; before = set(sys.modules); import clustr_core.certificates.ladder;"
+        "import clustr_core.training.losses;"
         "from clustr_core.numerics.kernels import dispatch; dispatch('kmeans', print, torch.ones(1));"
         "print([m for m in set(sys.modules) - before if m.split('.')[0] == 'triton' or 'kernels.' in m])"
     )
