@@ -12,7 +12,7 @@ import torch
 from disk import contents, files_of_at_most
 
 from clustr_core.cli import main
-from clustr_core.measuring import attacked
+from clustr_core.measuring import attacked, pieces, sandwich
 from clustr_core.measuring.certified import certificate_rows
 from clustr_core.measuring.profile import load_profile
 from clustr_core.training.recipes import METHODS, override, run_folder
@@ -172,7 +172,7 @@ def test_a_sandwich_needs_a_budget(certifying, home, capsys):
 
 def test_a_broken_certificate_is_one_line_and_status_2(certifying, home, capsys, monkeypatch):
     real = certificate_rows
-    monkeypatch.setattr(attacked, "_certificate_rows", lambda *a: real(*a).assign(radius=10.0))
+    monkeypatch.setattr(sandwich, "certificate_rows", lambda *a: real(*a).assign(radius=10.0))
     assert certifies("train") == 0
     capsys.readouterr()
     assert certifies("sandwich") == 2
@@ -204,7 +204,8 @@ def test_jobs_that_know_nothing_of_each_other_take_shares(certifying, home, caps
     lines = "attacks:\n  linf: {norm: linf, eps: [0.05, 0.1], steps: 2, examples: 15, losses: [ce, margin]}\n"
     with (home / "profiles/certifying.yaml").open("a") as file:
         file.write(lines)
-    monkeypatch.setattr(attacked, "CHUNK", 4)
+    for module in (attacked, pieces, sandwich):
+        monkeypatch.setattr(module, "CHUNK", 4)
     assert certifies(command) == 0
     pieces = {path.name: path.read_bytes() for path in home.glob("runs/*/tables/*.csv")}
     table = (certifying / f"{kind}-clustr-cert.csv").read_bytes()

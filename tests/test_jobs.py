@@ -1,5 +1,6 @@
 """The pipeline as jobs: what each asks of a cluster; and a job that is lost is one job run again, from where it was."""
 
+import json
 import os
 import re
 import shutil
@@ -13,13 +14,20 @@ from types import SimpleNamespace
 
 import pytest
 from disk import contents
+from safetensors import safe_open
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 from test_pipeline import PARTS, ROOT, run
-from test_training import epochs_done
 
 from clustr_core.measuring.profile import load_profile
 from clustr_core.training.recipes import run_key
+
+
+def epochs_done(checkpoint):
+    """How many epochs a checkpoint holds."""
+    with safe_open(checkpoint, framework="pt") as file:
+        return json.loads(file.metadata()["facts"])["epoch"]
+
 
 PROFILE = """\
 shared: {dataset: digits, width: 8, train_examples: 400}

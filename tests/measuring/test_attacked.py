@@ -25,6 +25,9 @@ from clustr_core.certificates.prototypes import pixel_prototype_rows
 from clustr_core.certificates.rounding import embedding_error
 from clustr_core.certificates.smoothing import certify_smoothed
 from clustr_core.measuring import attacked as attacked_module
+from clustr_core.measuring import certified as certified_module
+from clustr_core.measuring import pieces as pieces_module
+from clustr_core.measuring import sandwich as sandwich_module
 from clustr_core.measuring.accuracy import best_bound, broken_certificates, robust_accuracy
 from clustr_core.measuring.attacked import attack_table, attacks_of, run_attack
 from clustr_core.measuring.certified import (
@@ -71,6 +74,12 @@ KINDS = {
     "square": Protocol(attack="square", eps=(0.05, 0.3), steps=20, examples=40),
     "autoattack": Protocol(attack="autoattack", eps=(0.3,), examples=3),
 }
+
+
+def small_pieces(monkeypatch, size):
+    """So many images at one time."""
+    for module in (attacked_module, pieces_module, sandwich_module):
+        monkeypatch.setattr(module, "CHUNK", size)
 
 
 @pytest.fixture(params=["ce", "clustr"])
@@ -201,7 +210,7 @@ def test_transfer_needs_a_source(runs, measure):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(attacked, "CHUNK", 16)
+    small_pieces(monkeypatch, 16)
 
 
 def test_a_second_call_attacks_nothing_and_loads_no_model(run, measure, attacked, small_chunks, monkeypatch):
@@ -277,7 +286,7 @@ def test_the_rows_of_an_image_come_once_and_in_order(runs, measure, small_chunks
 def test_chunks_change_nothing_of_a_clean_image(runs, measure, monkeypatch):
     protocol, clean = replace(PROTOCOL, eps=(0.05,), losses=("ce",)), ["index", "label", "prediction", "correct"]
     whole = measure(unmeasured(runs["ce"]), protocol)
-    monkeypatch.setattr(attacked, "CHUNK", 16)
+    small_pieces(monkeypatch, 16)
     pd.testing.assert_frame_equal(measure(unmeasured(runs["ce"]), protocol)[clean], whole[clean])
 
 
@@ -333,7 +342,7 @@ def test_any_other_model_is_another_measurement(digits, tmp_path, attacked):
         return AttackTarget("mine", lambda: loads.append(1) or network, identity, tmp_path)
 
     for identity, count in (("a", 1), ("b", 2), ("a", 2)):
-        measure(subject(identity), protocol, digits, progress=False)
+        attacked_module.measure(subject(identity), protocol, digits, progress=False)
         assert len(attacked) == len(loads) == len(list(tmp_path.iterdir())) == count
 
 
@@ -395,7 +404,7 @@ def test_a_certificate_is_computed_once(run, digits, monkeypatch):
     def forbidden(*args, **options):
         raise AssertionError("certified again")
 
-    monkeypatch.setattr(attacked, "certified_radius", forbidden)
+    monkeypatch.setattr(certified_module, "certified_radius", forbidden)
     pd.testing.assert_frame_equal(certificate_table(run, examples=20, dataset=digits), first)
     with pytest.raises(AssertionError, match="certified again"):
         certificate_table(run, examples=21, dataset=digits)
@@ -511,13 +520,13 @@ def test_a_certificate_embeds_each_image_once_and_computes_its_constants_once(
 ):
     run, made = unmeasured(certifying["clustr-cert"]), []
     for name in ("lipschitz_upper_bound", "lipschitz_lower_bound", "embedding_error"):
-        real = getattr(attacked, name)
+        real = getattr(certified_module, name)
 
         def noted(encoder, given, real=real, name=name):
             made.append((name, given.dtype if isinstance(given, torch.Tensor) else None))
             return real(encoder, given)
 
-        monkeypatch.setattr(attacked, name, noted)
+        monkeypatch.setattr(certified_module, name, noted)
     real_embed, passes = ClusterClassifier.embed, []
     monkeypatch.setattr(ClusterClassifier, "embed", lambda self, x: passes.append(len(x)) or real_embed(self, x))
     certificate_table(run, examples=40, dataset=digits)
@@ -590,7 +599,7 @@ def test_smoothing_without_a_budget_is_refused(certifying, digits):
 def test_another_smoothing_budget_is_another_measurement(certifying, digits, monkeypatch):
     run, made = unmeasured(certifying["smoothing"]), []
     real = certify_smoothed
-    monkeypatch.setattr(attacked, "certify_smoothed", lambda *a, **o: made.append(o) or real(*a, **o))
+    monkeypatch.setattr(certified_module, "certify_smoothed", lambda *a, **o: made.append(o) or real(*a, **o))
     few = replace(SMOOTHING, examples=2)
     first = certificate_table(run, smoothing=few, dataset=digits)
     pd.testing.assert_frame_equal(certificate_table(run, smoothing=few, dataset=digits), first)
@@ -656,7 +665,7 @@ def test_rows_of_a_sandwich(name, certifying, digits):
 def test_a_sandwich_is_measured_once_for_each_budget(certifying, digits, monkeypatch):
     run, made = unmeasured(certifying["lip-linear"]), []
     real = measure_sandwich
-    monkeypatch.setattr(attacked, "measure_sandwich", lambda *a, **o: made.append(1) or real(*a, **o))
+    monkeypatch.setattr(sandwich_module, "measure_sandwich", lambda *a, **o: made.append(1) or real(*a, **o))
     budget = SandwichBudget(examples=4, steps=2, points=2)
     first = sandwich_table(run, budget, dataset=digits)
     pd.testing.assert_frame_equal(sandwich_table(run, budget, dataset=digits), first)
@@ -665,7 +674,7 @@ def test_a_sandwich_is_measured_once_for_each_budget(certifying, digits, monkeyp
         sandwich_table(run, replace(budget, **changes), dataset=digits)
         assert len(made) == count
     # in chunks, each of its own images
-    monkeypatch.setattr(attacked, "CHUNK", 2)
+    small_pieces(monkeypatch, 2)
     pieces = sandwich_table(run, replace(budget, steps=4), dataset=digits)
     assert len(made) == 5 + 2
     assert sorted(set(pieces["index"])) == sorted(set(first["index"]))
@@ -675,7 +684,9 @@ def test_a_sandwich_is_measured_once_for_each_budget(certifying, digits, monkeyp
 def test_a_certificate_that_is_broken_is_kept_and_no_table_is_written(certifying, digits, monkeypatch):
     run = unmeasured(certifying["clustr-cert"])
     real = certificate_rows
-    monkeypatch.setattr(attacked, "_certificate_rows", lambda *a: real(*a).assign(radius=lambda t: 3 * t["radius"]))
+    monkeypatch.setattr(
+        sandwich_module, "certificate_rows", lambda *a: real(*a).assign(radius=lambda t: 3 * t["radius"])
+    )
     with pytest.raises(CertificateBroken, match=r"counterexample-\w+-\d+\.safetensors"):
         sandwich_table(run, replace(BUDGET, apgd_eps=()), dataset=digits)
     (kept,) = (run.path / "counterexamples").iterdir()
@@ -744,16 +755,18 @@ def test_no_attack_is_transferred_from_a_model_to_itself(runs, digits, monkeypat
     both = {"linf": shown, "transfer": replace(KINDS["transfer"], source="ce", eps=(0.1,), examples=5)}
     profile = Profile("tiny", {name: run.recipe for name, run in runs.items()}, both)
     folders = {run.recipe: run.path for run in runs.values()}
-    monkeypatch.setattr(attacked, "run_folder", folders.__getitem__)
+    monkeypatch.setattr(pieces_module, "run_folder", folders.__getitem__)
     own = attacks_of(unmeasured(runs["ce"]), profile, dataset=digits, progress=False)
     assert own["attack"].unique().tolist() == ["pgd"]
     other = attacks_of(unmeasured(runs["clustr"]), profile, dataset=digits, progress=False)
     assert other["attack"].tolist() == ["pgd"] * 5 + ["transfer"] * 5
     # climbed was the source's model, and no other
     source = target_of(runs["ce"])
-    expected = measure(target_of(runs["clustr"], source=runs["ce"]), both["transfer"], digits, progress=False)
+    expected = attacked_module.measure(
+        target_of(runs["clustr"], source=runs["ce"]), both["transfer"], digits, progress=False
+    )
     pd.testing.assert_frame_equal(other[other["attack"] == "transfer"][COLUMNS].reset_index(drop=True), expected)
-    assert source.identity == f"{runs['ce'].path.name} own"
+    assert source.identity == f"{runs['ce'].weights_sha256} own"
 
 
 def test_a_source_that_was_never_trained_is_named(runs, digits, tmp_path, monkeypatch):
@@ -774,7 +787,7 @@ def test_a_changed_dataset_is_noticed(runs, digits):
     every = replace(protocol, examples=None)
     assert len(attack_table(run, every, dataset=fewer, progress=False)) == 40
     assert len(attack_table(run, every, dataset=digits, progress=False)) == 2 * len(digits.test_labels)
-    with pytest.raises(ValueError, match=r"expected the images that .* was trained on; digits has changed"):
+    with pytest.raises(ValueError, match=r"expected the data that .* was trained on .* got others named 'digits'"):
         attack_table(run, protocol, dataset=replace(digits, train_images=255 - digits.train_images))
     with pytest.raises(ValueError, match=r"dataset: expected 'digits' as in the run, got 'other'"):
         attack_table(run, protocol, dataset=replace(digits, name="other"))

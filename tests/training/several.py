@@ -59,7 +59,7 @@ RECIPES = {
     "clustr, adam": Clustr(**ODD | {"optimiser": "adam", "learning_rate": 1e-3}),
 }
 BF16 = AdversarialTraining(steps=2, precision="bf16-mixed", **MOVED, **SMALL)
-BATCH_NORM = ClustrQTrades(**MOVED, **ODD | {"encoder": "resnet18", "width": 2, "epochs": 1})
+BATCH_NORM = ClustrQTrades(**MOVED, **ODD | {"encoder": "resnet18", "width": 8, "epochs": 1})
 LONG = FreeClustr(replays=2, **MOVED, **ODD | {"epochs": 4})
 PROFILE = Profile(
     "several",
