@@ -12,7 +12,8 @@ import torch
 from disk import contents, files_of_at_most
 
 from clustr_core.cli import main
-from clustr_core.measuring import attacked, pieces, sandwich
+from clustr_core.measuring import attacked, sandwich
+from clustr_core.measuring import pieces as pieces_module
 from clustr_core.measuring.certified import certificate_rows
 from clustr_core.measuring.profile import load_profile
 from clustr_core.training.recipes import METHODS, override, run_folder
@@ -204,7 +205,7 @@ def test_jobs_that_know_nothing_of_each_other_take_shares(certifying, home, caps
     lines = "attacks:\n  linf: {norm: linf, eps: [0.05, 0.1], steps: 2, examples: 15, losses: [ce, margin]}\n"
     with (home / "profiles/certifying.yaml").open("a") as file:
         file.write(lines)
-    for module in (attacked, pieces, sandwich):
+    for module in (attacked, pieces_module, sandwich):
         monkeypatch.setattr(module, "CHUNK", 4)
     assert certifies(command) == 0
     pieces = {path.name: path.read_bytes() for path in home.glob("runs/*/tables/*.csv")}

@@ -216,7 +216,7 @@ def test_a_lost_training_and_a_lost_attack_go_on_and_nothing_else_runs(home: Pat
     assert before.items() <= times(ce).items()
     # cross-entropy is attacked with two heads
     assert [len(list(folder.glob("tables/*.csv"))) for folder in (ce, pgd)] == [36, 18]
-    assert {path.name for path in (home / "results/lost").iterdir()} == {"attacks-ce.csv", "attacks-pgd-at.csv"}
+    assert {path.name for path in (home / "results/lost").glob("*.csv")} == {"attacks-ce.csv", "attacks-pgd-at.csv"}
 
     after = contents(home / "runs"), contents(home / "results")
     text, rules = said(start("processes=2"))
