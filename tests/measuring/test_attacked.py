@@ -249,9 +249,9 @@ def test_an_interrupted_measurement_goes_on(kind, runs, measure, small_chunks, m
             raise KeyboardInterrupt
         return counted(*args, **options)
 
-    counted = run_attack
+    counted = attacked_module.run_attack
     with monkeypatch.context() as patch:
-        patch.setattr(attacked, "run_attack", interrupted)
+        patch.setattr(attacked_module, "run_attack", interrupted)
         with pytest.raises(KeyboardInterrupt):
             measure(run, KINDS[kind], source=source)
     before = tables(run)
@@ -485,8 +485,8 @@ def test_an_interrupted_certificate_goes_on_and_more_images_certify_only_what_is
     def certified(count):
         return certificate_table(run, examples=count, smoothing=replace(budget, examples=count), dataset=digits)
 
-    kind = "_smoothing_rows" if name == "smoothing" else "_certificate_rows"
-    real = getattr(attacked, kind)
+    kind = "_smoothing_rows" if name == "smoothing" else "certificate_rows"
+    real = getattr(certified_module, kind)
 
     def rows(*arguments):
         if len(chunks) == 2:
@@ -495,7 +495,7 @@ def test_an_interrupted_certificate_goes_on_and_more_images_certify_only_what_is
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(attacked, kind, rows)
+        patch.setattr(certified_module, kind, rows)
         with pytest.raises(KeyboardInterrupt):
             certified(40)
     before = tables(run)
