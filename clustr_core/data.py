@@ -91,6 +91,34 @@ class Dataset:
         """SHA-256 of the test images and labels, computed once."""
         return _digest_of(self.test_images, self.test_labels)
 
+    def training_indices(self, count: int | None, seed: int = 0) -> Int[Tensor, " chosen"]:
+        """Which training examples to take: all, or ``count`` with each class in its share, in ascending order.
+
+        Whatever the order of the images, each class gets its proportional number, rounded up or down: the largest
+        remainders are rounded up, and the seed decides between equal ones.
+
+        Args:
+            count: how many; None, or as many as there are or more, takes all in order.
+            seed: what the choice follows.
+        Raises:
+            ValueError: if ``count`` is neither None nor a positive integer.
+        """
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"count: expected a positive integer or None, got {count!r}")
+        total = len(self.train_labels)
+        if count is None or count >= total:
+            return torch.arange(total)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(total, generator=generator)
+        labels = self.train_labels.cpu()[order]
+        products = count * torch.bincount(labels, minlength=self.num_classes)
+        quotas, remainders = products // total, products % total
+        classes = torch.randperm(self.num_classes, generator=generator)
+        rounded_up = classes[remainders[classes].argsort(descending=True, stable=True)][: count - int(quotas.sum())]
+        quotas[rounded_up] += 1
+        chosen = [order[labels == label][:quota] for label, quota in enumerate(quotas.tolist())]
+        return torch.cat(chosen).sort().values
+
 
 def _digest_of(images: Tensor, labels: Tensor) -> str:
     return digest(images.cpu().numpy().tobytes(), labels.cpu().numpy().tobytes())

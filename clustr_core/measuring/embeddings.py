@@ -16,7 +16,7 @@ from clustr_core.models.clusters import Clusters, fit_clusters
 from clustr_core.models.embed import embed_all, predictions
 from clustr_core.numerics.distances import squared_distances
 from clustr_core.storage.tables import read_table, write_table
-from clustr_core.training.run import Run
+from clustr_core.training.run import Run, training_part
 
 
 def umap_map(
@@ -185,11 +185,11 @@ def _own_and_rival(
 
 def _formation_rows(run: Run, epoch: int, dataset: data.Dataset, examples: int | None) -> pd.DataFrame:
     encoder, recipe = run.encoder_at(epoch), run.recipe
-    kept = slice(recipe.train_examples)
-    train = embed_all(encoder, dataset.train_images[kept])
+    train_images, train_labels = training_part(recipe, dataset)
+    train = embed_all(encoder, train_images)
     clusters, _ = fit_clusters(
         train,
-        dataset.train_labels[kept],
+        train_labels,
         per_class=recipe.per_class,
         n_init=recipe.kmeans_starts,
         max_iter=recipe.kmeans_iterations,

@@ -12,7 +12,8 @@ import yaml
 
 from clustr_core.attacks.names import ATTACKS, PAPER_STEP_SIZE, Norm
 from clustr_core.storage.files import digest, home
-from clustr_core.training.recipes import METHODS, Recipe, build, field_value, mapping
+from clustr_core.training.fields import build, field_value, mapping, read_yaml
+from clustr_core.training.recipes import METHODS, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,39 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clustr_core import data
-from clustr_core.storage.files import write_json, written_whole
+from clustr_core.storage.files import digest, write_json, written_whole
 from clustr_core.storage.provenance import environment
 from clustr_core.storage.tables import write_table
+from clustr_core.training.checks import (
+    check_embeddings,
+    check_examples,
+    check_loss,
+    check_smallest_batch,
+    naming_epoch,
+)
 from clustr_core.training.objectives import objective
-from clustr_core.training.processes import join
-from clustr_core.training.recipes import FreeAdversarialTraining, FreeClustr, Recipe, recipe_to_dict, run_folder
+from clustr_core.training.processes import Processes, join
+from clustr_core.training.recipes import (
+    Recipe,
+    check_registered,
+    has_persistent_perturbation,
+    recipe_to_dict,
+    run_folder,
+    training_version,
+)
 from clustr_core.training.refresh import clusters_and_sampler, final_clusters
-from clustr_core.training.run import CHECKPOINT, DONE, HISTORY, WEIGHTS, Run, load_run, network_tensors
-from clustr_core.training.state import State, load_checkpoint, new_state, save_progress
+from clustr_core.training.run import (
+    CHECKPOINT,
+    DONE,
+    HISTORY,
+    WEIGHTS,
+    Run,
+    load_run,
+    network_tensors,
+    training_digest,
+    training_part,
+)
+from clustr_core.training.state import State, checkpoint_facts, load_checkpoint, new_state, save_progress
 from clustr_core.training.step import Step, augmented, learning_rate
 
 log = logging.getLogger(__name__)
@@ -47,8 +71,12 @@ def fit(
         folder: where the run lies; default ``runs/<run_key>``.
         device: default the GPU if there is one; of several processes each takes its own.
     Raises:
-        ValueError: if ``folder`` holds another recipe's run, a checkpoint is damaged, or ``dataset`` is another one.
+        ValueError: if the recipe's method is not registered; if ``folder`` holds the run of another recipe, version or
+            data, or a damaged checkpoint; if the finished network could have no clusters, which a class with too few
+            examples makes impossible; if the training diverges or collapses, in the epoch where it does. What was kept
+            so far stays.
     """
+    check_registered(recipe)
     folder = folder or run_folder(recipe)
     if dataset is not None and dataset.name != recipe.dataset:
         raise ValueError(f"dataset: expected {recipe.dataset!r} as in the recipe, got {dataset.name!r}")
@@ -58,17 +86,17 @@ def fit(
         if dataset is not None:
             run.check_data(dataset)
         return run
-    device = processes.device
-    start = fit(recipe.warm_start, dataset=dataset, device=device, progress=progress) if recipe.warm_start else None
-    # the first alone, for it may have to download it
-    if dataset is None and processes.first:
-        dataset = data.load_dataset(recipe.dataset)
-    processes.wait()
-    dataset = dataset or data.load_dataset(recipe.dataset)
-    images = dataset.train_images[: recipe.train_examples].to(device)
-    labels = dataset.train_labels[: recipe.train_examples].to(device)
-    state = new_state(recipe, dataset, images, labels, start, processes)
+    dataset = dataset or _loaded(recipe, processes)
     resumed = processes.from_first((folder / CHECKPOINT).exists)
+    if resumed:
+        checkpoint_facts(folder / CHECKPOINT, recipe, training_digest(recipe, dataset))
+    images, labels = (part.to(processes.device) for part in training_part(recipe, dataset))
+    check_examples(recipe, dataset, labels)
+    start = None
+    if recipe.warm_start:
+        start = fit(recipe.warm_start, dataset=dataset, device=processes.device, progress=progress)
+    state = new_state(recipe, dataset, images, labels, start, processes)
+    check_smallest_batch(recipe, state.network.encoder, images, processes)
     if not resumed:
         save_progress(folder, recipe, state)
         processes.wait()
@@ -78,9 +106,14 @@ def fit(
     if resumed and processes.first:
         log.info("%s: going on after epoch %d", folder, state.epoch)
     shown = progress and processes.first
+    with naming_epoch(folder, state.epoch, state.epoch):
+        check_embeddings(state.network.encoder, images)
     with tqdm(range(recipe.epochs), recipe.method, unit="epoch", initial=state.epoch, disable=not shown) as bar:
         while state.epoch < recipe.epochs:
-            row = train_epoch(recipe, state, images, labels)
+            with naming_epoch(folder, state.epoch + 1, state.epoch):
+                row = train_epoch(recipe, state, images, labels)
+                check_loss(row["loss"])
+                check_embeddings(state.network.encoder, images)
             state.history.append(row)
             state.epoch += 1
             save_progress(folder, recipe, state)
@@ -89,6 +122,13 @@ def fit(
     finish(folder, recipe, state, dataset, images, labels)
     processes.wait()
     return load_run(folder, expected=recipe)
+
+
+def _loaded(recipe: Recipe, processes: Processes) -> data.Dataset:
+    """The recipe's dataset; the first process alone may have to download it."""
+    loaded = data.load_dataset(recipe.dataset) if processes.first else None
+    processes.wait()
+    return loaded or data.load_dataset(recipe.dataset)
 
 
 def train_epoch(recipe: Recipe, state: State, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -144,7 +184,7 @@ def update(recipe: Recipe, state: State, step: Step) -> tuple[Tensor, Tensor]:
 def replays(recipe: Recipe, state: State, pixels: Tensor) -> Iterator[Tensor]:
     """The images of each update on one batch: once as they are; under free training, again and again, moved by the
     perturbation, which grows by the very gradient that has just updated the weights."""
-    if not isinstance(recipe, FreeAdversarialTraining | FreeClustr):
+    if not has_persistent_perturbation(recipe):
         yield pixels
         return
     assert state.perturbation is not None
@@ -160,7 +200,8 @@ def replays(recipe: Recipe, state: State, pixels: Tensor) -> Iterator[Tensor]:
 
 def finish(folder: Path, recipe: Recipe, state: State, dataset: data.Dataset, images: Tensor, labels: Tensor) -> None:
     """Cluster the final embeddings and write the run; run.json comes last and says that it is whole."""
-    clusters = final_clusters(recipe, state.network, images, labels, state.processes)
+    with naming_epoch(folder, state.epoch, state.epoch):
+        clusters = final_clusters(recipe, state.network, images, labels, state.processes)
     if not state.processes.first:
         return
     tensors = {f"network.{name}": tensor for name, tensor in network_tensors(state.network).items()}
@@ -171,11 +212,15 @@ def finish(folder: Path, recipe: Recipe, state: State, dataset: data.Dataset, im
     write_table(folder / HISTORY, pd.DataFrame(state.history))
     content: dict[str, Any] = {
         "recipe": recipe_to_dict(recipe),
+        "module": type(recipe).__module__,
+        "version": training_version(recipe),
+        "seed": recipe.seed,
+        "weights_sha256": digest((folder / WEIGHTS).read_bytes()),
+        "train_examples": len(labels),
         "num_classes": dataset.num_classes,
         "image_shape": list(dataset.image_shape),
         "train_data_sha256": state.data_sha256,
         "processes": state.processes.count,
-        "threads": torch.get_num_threads(),
         **environment(str(images.device)),
     }
     write_json(folder / DONE, content)

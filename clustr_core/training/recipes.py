@@ -7,9 +7,10 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeGuard, get_args, get_origin
 
 from clustr_core.storage.files import digest, home
+from clustr_core.training.fields import build, field_values
 
 Augmentation = Literal["none", "crop", "crop-flip"]
 Optimiser = Literal["adam", "sgd"]
@@ -25,13 +26,17 @@ CERTIFIABLE = ("lip-mlp", "lip-cnn", "lip-cnn-aol")
 TRAINING_VERSION = 1
 
 
+class UnknownMethod(ValueError):
+    """A recipe's method is not registered here; the module that registers it may not have been imported."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What every training method shares. Lengths are in pixels of [0, 1]; times in epochs.
 
     Args:
-        dataset, encoder, width: as `data.load` and `encoders.build_encoder` take them.
-        train_examples: train on the first that many only; None for all.
+        dataset, encoder, width: as `data.load_dataset` and `encoders.build_encoder` take them.
+        train_examples: train on so many only, chosen by the seed with each class in its share; None for all.
         augmentation: random crops and mirror images.
         crop_padding: pixels added on each side before a crop.
         schedule: "steps" divides the learning rate by ten at the milestones; "triangle" raises it from 0 over the first
@@ -50,6 +55,17 @@ class Recipe:
     guarantee: ClassVar[Guarantee] = "none"
     clustered: ClassVar[bool] = False
     rule: ClassVar[Literal["soft", "nearest"]] = "soft"
+    # what training needs beside an objective; `registry.NEEDED_FIELDS` says which fields of the recipe each reads
+    # batches are clusters that k-means finds anew each epoch, and only the encoder learns
+    cluster_batches: ClassVar[bool] = False
+    # each batch is replayed, moved by a perturbation that persists from batch to batch
+    persistent_perturbation: ClassVar[bool] = False
+    # the centroids are learnt along with the encoder
+    learnable_centroids: ClassVar[bool] = False
+    # the linear head has orthonormal rows
+    orthonormal_head: ClassVar[bool] = False
+    # raised by one, by whoever registers a method, when the method leads to other weights than before
+    version: ClassVar[int] = 1
 
     dataset: str = "digits"
     encoder: str = "small-cnn"
@@ -166,6 +182,7 @@ class FreeAdversarialTraining(Recipe):
     """
 
     method: ClassVar[str] = "free-at"
+    persistent_perturbation: ClassVar[bool] = True
 
     eps: float = 8 / 255
     step_size: float = 8 / 255
@@ -187,6 +204,7 @@ class Clustr(Recipe):
 
     method: ClassVar[str] = "clustr"
     clustered: ClassVar[bool] = True
+    cluster_batches: ClassVar[bool] = True
 
     clusters_per_batch: int = 12
     per_cluster: int = 20
@@ -222,6 +240,7 @@ class FreeClustr(Clustr):
     """
 
     method: ClassVar[str] = "free-clustr"
+    persistent_perturbation: ClassVar[bool] = True
 
     eps: float = 8 / 255
     step_size: float = 8 / 255
@@ -253,6 +272,7 @@ class ClustrCert(Recipe):
     """
 
     method: ClassVar[str] = "clustr-cert"
+    learnable_centroids: ClassVar[bool] = True
     guarantee: ClassVar[Guarantee] = "lipschitz"
     clustered: ClassVar[bool] = True
     rule: ClassVar[Literal["soft", "nearest"]] = "nearest"
@@ -274,6 +294,7 @@ class LipschitzMargin(Recipe):
     """
 
     method: ClassVar[str] = "lip-linear"
+    orthonormal_head: ClassVar[bool] = True
     guarantee: ClassVar[Guarantee] = "lipschitz"
 
     encoder: str = "lip-mlp"
@@ -313,15 +334,49 @@ _POSITIVE = {
 _SAME_NETWORK = ("dataset", "encoder", "width")
 
 
+def has_cluster_batches(recipe: Recipe) -> TypeGuard[Clustr]:
+    """Whether a recipe trains on batches of clusters; it then has the fields that those of `Clustr` have."""
+    return recipe.cluster_batches
+
+
+def has_persistent_perturbation(recipe: Recipe) -> TypeGuard[FreeAdversarialTraining]:
+    """Whether a recipe replays its batches; it then has the fields that those of `FreeAdversarialTraining` have."""
+    return recipe.persistent_perturbation
+
+
+def check_registered(recipe: Recipe) -> None:
+    """Refuse a recipe that could be trained, but not read back.
+
+    Raises:
+        ValueError: if its method, or its warm start's, is not registered.
+    """
+    kind = type(recipe)
+    if METHODS.get(getattr(kind, "method", "")) is not kind:
+        raise ValueError(
+            f"recipe: expected one of a registered method, got {kind.__qualname__}; decorate it with @register_recipe"
+        )
+    if recipe.warm_start:
+        check_registered(recipe.warm_start)
+
+
 def run_key(recipe: Recipe) -> str:
     """The name of a run's folder: its data, its method, and a digest of the recipe and of `TRAINING_VERSION`.
 
     Neither Python's version nor a word of the source code is in it. The digest of the data is not either, since a
     pipeline asks for names before the data are there: it is recorded in the run, and checked at every use.
     """
-    parts = (json.dumps(recipe_to_dict(recipe), sort_keys=True), str(TRAINING_VERSION))
+    parts = (json.dumps(recipe_to_dict(recipe), sort_keys=True), training_version(recipe))
     dataset = recipe.dataset.rstrip("/").replace(":", "/").rsplit("/", 1)[-1]
     return f"{dataset}-{recipe.method}-{digest(*parts)[:10]}"
+
+
+def training_version(recipe: Recipe) -> str:
+    """What the weights depend on beside the recipe's values and the data: `TRAINING_VERSION`, and the method's own."""
+    chain = [recipe]
+    while chain[-1].warm_start:
+        chain.append(chain[-1].warm_start)
+    own = [f"{each.method}-{each.version}" for each in chain if each.version != 1]
+    return "+".join([str(TRAINING_VERSION), *own])
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -345,7 +400,7 @@ def recipe_from_dict(content: dict[str, Any]) -> Recipe:
     content = dict(content)
     method = content.pop("method", None)
     if method not in METHODS:
-        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
+        raise UnknownMethod(f"method: expected one of {sorted(METHODS)}, got {method!r}")
     if content.get("warm_start"):
         content["warm_start"] = recipe_from_dict(content["warm_start"])
     return build(METHODS[method], content, where=str(method))
@@ -357,68 +412,10 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     Raises:
         ValueError: for an unknown field, or a value without meaning.
     """
-    changes = _checked(type(recipe), changes, where=recipe.method)
+    changes = field_values(type(recipe), changes, where=recipe.method)
+    if not isinstance(start := changes.get("warm_start"), Recipe | None):
+        raise ValueError(f"{recipe.method}: warm_start: expected a recipe or None, got {start!r}")
     if recipe.warm_start and "warm_start" not in changes:
         followed = {name: value for name, value in changes.items() if name in _SAME_NETWORK}
         changes["warm_start"] = replace(recipe.warm_start, **followed)
     return replace(recipe, **changes)
-
-
-def mapping(value: Any, where: str) -> dict[str, Any]:
-    """A mapping; nothing at all is an empty one."""
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{where}: expected keys with values, got {value!r}")
-    return value or {}
-
-
-def build(kind: type, values: dict[str, Any], where: str) -> Any:
-    """A frozen dataclass from written values, each cast to what its field says; an error names where."""
-    try:
-        return kind(**_checked(kind, values, where))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}" if not str(error).startswith(where) else str(error)) from error
-
-
-def _checked(kind: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Known fields only, each value cast to what its field says."""
-    types = {item.name: item.type for item in fields(kind)}
-    if unknown := sorted(set(values) - set(types), key=str):
-        raise ValueError(f"{where}: unknown key {unknown}, expected some of {sorted(types)}")
-    return {name: field_value(value, types[name], f"{where}: {name}") for name, value in values.items()}
-
-
-def field_value(value: Any, kind: Any, where: str) -> Any:
-    """A value as its field's type: numbers from numbers or fractions, tuples from lists, the rest as it is."""
-    if kind == "Recipe | None":
-        if value is not None and not isinstance(value, Recipe):
-            raise ValueError(f"{where}: expected a recipe or None, got {value!r}")
-        return value
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{where}: expected a list, got {value!r}")
-        return tuple(field_value(item, get_args(kind)[0], where) for item in value)
-    if value is None and type(None) in get_args(kind):
-        return value
-    if kind is str and not isinstance(value, str):
-        raise ValueError(f"{where}: expected a name, got {value!r}")
-    numeric = {float, int} & {kind, *get_args(kind)}
-    if not numeric:
-        return value
-    number = _number(value, where)
-    if float in numeric:
-        return number
-    if number != int(number):
-        raise ValueError(f"{where}: expected a whole number, got {value!r}")
-    return int(number)
-
-
-def _number(value: Any, where: str) -> float:
-    """A finite number, or a fraction of two such as "25.5/255"."""
-    try:
-        top, _, bottom = str(value).partition("/")
-        number = float(top) / float(bottom or 1)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{where}: expected a number or a fraction, got {value!r}") from error
-    if isinstance(value, bool) or not math.isfinite(number):
-        raise ValueError(f"{where}: expected a finite number, got {value!r}")
-    return number

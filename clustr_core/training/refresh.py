@@ -9,7 +9,7 @@ from clustr_core.models.embed import embed_all
 from clustr_core.numerics.distances import rows_within, squared_distances
 from clustr_core.training.losses import full_magnet_loss
 from clustr_core.training.processes import ALONE, Processes
-from clustr_core.training.recipes import Clustr, Recipe
+from clustr_core.training.recipes import Recipe, has_cluster_batches
 from clustr_core.training.sampling import ClusterBatches, ShuffledBatches
 
 
@@ -23,7 +23,7 @@ def clusters_and_sampler(
 ) -> tuple[Clusters | None, ClusterBatches | ShuffledBatches]:
     """This epoch's clusters (from evaluation-mode embeddings) and a sampler that knows their losses."""
     seed = int(torch.randint(2**31, (), generator=generator, device=images.device))
-    if not isinstance(recipe, Clustr):
+    if not has_cluster_batches(recipe):
         return None, ShuffledBatches(len(images), batch_size=recipe.batch_size, seed=seed)
     embeddings = embedded(processes, encoder, images)
     clusters, assignments = clustered(processes, recipe, embeddings, labels, seed)

@@ -18,7 +18,13 @@ from clustr_core.models.encoders import build_encoder, to_channels_last_frozen
 from clustr_core.models.one_lipschitz import fold_parametrizations
 from clustr_core.storage.files import digest, read_json
 from clustr_core.storage.tables import read_table
-from clustr_core.training.recipes import ClustrCert, LipschitzMargin, Recipe, recipe_from_dict, recipe_to_dict
+from clustr_core.training.recipes import (
+    Recipe,
+    UnknownMethod,
+    recipe_from_dict,
+    recipe_to_dict,
+    training_version,
+)
 
 _Network = TypeVar("_Network", bound=nn.Module)
 CHECKPOINT, WEIGHTS, HISTORY, DONE = "checkpoint.safetensors", "model.safetensors", "history.csv", "run.json"
@@ -45,13 +51,7 @@ class Run:
         Raises:
             ValueError: if these are not the training images and labels that the run saw.
         """
-        images, labels = (part[: self.recipe.train_examples] for part in (dataset.train_images, dataset.train_labels))
-        if (found := training_digest(images, labels)) != self.train_data_sha256:
-            raise ValueError(
-                f"dataset: expected the data that {self.path.name} was trained on "
-                f"({self.train_data_sha256[:10]}), got others named {dataset.name!r} ({found[:10]}); "
-                "give folder= to train on these"
-            )
+        check_digest(self.path, self.train_data_sha256, training_digest(self.recipe, dataset), dataset.name)
 
     @property
     def history(self) -> pd.DataFrame:
@@ -97,6 +97,12 @@ class Run:
         return finished(net.encoder, device)
 
     def _weights(self) -> dict[str, Tensor]:
+        said = read_json(self.path / DONE).get("weights_sha256")
+        if said is not None and said != self.weights_sha256:
+            raise ValueError(
+                f"{self.path / WEIGHTS}: expected the weights of {said[:10]}, as {DONE} says, "
+                f"got those of {self.weights_sha256[:10]}"
+            )
         try:
             return load_file(self.path / WEIGHTS)
         except SafetensorError as error:
@@ -109,9 +115,33 @@ def finished(network: _Network, device: str | torch.device) -> _Network:
     return network.to(device).eval()
 
 
-def training_digest(images: Tensor, labels: Tensor) -> str:
-    """SHA-256 of training images and labels."""
-    return digest(images.cpu().numpy().tobytes(), labels.cpu().long().numpy().tobytes())
+def training_part(recipe: Recipe, dataset: data.Dataset) -> tuple[Tensor, Tensor]:
+    """The training images and labels that a recipe takes: all, or ``train_examples`` of them, chosen by its seed."""
+    if recipe.train_examples is None:
+        return dataset.train_images, dataset.train_labels
+    chosen = dataset.training_indices(recipe.train_examples, recipe.seed)
+    return dataset.train_images[chosen], dataset.train_labels[chosen]
+
+
+def training_digest(recipe: Recipe, dataset: data.Dataset) -> str:
+    """SHA-256 of the training images and labels that a recipe takes: by this, a run knows its data."""
+    if recipe.train_examples is None:
+        return dataset.train_digest
+    images, labels = training_part(recipe, dataset)
+    return digest(images.cpu().numpy().tobytes(), labels.cpu().numpy().tobytes())
+
+
+def check_digest(path: Path, trained_on: str, found: str, name: str) -> None:
+    """Refuse to use what was trained on other data of the same name.
+
+    Raises:
+        ValueError: if the two digests differ.
+    """
+    if trained_on != found:
+        raise ValueError(
+            f"{path} was trained on other data named {name!r} ({trained_on[:10]}) than those given ({found[:10]}); "
+            "give folder= or move it away"
+        )
 
 
 def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
@@ -119,7 +149,8 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is of another recipe than ``expected``.
+        ValueError: if it is of another recipe than ``expected``, or of another version of its training; if its method
+            is not registered here; if the file is damaged.
     """
     if not (folder / DONE).exists():
         raise FileNotFoundError(f"folder: expected a finished run with {DONE} in {folder}")
@@ -128,10 +159,14 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
         recipe = recipe_from_dict(content["recipe"])
         channels, height, width = content["image_shape"]
         run = Run(folder, recipe, content["num_classes"], (channels, height, width), content["train_data_sha256"])
+    except UnknownMethod as error:
+        raise ValueError(f"{folder / DONE}: {error}; import {content.get('module')}, which registers it") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / DONE}: expected a finished run, got a damaged file ({error!r})") from error
     if expected is not None and recipe != expected:
         raise ValueError(other_recipe(folder / DONE, recipe, expected))
+    if expected is not None:
+        check_version(folder / DONE, content.get("version"), expected)
     return run
 
 
@@ -143,12 +178,21 @@ def new_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
-        if not isinstance(recipe, ClustrCert):
-            orthonormal = isinstance(recipe, LipschitzMargin)
-            return LinearClassifier(encoder, encoder.embedding_dim, num_classes, orthonormal=orthonormal)
+        if not recipe.learnable_centroids:
+            return LinearClassifier(encoder, encoder.embedding_dim, num_classes, orthonormal=recipe.orthonormal_head)
         labels = torch.arange(num_classes).repeat_interleave(recipe.per_class)
         blank = Clusters(torch.zeros(len(labels), encoder.embedding_dim), labels, torch.ones(len(labels)))
         return ClusterClassifier(encoder, blank, rule=recipe.rule, learnable=True)
+
+
+def check_version(path: Path, found: str | None, recipe: Recipe) -> None:
+    """Refuse to use what another version of the training left (files of version 1 may not say so).
+
+    Raises:
+        ValueError: if the version is not the recipe's today.
+    """
+    if (found or "1") != (expected := training_version(recipe)):
+        raise ValueError(f"{path}: expected version {expected} of the training, got {found or 1}; move it away")
 
 
 def network_tensors(network: nn.Module) -> dict[str, Tensor]:

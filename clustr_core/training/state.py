@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,18 +15,20 @@ from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.storage.files import written_whole
 from clustr_core.training.processes import ALONE, Processes
 from clustr_core.training.recipes import (
-    Clustr,
-    FreeAdversarialTraining,
-    FreeClustr,
     Recipe,
+    has_cluster_batches,
+    has_persistent_perturbation,
     recipe_from_dict,
     recipe_to_dict,
+    training_version,
 )
 from clustr_core.training.refresh import clustered, embedded
 from clustr_core.training.run import (
     CHECKPOINT,
     WEIGHTS,
     Run,
+    check_digest,
+    check_version,
     network_tensors,
     new_network,
     other_recipe,
@@ -69,21 +72,20 @@ def new_state(
         embeddings = embedded(processes, network.encoder, images)
         clusters, _ = clustered(processes, recipe, embeddings, labels, recipe.seed)
         network.centroids.data.copy_(clusters.centroids)
-    trained = network.encoder if isinstance(recipe, Clustr) else network
+    trained = network.encoder if recipe.cluster_batches else network
     optimiser = _optimiser(recipe, trained)
     generator = torch.Generator(images.device).manual_seed(recipe.seed)
-    sha256 = training_digest(images, labels)
     perturbation = _no_perturbation(recipe, images)
+    sha256 = training_digest(recipe, dataset)
     return State(network, optimiser, generator, sha256, perturbation, processes, local_statistics)
 
 
 def _no_perturbation(recipe: Recipe, images: Tensor) -> Tensor | None:
     """Free training's perturbation at the start: zeros for the largest batch."""
-    if isinstance(recipe, FreeClustr):
-        return images.new_zeros(recipe.clusters_per_batch * recipe.per_cluster, *images.shape[1:], dtype=torch.float32)
-    if isinstance(recipe, FreeAdversarialTraining):
-        return images.new_zeros(recipe.batch_size, *images.shape[1:], dtype=torch.float32)
-    return None
+    if not has_persistent_perturbation(recipe):
+        return None
+    size = recipe.clusters_per_batch * recipe.per_cluster if has_cluster_batches(recipe) else recipe.batch_size
+    return images.new_zeros(size, *images.shape[1:], dtype=torch.float32)
 
 
 def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
@@ -109,6 +111,7 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
         tensors["perturbation"] = state.perturbation
     facts = {
         "recipe": recipe_to_dict(recipe),
+        "version": training_version(recipe),
         "train_data_sha256": state.data_sha256,
         "epoch": state.epoch,
         "history": state.history,
@@ -118,10 +121,13 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
         save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
 
 
-def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
-    """Go on from a checkpoint, which must be of this recipe and of these data."""
+def checkpoint_facts(path: Path, recipe: Recipe, data_sha256: str) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors.
+
+    Raises:
+        ValueError: if it is damaged, or of another recipe, version or data.
+    """
     try:
-        tensors = load_file(path)
         with safe_open(path, framework="pt") as file:
             facts = json.loads(file.metadata()["facts"])
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -129,8 +135,14 @@ def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
     found = recipe_from_dict(facts["recipe"])
     if found != recipe:
         raise ValueError(other_recipe(path, found, recipe))
-    if facts["train_data_sha256"] != state.data_sha256:
-        raise ValueError(f"{path}: expected a checkpoint trained on these images; {recipe.dataset} has changed since")
+    check_version(path, facts.get("version"), recipe)
+    check_digest(path.parent, facts["train_data_sha256"], data_sha256, recipe.dataset)
+    return facts
+
+
+def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
+    """Go on from a checkpoint, which must be of this recipe and of these data."""
+    facts, tensors = checkpoint_facts(path, recipe, state.data_sha256), load_file(path)
     state.network.load_state_dict(prefixed(tensors, "network."))
     slots: dict[int, dict[str, Tensor]] = {}
     for name, tensor in prefixed(tensors, "optimiser.").items():
