@@ -30,6 +30,7 @@ _HOMES = {
         "FreeAdversarialTraining FreeClustr LipschitzMargin Recipe Smoothing Trades"
     ),
     "training.loop": "fit",
+    "training.registry": "register_recipe",
     "training.run": "Run load_run",
     "measuring.profile": "Profile Protocol load_profile",
 }

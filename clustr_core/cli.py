@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 import pandas as pd
 import torch
-import yaml
 
 from clustr_core import data
 from clustr_core.attacks.names import PAPER_RESTARTS, PAPER_STEPS
@@ -30,6 +29,7 @@ from clustr_core.models.official import NUM_CLASSES, load_official
 from clustr_core.storage.files import digest, home
 from clustr_core.storage.provenance import environment, write_sidecar
 from clustr_core.storage.tables import write_table
+from clustr_core.training.fields import read_yaml
 from clustr_core.training.loop import fit
 from clustr_core.training.processes import count, device_here, is_first
 from clustr_core.training.recipes import CERTIFIABLE, METHODS, Precision, Recipe, override, run_folder
@@ -73,9 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.set.append(f"precision={options.precision}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("auto-attack").setLevel(logging.WARNING)
-    # of several processes one speaks for all; an error is any one's to report
-    spoken = contextlib.nullcontext() if is_first() else contextlib.redirect_stdout(io.StringIO())
     try:
+        # of several processes one speaks for all; an error is any one's to report
+        spoken = contextlib.nullcontext() if is_first() else contextlib.redirect_stdout(io.StringIO())
         if options.threads is not None:
             _set_threads(options.threads)
         # what is asked of a share is looked at before any work is done for it
@@ -261,8 +261,8 @@ def _changes(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--set: expected NAME=VALUE, got {pair!r}")
         try:
-            changes[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            changes[name] = read_yaml(value, name)
+        except ValueError as error:
             raise ValueError(f"--set: expected YAML after {name}=, got {value!r}") from error
     return changes
 

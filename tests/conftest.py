@@ -1,6 +1,7 @@
 """Shapes are checked while testing, one thread a process, and no skip but that of a missing GPU."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def as_installed() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def digits():
     """The dataset that lies in the package."""
     from clustr_core import data
@@ -31,16 +32,33 @@ def digits():
     return data.load_dataset("digits")
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, digits):
-    """A linear and a cluster classifier, trained for one module and measured by nobody yet."""
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, digits):
+    """Trains a recipe on digits once for all tests: a run that tests read, and copy where they write."""
     from clustr_core.training.loop import fit
+
+    home, runs = tmp_path_factory.mktemp("trained"), {}
+
+    def once(recipe):
+        if recipe not in runs:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("CLUSTR_HOME", str(home))
+                runs[recipe] = fit(recipe, dataset=digits, progress=False)
+        return runs[recipe]
+
+    return once
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, trained):
+    """A linear and a cluster classifier, in copies that one module's tests measure."""
     from clustr_core.training.recipes import Clustr, CrossEntropy
+    from clustr_core.training.run import load_run
 
     small = {"width": 4, "train_examples": 200, "learning_rate": 5e-3}
     recipes = (CrossEntropy(epochs=15, **small), Clustr(epochs=4, per_cluster=4, snapshots=(0, 4), **small))
     home = tmp_path_factory.mktemp("runs")
-    return {r.method: fit(r, dataset=digits, folder=home / r.method, progress=False) for r in recipes}
+    return {r.method: load_run(shutil.copytree(trained(r).path, home / r.method)) for r in recipes}
 
 
 @pytest.fixture

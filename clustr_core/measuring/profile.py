@@ -3,12 +3,13 @@
 This module reads no tensors, so that a pipeline can ask it for names in no time.
 """
 
+import importlib.util
 import math
+import re
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
-
-import yaml
 
 from clustr_core.attacks.names import ATTACKS, PAPER_STEP_SIZE, Norm
 from clustr_core.storage.files import digest, home
@@ -169,7 +170,9 @@ class Profile:
     """A scale at which the whole book is computed: its runs, its measurements, its chapters' parameters.
 
     Args:
+        name: its tables lie in ``results/<name>/``.
         sha256: of the file that it was read from.
+        path: that file, by which other programs read it too; None for a profile that no file holds.
     """
 
     name: str
@@ -181,6 +184,7 @@ class Profile:
     smoothing: SmoothingBudget | None = None
     chapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     sha256: str = ""
+    path: Path | None = None
 
     def __post_init__(self) -> None:
         """An attack can only be transferred from a method of the profile."""
@@ -209,24 +213,25 @@ _BUDGETS = {"examination": Examination, "sandwich": SandwichBudget, "smoothing":
 
 
 def load_profile(name: str | Path) -> Profile:
-    """The profile ``profiles/<name>.yaml`` of the book's root, or a YAML file by its path.
+    """The profile ``profiles/<name>.yaml`` of the book's root, or a YAML file (.yaml, .yml) by its path.
+
+    A file in the book's own folder is called by its stem; any other by its stem and six digits of its path's digest, so
+    that two files of one name do not overwrite each other's tables.
 
     Keys: ``shared`` (fields of every recipe), ``methods`` (the fields of each; ``warm_start`` names another method),
     ``attacks`` (a `Protocol` each), ``certified_examples``, ``examination``, ``sandwich`` and ``smoothing`` (an
-    `Examination`, a `SandwichBudget`, a `SmoothingBudget`), ``chapters`` (parameters of each notebook). Fractions such
-    as 8/255 are numbers.
+    `Examination`, a `SandwichBudget`, a `SmoothingBudget`), ``chapters`` (parameters of each notebook), ``plugins``
+    (modules, or Python files beside the profile, that register methods of one's own; they are imported, which runs
+    them). Fractions such as 8/255 are numbers, everywhere; numbers are decimal; no key may stand twice.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: for an unknown key or method, or a value without meaning; the key is named.
     """
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else home() / "profiles" / f"{name}.yaml"
-    if not path.exists():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise FileNotFoundError(f"profile: expected one of {known} or a YAML file, got {name}")
-    content = mapping(_read_yaml(path), path.name)
+    path = _path_of(name)
+    content = mapping(read_yaml(path.read_text(encoding="utf-8"), path.name), path.name)
     parts = ("shared", "methods", "attacks", "chapters")
-    known = [*parts, "certified_examples", *_BUDGETS]
+    known = [*parts, "certified_examples", "plugins", *_BUDGETS]
     if unknown := sorted(set(content) - set(known), key=str):
         raise ValueError(f"{path.name}: unknown key {unknown}, expected some of {known}")
     shared, methods, attacks, chapters = (mapping(content.get(key), f"{path.name}: {key}") for key in parts)
@@ -240,20 +245,60 @@ def load_profile(name: str | Path) -> Profile:
         for key, kind in _BUDGETS.items()
         if content.get(key) is not None
     }
-    recipes = _recipes(methods, shared, path.name)
+    for plugin in field_value(content.get("plugins") or (), tuple[str, ...], f"{path.name}: plugins"):
+        _import_plugin(plugin, path)
+    recipes, source = _recipes(methods, shared, path.name), {"sha256": digest(path.read_bytes()), "path": path}
     try:
-        return Profile(
-            path.stem, recipes, protocols, examples, chapters=chapters, sha256=digest(path.read_bytes()), **budgets
-        )
+        return Profile(_name_of(path), recipes, protocols, examples, chapters=chapters, **source, **budgets)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 
 
-def _read_yaml(path: Path) -> Any:
+def _path_of(name: str | Path) -> Path:
+    """The file of a profile, absolute."""
+    folder = home() / "profiles"
+    path = Path(name).expanduser() if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise FileNotFoundError(f"profile: expected one of {known} or a YAML file, got {name}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):
+        raise ValueError(f"profile: expected a file name of letters, digits, - and _, got {path.name!r}")
+    return path.resolve()
+
+
+def _name_of(path: Path) -> str:
+    own = path.parent == (home() / "profiles").resolve()
+    return path.stem if own else f"{path.stem}-{digest(str(path))[:6]}"
+
+
+def _import_plugin(name: str, profile: Path) -> None:
+    """A module by its name, or a Python file beside the profile, which is then a module of its stem's name."""
+    where = f"{profile.name}: plugins"
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name}: expected YAML, got {error}") from error
+        if not name.endswith(".py"):
+            importlib.import_module(name)
+            return
+        path = (profile.parent / name).resolve()
+        known = sys.modules.get(path.stem)
+        if known is not None and Path(getattr(known, "__file__", None) or "").resolve() != path:
+            raise ValueError(f"expected another file name, since a module {path.stem!r} is there already")
+        if known is None:
+            _load_file(path)
+    except Exception as error:
+        raise ValueError(f"{where}: expected modules that can be imported, got {name!r} ({error})") from error
+
+
+def _load_file(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
 
 
 def _protocol(values: Any, where: str) -> Protocol:
@@ -264,7 +309,8 @@ def _recipes(methods: dict[str, dict], shared: dict[str, Any], where: str) -> di
     recipes: dict[str, Recipe] = {}
     for method, values in methods.items():
         if method not in METHODS:
-            raise ValueError(f"{where}: unknown method {method!r}, expected some of {sorted(METHODS)}")
+            expected = f"some of {sorted(METHODS)}, or one that a module under plugins registers"
+            raise ValueError(f"{where}: unknown method {method!r}, expected {expected}")
         values = {**shared, **mapping(values, f"{where}: methods.{method}")}
         if start := values.pop("warm_start", None):
             if not isinstance(start, str) or start not in recipes:

@@ -41,12 +41,12 @@ for _tag, _pattern, _first in (
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("tag:yaml.org,2002:merge", r"<<", ["<"]),
     ("tag:yaml.org,2002:int", r"[-+]?[0-9]+", _DIGITS),
-    ("tag:yaml.org,2002:float", _NUMBER, _DIGITS),
+    ("tag:yaml.org,2002:float", rf"{_NUMBER}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", _DIGITS),
     ("!fraction", rf"{_NUMBER}/{_NUMBER}", _DIGITS),
 ):
     _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(re.sub(r"\.(?=[a-zA-Z])", "", node.value)))
 _Loader.add_constructor("!fraction", lambda loader, node: _quotient(node.value) or node.value)
 
 
@@ -122,10 +122,10 @@ def field_value(value: Any, kind: Any, where: str) -> Any:
 
 def _number(value: Any, where: str) -> float:
     """A finite number, or a fraction of two such as "25.5/255"."""
-    number = float(value) if isinstance(value, int | float) else _quotient(str(value))
+    number = float(value) if type(value) in (int, float) else _quotient(str(value))
     if number is None:
         raise ValueError(f"{where}: expected a number or a fraction, got {value!r}")
-    if isinstance(value, bool) or not math.isfinite(number):
+    if not math.isfinite(number):
         raise ValueError(f"{where}: expected a finite number, got {value!r}")
     return number
 

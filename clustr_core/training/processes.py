@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clustr_core.training.recipes import (
-    Precision,
-)
+from clustr_core.training.recipes import Precision
 
 log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 # a process that fails ends the others through torchrun; one that is still attacking may keep them waiting
 TIMEOUT = timedelta(days=2)
+# what torchrun sets beside WORLD_SIZE, and processes need to find each other
+TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,12 @@ class _Gather(torch.autograd.Function):
 
 
 def count() -> int:
-    """How many processes torchrun started, or 1."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes torchrun started, or 1.
+
+    Raises:
+        ValueError: if the environment holds some of torchrun's variables only, as when they were left there.
+    """
+    return _launched()[1]
 
 
 def is_first() -> bool:
@@ -188,7 +192,19 @@ def join(device: str | torch.device | None = None, precision: Precision = "32-tr
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return _launched()[0]
+
+
+def _launched() -> tuple[int, int]:
+    """This process's rank, and the number of processes, as torchrun says."""
+    said = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    if not all(value.isdecimal() for value in said.values()) or int(said["RANK"]) >= int(said["WORLD_SIZE"]):
+        raise ValueError(f"environment: expected RANK in 0..WORLD_SIZE-1, got {said}; unset both, or use torchrun")
+    rank, processes = int(said["RANK"]), int(said["WORLD_SIZE"])
+    if processes > 1 and (missing := [name for name in TORCHRUN if name not in os.environ]):
+        found = f"WORLD_SIZE={processes} without {', '.join(missing)}"
+        raise ValueError(f"environment: expected all that torchrun sets, got {found}; unset WORLD_SIZE and RANK")
+    return rank, processes
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -13,6 +14,7 @@ from clustr_core.attacks.names import ATTACKS
 from clustr_core.measuring.profile import Profile, Protocol, SandwichBudget, SmoothingBudget, load_profile
 from clustr_core.storage.files import digest
 from clustr_core.training import recipes
+from clustr_core.training.fields import read_yaml
 from clustr_core.training.recipes import (
     _POSITIVE,
     METHODS,
@@ -71,7 +73,7 @@ def profile(tmp_path):
 
 def test_a_profile_is_what_its_file_says(profile):
     found = profile(GOOD)
-    assert found.name == "mine"
+    assert found.name.startswith("mine-")
     assert list(found.recipes) == ["ce", "pgd-at", "clustr", "clustr-qtrades"]
     ce, at, clustr, qtrades = found.recipes.values()
     assert ce == CrossEntropy(epochs=2, width=8, learning_rate=0.5)
@@ -198,6 +200,75 @@ def test_every_profile_of_the_book_loads_and_survives_json(path, monkeypatch):
 def test_what_a_profile_cannot_say(profile, as_installed, text, message):
     with pytest.raises(ValueError, match=message):
         profile(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10), ("-007", -7), ("8/255", 8 / 255), ("25.5/255", 0.1), ("1e-3", 0.001), (".5", 0.5), ("1.", 1.0),
+        ("true", True), ("~", None), ("'8/255'", "8/255"), ("{a: [1/4]}", {"a": [0.25]}),
+        # text, of which YAML 1.1 makes 90, 10, 16, 7, False and a date
+        *((text, text) for text in ("1:30", "1_0", "0x10", "0o7", "no", "2020-01-01", "1/0")),
+    ],
+)  # fmt: skip
+def test_numbers_are_decimal_and_words_are_words(text, value):
+    found = read_yaml(text, "here")
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("value", ["1:30", "1_0", "0x10", "no", "ten", "1/0", [5], True])
+def test_what_is_no_number_is_refused_and_not_guessed(value):
+    with pytest.raises(ValueError, match="ce: epochs: expected a number or a fraction, got"):
+        override(CrossEntropy(), {"epochs": value})
+
+
+def test_whole_numbers_of_any_length_stay_what_they_are():
+    assert override(CrossEntropy(), {"seed": 2**60 + 1}).seed == 2**60 + 1
+
+
+def test_fractions_are_numbers_in_the_chapters_too(profile):
+    found = profile("chapters: {04-pgd: {pictured_eps: 8/255, radii: [36/255, 0.5]}}")
+    assert found.chapters == {"04-pgd": {"pictured_eps": 8 / 255, "radii": [36 / 255, 0.5]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("shared: {width: 8}\nmethods:\n  ce: {epochs: 2}\n  ce: {epochs: 3}\n", 4),
+        ("shared: {width: 8, width: 8}\n", 1),
+        ("certified_examples: 3\n\ncertified_examples: 4\n", 3),
+    ],
+)
+def test_a_key_that_stands_twice_is_named_with_its_line(profile, text, line):
+    with pytest.raises(
+        ValueError, match=rf"(?s)mine\.yaml: expected YAML, got the key '\w+' stands twice.* line {line}"
+    ):
+        profile(text)
+
+
+def test_two_profiles_of_one_file_name_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
+    folders = [tmp_path / "profiles", tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "tiny.yaml").write_text("certified_examples: 3", encoding="utf-8")
+    names = [load_profile(folder / "tiny.yaml").name for folder in folders]
+    assert names[0] == "tiny" == load_profile("tiny").name
+    assert len(set(names)) == 3
+    assert all(re.fullmatch("tiny-[0-9a-f]{6}", name) for name in names[1:])
+    # however the path is written, and whatever the file says
+    monkeypatch.chdir(tmp_path / "a")
+    (tmp_path / "a/tiny.yaml").write_text("certified_examples: 4", encoding="utf-8")
+    assert load_profile("tiny.yaml").name == load_profile("../a/tiny.yaml").name == names[1]
+    assert load_profile("tiny.yaml").path == tmp_path / "a/tiny.yaml"
+
+
+@pytest.mark.parametrize("name", ["my profile", "tiny.1", "täny", "a+b"])
+def test_a_profile_has_a_plain_name(tmp_path, name):
+    (tmp_path / f"{name}.yaml").touch()
+    with pytest.raises(ValueError, match="profile: expected a file name of letters, digits, - and _, got"):
+        load_profile(tmp_path / f"{name}.yaml")
 
 
 def test_a_missing_profile_says_which_there_are(tmp_path, monkeypatch):
