@@ -12,13 +12,13 @@ from matplotlib.patheffects import withStroke
 from clustr_core.drawing.looks import (
     BOUND_LOOKS,
     COLOURS,
-    LOOKS,
-    METHOD_NAMES,
     PROTOCOL_LOOKS,
     PROTOCOL_NAMES,
     SANDWICH_LOOKS,
     Look,
     each_group,
+    look_of,
+    method_name,
 )
 
 
@@ -54,9 +54,9 @@ def draw_accuracy(axes: Axes, table: pd.DataFrame, x: str, y: str, *, loss: str 
     if loss is not None:
         table = pd.DataFrame(table[table["loss"] == loss])
     for method, rows in each_group(table, "method"):
-        look = LOOKS[method]
+        look = look_of(method)
         style = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker, "markersize": 5}
-        axes.plot(rows[x], rows[y], label=METHOD_NAMES[method], **style)
+        axes.plot(rows[x], rows[y], label=method_name(method), **style)
         axes.fill_between(rows[x], rows["low"], rows["high"], color=look.color, alpha=0.15, linewidth=0)
     axes.set_ylim(-0.02, 1.02)
 
@@ -104,7 +104,7 @@ def draw_protocol_gaps(axes: Axes, table: pd.DataFrame) -> None:
             axes.plot([at["low"], at["high"]], [row + shift] * 2, color=look.color, linewidth=1.6, zorder=2)
             label = PROTOCOL_NAMES[protocol] if row == 0 else None
             axes.plot(at["accuracy"], row + shift, look.marker, color=look.color, zorder=3, label=label)
-    axes.set_yticks(range(len(groups)), [METHOD_NAMES[method] for method, _ in groups])
+    axes.set_yticks(range(len(groups)), [method_name(method) for method, _ in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlim(-0.03, 1.03)
     axes.grid(visible=False, axis="y")
@@ -136,8 +136,8 @@ def draw_tightness(axes: Axes, table: pd.DataFrame) -> None:
 def draw_history(axes: Axes, table: pd.DataFrame, y: str) -> None:
     """One column of training histories against the epoch, one line a method."""
     for method, rows in each_group(table.dropna(subset=[y]), "method"):
-        look = LOOKS[method]
-        axes.plot(rows["epoch"], rows[y], color=look.color, linestyle=look.linestyle, label=METHOD_NAMES[method])
+        look = look_of(method)
+        axes.plot(rows["epoch"], rows[y], color=look.color, linestyle=look.linestyle, label=method_name(method))
     axes.set_xlabel("epoch")
 
 
@@ -179,7 +179,7 @@ def draw_shares(axes: Axes, table: pd.DataFrame, value: str, group: str) -> None
 def draw_paths(axes: Axes, table: pd.DataFrame) -> None:
     """The path of an attack for each method: position along the line to the rival, and distance from that line."""
     for method, rows in each_group(table, "method"):
-        look = LOOKS[method]
+        look = look_of(method)
         axes.plot(
             rows["along"],
             rows["across"],
@@ -187,7 +187,7 @@ def draw_paths(axes: Axes, table: pd.DataFrame) -> None:
             linestyle=look.linestyle,
             marker=look.marker,
             markersize=3.5,
-            label=METHOD_NAMES[method],
+            label=method_name(method),
         )
         axes.plot(rows["along"].iloc[0], rows["across"].iloc[0], marker="o", markersize=10, color=look.color, alpha=0.4)
     axes.axvline(0.5, color="0.3", linewidth=1)
@@ -206,9 +206,9 @@ def draw_image(axes: Axes, image: np.ndarray, title: str = "") -> None:
 def draw_progress(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
     """One column against another, one line a method."""
     for method, rows in each_group(table, "method"):
-        look = LOOKS[method]
+        look = look_of(method)
         style = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker, "markersize": 3.5}
-        axes.plot(rows[x], rows[y], label=METHOD_NAMES[method], **style)
+        axes.plot(rows[x], rows[y], label=method_name(method), **style)
 
 
 def draw_ranges(axes: Axes, table: pd.DataFrame, value: str) -> None:
@@ -221,9 +221,9 @@ def draw_ranges(axes: Axes, table: pd.DataFrame, value: str) -> None:
         showfliers=False,
         patch_artist=True,
         medianprops={"color": "black"},
-        tick_labels=[METHOD_NAMES[method] for method, _ in groups],
+        tick_labels=[method_name(method) for method, _ in groups],
     )
     for box, (method, _) in zip(boxes["boxes"], groups, strict=True):
-        box.set_facecolor(LOOKS[method].color)
+        box.set_facecolor(look_of(method).color)
         box.set_alpha(0.5)
     axes.invert_yaxis()

@@ -94,7 +94,7 @@ def summary_table(
     both = both.rename(columns={"robust_accuracy": "accuracy"})
     both["column"] = both["protocol"].where(both["eps"] > 0, "clean")
     seen = on_common_images(here)[["method", "index"]].drop_duplicates()
-    best = best_bound(certificates).replace({"method": _OF_CLUSTERS})
+    best = best_bound(certificates).replace({"method": _of_clusters()})
     radius = eps * (pixels**0.5 if norm == "linf" else 1.0)
     certified = certified_accuracy(best.merge(seen, on=["method", "index"]), [radius]).drop(columns="bound")
     certified = certified.rename(columns={"certified_accuracy": "accuracy"}).assign(column="certified")
@@ -161,17 +161,17 @@ def binomial_interval(successes: int, trials: int, *, confidence: float = 0.95) 
     return float(found.low), float(found.high)
 
 
-# what a certificate's rows are called in a table of attacks: without a guarantee of its own, a method's certificate is
-# that of the cluster rule
-_OF_CLUSTERS = {
-    name: f"{name}-clusters" for name, recipe in METHODS.items() if recipe.guarantee == "none" and not recipe.clustered
-}
+def _of_clusters() -> dict[str, str]:
+    """What a certificate's rows are called in a table of attacks: without a guarantee of its own, a method's
+    certificate is that of the cluster rule. Asked for when needed, since methods may be registered at any time."""
+    plain = (name for name, recipe in METHODS.items() if recipe.guarantee == "none" and not recipe.clustered)
+    return {name: f"{name}-clusters" for name in plain}
 
 
 def _proportions(table: pd.DataFrame, keys: list[str], column: str, name: str) -> pd.DataFrame:
     counts = table.groupby(keys, sort=True)[column].agg(["sum", "count"]).reset_index()
     intervals = [binomial_interval(s, n) for s, n in zip(counts["sum"], counts["count"], strict=True)]
     counts[name] = counts["sum"] / counts["count"]
-    counts[["low", "high"]] = intervals
+    counts["low"], counts["high"] = [low for low, _ in intervals], [high for _, high in intervals]
     counts["examples"] = counts["count"]
     return counts.drop(columns=["sum", "count"])

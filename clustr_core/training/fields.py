@@ -12,6 +12,8 @@ import yaml
 from yaml.composer import ComposerError
 
 _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+# the dot of .inf and .nan, which Python writes without
+_WORD_DOT = re.compile(r"\.(?=[a-zA-Z])")
 _FRACTION = re.compile(rf"\s*({_NUMBER})\s*(?:/\s*({_NUMBER})\s*)?")
 
 
@@ -46,7 +48,7 @@ for _tag, _pattern, _first in (
 ):
     _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(re.sub(r"\.(?=[a-zA-Z])", "", node.value)))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(_WORD_DOT.sub("", node.value)))
 _Loader.add_constructor("!fraction", lambda loader, node: _quotient(node.value) or node.value)
 
 
