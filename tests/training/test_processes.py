@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from clustr_core.models.encoders import build_encoder
 from clustr_core.storage.files import read_json, write_json
-from clustr_core.training.processes import ALONE, Processes, device_here
+from clustr_core.training.processes import ALONE, TORCHRUN, Processes, count, device_here, is_first, join
 from clustr_core.training.recipes import Clustr
 from clustr_core.training.run import load_run
 
@@ -124,11 +124,12 @@ def test_each_row_is_some_process_own_once(two):
 def test_parts_together_are_the_whole(total, count):
     rows = torch.arange(total)
     processes = [Processes(torch.device("cpu"), rank, count) for rank in range(count)]
-    parts = [each.part(rows) for each in processes]
+    parts = [each.shard(rows) for each in processes]
     assert len({len(part) for part in parts}) == 1
     assert all(len(part) for part in parts)
     assert torch.equal(torch.cat(parts)[:total], rows)
-    assert torch.equal(torch.cat([each.own(part, total) for each, part in zip(processes, parts, strict=True)]), rows)
+    unpadded = [each.unpadded_shard(part, total) for each, part in zip(processes, parts, strict=True)]
+    assert torch.equal(torch.cat(unpadded), rows)
 
 
 def test_the_gradient_through_a_gathered_batch_is_that_of_one_process(two):
@@ -144,11 +145,12 @@ def test_the_gradient_through_a_gathered_batch_is_that_of_one_process(two):
 def test_one_process_asks_nobody_and_loads_nothing():
     code = """
 import sys
-from clustr_core import evaluation, training, recipes, data
-from clustr_core.parallel import join
+from clustr_core.measuring import attacked, certified
+from clustr_core.training import loop
+from clustr_core.training.processes import join
 rows = __import__("torch").arange(3.0)
 alone = join("cpu")
-assert alone.part(rows) is alone.whole(rows, 3) is rows and alone.first and alone.count == 1
+assert alone.shard(rows) is alone.gathered(rows, 3) is rows and alone.first and alone.count == 1
 assert alone.from_first(lambda: 7) == 7
 print(any(name.startswith("lightning") for name in sys.modules))
 """
@@ -157,8 +159,8 @@ print(any(name.startswith("lightning") for name in sys.modules))
 
 
 def test_several_processes_do_not_share_a_gpu(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in (*TORCHRUN, "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2" if "WORLD_SIZE" in name else "1")
     assert device_here("cpu") == torch.device("cpu")
     assert device_here("cuda") == device_here("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="device: expected cuda, of which each of 2 processes has one, got cuda:0"):
@@ -238,3 +240,47 @@ def test_of_several_processes_at_the_command_line_one_speaks_and_writes(tmp_path
     assert said[0] == said[1]
     assert said[0].count("wrote results/tiny/attacks-ce.csv (80 rows)") == 1
     assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        (
+            {"WORLD_SIZE": "2", "RANK": "1"},
+            "WORLD_SIZE=2 without LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MAS",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE=2 without LOCAL_WORLD_SIZE, MASTER_ADDR"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, LOCAL_RANK"),
+        ({"RANK": "1"}, r"expected RANK in 0\.\.WORLD_SIZE-1, got .*'RANK': '1', 'WORLD_SIZE': '1'"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, r"expected RANK in 0\.\.WORLD_SIZE-1"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, r"expected RANK in 0\.\.WORLD_SIZE-1"),
+    ],
+)
+def test_variables_of_torchrun_that_were_left_behind_are_refused(left, said, tmp_path, monkeypatch):
+    for name in (*TORCHRUN, "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    for ask in (count, is_first, join, lambda: several.fit(several.START, tmp_path / "run")):
+        with pytest.raises(ValueError, match=f"environment: .*{said}"):
+            ask()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_shell_says_so_in_one_line():
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "clustr_core.cli", "train", "--method", "ce"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("clustr: environment: expected all that torchrun sets, got WORLD_SIZE=2 without ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("left", [{}, {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"WORLD_SIZE": "1"}])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_one_process_is_alone_whatever_else_is_left(left, precision, monkeypatch):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    processes = join("cpu", precision)
+    assert (processes.rank, processes.count, count(), is_first()) == (0, 1, 1, True)
+    assert processes.computed(lambda x: x @ x, torch.ones(2, 2)).tolist() == [[2, 2], [2, 2]]
