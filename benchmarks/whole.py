@@ -10,8 +10,8 @@ from clustr_core.measuring.profile import load_profile
 from clustr_core.training.recipes import run_folder
 
 CONTRACT = (
-    "distances", "clusters", "sampling", "losses", "encoders", "classifiers", "lipschitz", "certify", "attacks",
-    "checkpoints", "data",
+    "numerics.distances", "models.clusters", "training.sampling", "training.losses", "models.encoders",
+    "models.classifiers", "certificates.lipschitz", "certificates.ladder", "attacks.gradient", "models.official", "data",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 

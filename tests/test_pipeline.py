@@ -41,7 +41,7 @@ rows = 2
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from clustr_core.plotting import house_style, save_figure
+from clustr_core.drawing.looks import house_style, save_figure
 
 house_style()
 figure, axes = plt.subplots()
@@ -83,13 +83,14 @@ def one_chapter(home: Path, tmp_path: Path) -> Path:
     shutil.copytree(home, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("notebooks", "runs", "_build"))
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks/01-test.md").write_text(CHAPTER)
-    (tmp_path / "profiles/smoke.yaml").write_text("chapters:\n  01-test: {rows: 3}\n")
+    for profile in ("smoke", "quick"):
+        (tmp_path / f"profiles/{profile}.yaml").write_text("chapters:\n  01-test: {rows: 3}\n")
     return tmp_path
 
 
 def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A module of the project, in a copy of the project."""
-    environment = os.environ | {"CLUSTR_HOME": str(home), "PYTHONPATH": str(home), "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"CLUSTR_HOME": str(home), "PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *arguments]
     return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
@@ -156,11 +157,11 @@ def test_a_failing_cell_leaves_its_traceback_and_nothing_in_place(one_chapter: P
 def test_two_runs_publish_the_same_bytes(one_chapter: Path) -> None:
     published = []
     for _ in range(2):
-        done = execute(one_chapter, "01-test")
+        done = execute(one_chapter, "01-test", "quick")
         assert done.returncode == 0, done.stderr
-        done = run(one_chapter, "tools.publish", "--profile", "smoke")
+        done = run(one_chapter, "tools.publish", "--profile", "quick")
         assert done.returncode == 0, done.stderr
-        files = [one_chapter / "notebooks/01-test.ipynb", *sorted(one_chapter.glob("figures/smoke/*"))]
+        files = [one_chapter / "notebooks/01-test.ipynb", *sorted(one_chapter.glob("figures/published/quick/*"))]
         published.append([path.read_bytes() for path in files])
     assert published[0] == published[1]
     twin = nbformat.reads(published[0][0].decode(), as_version=4)
@@ -169,7 +170,27 @@ def test_two_runs_publish_the_same_bytes(one_chapter: Path) -> None:
     drawn, shown = twin.cells[2].outputs[0], twin.cells[4].outputs
     assert drawn.data["text/plain"] == drawn.metadata["image/png"]["alt"] == "A line that rises from zero."
     assert [output.data for output in shown] == [{"text/plain": "3"}]
-    assert (one_chapter / "figures/smoke/fig-test.csv").read_text() == "row\n0\n1\n2\n"
+    assert (one_chapter / "figures/published/quick/fig-test.csv").read_text() == "row\n0\n1\n2\n"
+
+
+def test_another_profile_publishes_its_figures_and_no_twin(one_chapter: Path) -> None:
+    assert execute(one_chapter, "01-test").returncode == 0
+    done = run(one_chapter, "tools.publish", "--profile", "smoke")
+    assert done.returncode == 0, done.stderr
+    assert (one_chapter / "figures/published/smoke/fig-test.csv").exists()
+    assert not (one_chapter / "notebooks/01-test.ipynb").exists()
+
+
+def test_a_parameter_from_the_command_line_goes_before_the_profiles(one_chapter: Path) -> None:
+    command = ("tools.execute", "notebooks/01-test.md", "--profile", "smoke", "--output", "_build/x.ipynb")
+    done = run(one_chapter, *command, "-p", "rows=4")
+    assert done.returncode == 0, done.stderr
+    shown = nbformat.read(one_chapter / "_build/x.ipynb", as_version=4).cells[-1].outputs
+    assert shown[-1].data["text/plain"] == "4"
+    for given, words in (("colums=4", "NAME one of rows in 01-test.md"), ("rows=four", "expected a literal such as 2")):
+        done = run(one_chapter, *command, "-p", given)
+        assert done.returncode == 1
+        assert words in done.stderr
 
 
 def test_a_changed_source_cannot_be_published(one_chapter: Path) -> None:

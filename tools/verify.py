@@ -248,7 +248,7 @@ def models(root: Path) -> list[str]:
         shutil.copytree(root, copy, ignore=left_out)
         command = [sys.executable, "-m", "snakemake", "--cores", "all", "--config", "profile=quick", "--quiet", "rules"]
         environment = os.environ | {"CLUSTR_HOME": str(copy), "PYTHONPATH": str(copy)}
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, encoding="utf-8", check=False)
         if done.returncode:
             return [f"profile quick could not be run: {done.stderr[-1000:]}"]
         lines = compare.compare(copy / "results/quick", root / "results/published/quick")
