@@ -12,16 +12,16 @@ READY := $(VENV)/.installed
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  PROFILE=smoke|quick|cpu|cpu-cifar10|paper (now $(PROFILE))   CORES=n (now $(CORES))   PYTHON=python3.11"
+	@echo "  PROFILE=smoke|quick|cpu|cpu-cifar10|paper, or the path of a YAML file (now $(PROFILE))   CORES=n (now $(CORES))   PYTHON=python3.11"
 
 figures: $(READY)  ## train, attack, certify and run every chapter: figures/PROFILE/, results/PROFILE/; killed, run it again
-	$(BIN)/python -m snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-incomplete --rerun-incomplete \
+	$(BIN)/python -m snakemake --cores $(CORES) --config profile='$(PROFILE)' --keep-incomplete --rerun-incomplete \
 	  --nolock --quiet rules
-	@$(BIN)/python -m tools.compare --profile $(PROFILE)
+	@$(BIN)/python -m tools.compare --profile '$(PROFILE)'
 
 chapter: $(READY)  ## one chapter with other parameters: make chapter NAME=06-is-it-real ARGS='-p pictured_eps=0.2'
-	$(BIN)/python -m tools.execute "notebooks/$(NAME).md" --profile $(PROFILE) \
-	  --output "_build/$(PROFILE)/chapter/$(NAME).ipynb" $(ARGS)
+	$(BIN)/python -m tools.execute "notebooks/$(NAME).md" --profile '$(PROFILE)' \
+	  --output "_build/chapter/$(NAME).ipynb" $(ARGS)
 
 test-long: $(READY)  ## the random configurations of the certificates, twenty times as many
 	CLUSTR_TEST_CONFIGURATIONS=10000 $(BIN)/python -m pytest tests/test_ladder.py

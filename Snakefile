@@ -6,6 +6,7 @@
 # Training keeps its own checkpoints beside run.json, which appears when the run is complete: Snakemake deletes the
 # declared outputs of a killed job, never the checkpoints, so the next call goes on from the last epoch. Tables are made
 # of pieces that are kept beside the run in the same way.
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,9 @@ from tools import notebooks
 
 PROFILE = load_profile(config.get("profile", "quick"))
 NAME = PROFILE.name
-PYTHON = sys.executable
+# the profile as the commands are given it: a file may lie anywhere, under a name that a shell would read otherwise
+GIVEN = shlex.quote(str(PROFILE.path) if PROFILE.name != PROFILE.path.stem else NAME)
+PYTHON = shlex.quote(sys.executable)
 # so many processes, on one machine, share each training and each measurement; a GPU each where GPUs are asked for
 PROCESSES = int(config.get("processes", 1))
 CLUSTR = f"{PYTHON} -m clustr_core.cli"
@@ -92,7 +95,7 @@ rule train:
     resources:
         **needs(mem_mb=16000, runtime=1440),
     shell:
-        "{CLUSTR} train --profile {NAME} --method {params.method}"
+        "{CLUSTR} train --profile {GIVEN} --method {params.method}"
 
 
 rule attack:
@@ -108,7 +111,7 @@ rule attack:
     resources:
         **needs(mem_mb=16000, runtime=1440),
     shell:
-        "{CLUSTR} attack --profile {NAME} --method {wildcards.method}"
+        "{CLUSTR} attack --profile {GIVEN} --method {wildcards.method}"
 
 
 rule diagnose:
@@ -125,7 +128,7 @@ rule diagnose:
     resources:
         **needs(mem_mb=8000, runtime=480, processes=1),
     shell:
-        "{PYTHON} -m clustr_core.cli diagnose --profile {NAME} --method {wildcards.method}"
+        "{PYTHON} -m clustr_core.cli diagnose --profile {GIVEN} --method {wildcards.method}"
 
 
 rule certify:
@@ -142,7 +145,7 @@ rule certify:
     resources:
         **needs(mem_mb=8000, runtime=480),
     shell:
-        "{CLUSTR} certify --profile {NAME} --method {wildcards.method}"
+        "{CLUSTR} certify --profile {GIVEN} --method {wildcards.method}"
 
 
 rule sandwich:
@@ -157,7 +160,7 @@ rule sandwich:
     resources:
         **needs(mem_mb=8000, runtime=1440),
     shell:
-        "{CLUSTR} sandwich --profile {NAME} --method {wildcards.method}"
+        "{CLUSTR} sandwich --profile {GIVEN} --method {wildcards.method}"
 
 
 for chapter, source in CHAPTERS.items():
@@ -170,10 +173,10 @@ for chapter, source in CHAPTERS.items():
             CORE,
             TOOLS,
             source=f"notebooks/{chapter}.md",
-            profile=f"profiles/{NAME}.yaml",
+            profile=str(PROFILE.path).replace("{", "{{").replace("}", "}}"),
         output:
             figures(chapter),
             notebook=f"_build/{NAME}/{chapter}.ipynb",
         threads: 1
         shell:
-            "{PYTHON} -m tools.execute {input.source} --profile {NAME} --output {output.notebook}"
+            "{PYTHON} -m tools.execute {input.source:q} --profile {GIVEN} --output {output.notebook:q}"

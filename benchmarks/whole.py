@@ -11,7 +11,8 @@ from clustr_core.training.recipes import run_folder
 
 CONTRACT = (
     "numerics.distances", "models.clusters", "training.sampling", "training.losses", "models.encoders",
-    "models.classifiers", "certificates.lipschitz", "certificates.ladder", "attacks.gradient", "models.official", "data",
+    "models.classifiers", "certificates.lipschitz", "certificates.ladder", "attacks.gradient", "models.official",
+    "data",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -54,7 +54,7 @@ know nothing of each other (a later call without --shard puts their rows togethe
   clustr attack  --profile paper --method clustr --shard 3/20  (once the run is there)
 
 A profile (profiles/NAME.yaml) names the dataset, the methods' recipes and the attacks. A run lies in runs/, under a
-name made of its recipe and of the code that trains it: a finished one is loaded, a killed one goes on where it was.
+name made of its recipe and of the version of the training: a finished one is loaded, a killed one resumes.
 Figures come only from the notebooks: make figures PROFILE=quick.
 """
 

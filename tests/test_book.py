@@ -9,6 +9,7 @@ import nbformat
 import pytest
 from jupytext.cli import jupytext
 
+from clustr_core.measuring.profile import load_profile
 from tools import notebooks, publish
 from tools.book_check import NOT_THE_BOOK, check
 
@@ -121,7 +122,9 @@ def test_pair_is_in_step(source: Path) -> None:
 def test_twin_is_current(source: Path) -> None:
     twin = read_twin(source)
     profile = twin.metadata.clustr.profile.name
-    current = notebooks.provenance(ROOT, source, ROOT / "profiles" / f"{profile}.yaml", results="results/published")
+    current = notebooks.provenance(
+        ROOT, source, load_profile(ROOT / "profiles" / f"{profile}.yaml"), results="results/published"
+    )
     stale = [key for key in current if current[key] != twin.metadata.clustr.get(key)]
     assert profile == "quick"
     assert not stale, f"{stale} changed since {source.stem} was published: make publish"

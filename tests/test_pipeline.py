@@ -136,6 +136,22 @@ def test_dag(home: Path, tmp_path: Path, profile: str) -> None:
     assert jobs - Counter(total=jobs["total"]) == Counter(expected)
 
 
+def test_a_book_and_a_profile_lie_in_folders_of_any_name(
+    one_chapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Blanks, brackets and braces: the pipeline runs, and writes under a name of the profile's own."""
+    book = tmp_path_factory.mktemp("odd") / "a book (1) c++ [x] {y} it's"
+    shutil.copytree(one_chapter, book)
+    profile = book / "my profiles/smoke.yaml"
+    profile.parent.mkdir()
+    profile.write_text("chapters:\n  01-test: {rows: 5}\n", encoding="utf-8")
+    done = run(book, "snakemake", "--cores", "1", "--quiet", "rules", "--config", f"profile={profile}")
+    assert done.returncode == 0, done.stderr[-4000:]
+    (drawn,) = (book / "figures").glob("smoke-*/fig-test.csv")
+    assert drawn.read_text(encoding="utf-8") == "row\n0\n1\n2\n3\n4\n"
+    assert not (book / "figures/smoke").exists()
+
+
 def test_a_key_that_the_chapter_does_not_declare_is_an_error(one_chapter: Path) -> None:
     (one_chapter / "profiles/smoke.yaml").write_text("chapters:\n  01-test: {rows: 3, colums: 4}\n")
     done = execute(one_chapter, "01-test")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from clustr_core.measuring.accuracy import best_bound, certified_accuracy, robust_accuracy
+from clustr_core.measuring.profile import load_profile
 from clustr_core.storage.files import home
 from clustr_core.storage.tables import read_table
 
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; always 0: a difference is no failure."""
     parser = argparse.ArgumentParser(prog="python -m tools.compare", description="Regenerated rows beside published.")
     parser.add_argument("--profile", default="quick")
-    profile = parser.parse_args(arguments).profile
+    profile = load_profile(parser.parse_args(arguments).profile).name
     results = home() / "results"
     lines = list(compare(results / profile, results / "published" / profile))
     print(f"results/{profile}/ beside results/published/{profile}/")

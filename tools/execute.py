@@ -84,7 +84,7 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
     declared = notebooks.declared_parameters(notebook)
     parameters = chosen_parameters(source, declared, profile.chapters.get(source.stem, {}), profile.name)
     parameters |= given_parameters(given, declared, source)
-    made_from = notebooks.provenance(root, source, root / "profiles" / f"{profile.name}.yaml")
+    made_from = notebooks.provenance(root, source, profile)
     notebook.metadata["clustr"] = made_from | {"made": environment("cpu")}
     running = output.parent / "failed" / output.name
     running.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 import jupytext
 from nbformat import NotebookNode
 
+from clustr_core.measuring.profile import Profile
 from clustr_core.storage.files import digest
 
 FIGURE_LABEL = re.compile(r"fig-[a-z0-9]+(?:-[a-z0-9]+)*")
@@ -109,7 +110,7 @@ def _embed(match: re.Match[str]) -> Embed:
     )
 
 
-def provenance(root: Path, source: Path, profile: Path, *, results: str = "results") -> dict[str, Any]:
+def provenance(root: Path, source: Path, profile: Profile, *, results: str = "results") -> dict[str, Any]:
     """Hashes of what makes a twin stale: its source, its profile, and that profile's rows, under ``results``.
 
     The package is not among them: a mended docstring makes no picture stale, and a change of behaviour is another
@@ -118,10 +119,10 @@ def provenance(root: Path, source: Path, profile: Path, *, results: str = "resul
     Args:
         results: the folder of folders of rows: "results" after a run, "results/published" of what is committed.
     """
-    name = profile.stem
+    name = profile.name
     tables = sorted((root / results / name).glob("*.csv")) if uses_tables(read_source(source)) else []
     return {
-        "profile": {"name": name, "sha256": digest(profile.read_bytes())},
+        "profile": {"name": name, "sha256": profile.sha256},
         "source": digest(source.read_bytes()),
         "tables": {path.name: digest(path.read_bytes()) for path in tables},
     }

@@ -174,7 +174,7 @@ def _publish_weights(root: Path, profile: str) -> None:
 
 def _twin_text(root: Path, source: Path, executed: Path, profile: str) -> str:
     run = nbformat.read(executed, as_version=4)
-    current = notebooks.provenance(root, source, root / "profiles" / f"{profile}.yaml")
+    current = notebooks.provenance(root, source, load_profile(root / "profiles" / f"{profile}.yaml"))
     if stale := sorted(key for key in current if current[key] != run.metadata.clustr.get(key)):
         raise ValueError(f"{source.stem}: {', '.join(stale)} changed since it was executed: make figures first")
     result = twin(notebooks.read_source(source), run, stem=source.stem)

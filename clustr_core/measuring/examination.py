@@ -73,7 +73,7 @@ def _of_each_head(
     tables = []
     for head in heads_of(run):
         subject = target_of(run, head=head, device=device)
-        what = {**asdict(asked), "head": head, "source": source.path.name if source else None}
+        what = {**asdict(asked), "head": head, "source": source.weights_sha256 if source else None}
         path = cache_path(run, dataset, kind, what)
         if not path.exists():
             _, images, labels = some_test_images(run, dataset, asked.examples)

@@ -28,11 +28,10 @@ def _legacy_full_precision() -> Iterator[None]:
     """The old switches at full precision, where they can be read: PyTorch refuses once a new one contradicts them."""
     cudnn = torch.backends.cudnn
     kept: list[tuple[Callable[[Any], None], Any]] = []
-    set_products: Callable[[Any], None] = torch.set_float32_matmul_precision
-    switches = (
-        (torch.get_float32_matmul_precision, set_products, "highest"),
+    switches: list[tuple[Callable[[], Any], Callable[[Any], None], Any]] = [
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
         (lambda: cudnn.allow_tf32, lambda allow: setattr(cudnn, "allow_tf32", allow), False),
-    )
+    ]
     # an old switch also writes the new ones behind it, so these are put back last
     with _fp32_kept():
         try:

@@ -297,3 +297,8 @@ def test_what_a_registered_class_lacks_is_named():
         with pytest.raises(ValueError, match=message):
             register(kind)
     assert "mine" not in METHODS
+
+
+def test_contributing_shows_this_method_in_at_most_twenty_lines():
+    assert len([line for line in MY_METHOD.splitlines() if line]) <= 20
+    assert f"```python\n{MY_METHOD}```" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
