@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(workflow.basedir))
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
+from clustr_core.storage.files import digest
 from clustr_core.training.recipes import run_key
 from tools import notebooks
 
@@ -173,10 +174,12 @@ for chapter, source in CHAPTERS.items():
             CORE,
             TOOLS,
             source=f"notebooks/{chapter}.md",
-            profile=str(PROFILE.path).replace("{", "{{").replace("}", "}}"),
         output:
             figures(chapter),
             notebook=f"_build/{NAME}/{chapter}.ipynb",
+        params:
+            # by its words, since a path with braces could not be an input
+            profile=digest(PROFILE.path.read_bytes()),
         threads: 1
         shell:
             "{PYTHON} -m tools.execute {input.source:q} --profile {GIVEN} --output {output.notebook:q}"
