@@ -1,17 +1,24 @@
 """The ladder of certified radii: how far an input may move before the predicted class can change."""
 
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clustr_core.certificates import rounding
 from clustr_core.certificates.hard import frame_of, hard_feature_radius, pairwise_by_kernel
-from clustr_core.certificates.lipschitz import check_constants, check_evaluation_mode, lipschitz_upper_bound
+from clustr_core.certificates.lipschitz import (
+    check_constants,
+    check_evaluation_mode,
+    computes,
+    input_shapes,
+    upper_bound,
+)
 from clustr_core.certificates.names import HARD_BOUNDS, SOFT_BOUNDS, Bound, HardBound, SoftBound
+from clustr_core.certificates.rounding import rounding_bound
 from clustr_core.certificates.soft import soft_radius
-from clustr_core.models.classifiers import ClusterClassifier, Rule, check_voters, cluster_logits
+from clustr_core.models.classifiers import ClusterClassifier, Rule, check_voters, cluster_logits, nearest_logits
 from clustr_core.models.clusters import Clusters
 from clustr_core.numerics.checks import check_finite
 from clustr_core.numerics.distances import rows_within, squared_distances
@@ -90,19 +97,39 @@ def certified_radius(
     return rounded_down(radii.clamp_min(0) / lipschitz, dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """What `certify` says of each image: no image nearer than ``radius`` is of another class than ``prediction``.
+
+    Args:
+        prediction: class of each image.
+        radius: L2, in pixels of [0, 1], of the open ball around each image.
+        bound: the bound that gave it; "exact, soft-dual" where each image has the larger of the two.
+        lipschitz: the encoder's Lipschitz constant that was used.
+        rounding: how far a computed embedding may be from the exact one; twice that was taken off each radius, before
+            it was divided by ``lipschitz``.
+    """
+
+    prediction: Int[Tensor, " batch"]
+    radius: Float[Tensor, " batch"]
+    bound: str
+    lipschitz: float
+    rounding: float
+
+
 def certify(
     model: ClusterClassifier,
     images: Float[Tensor, "batch channel height width"],
     *,
     bound: Bound | None = None,
     lipschitz: float | None = None,
-) -> Float[Tensor, " batch"]:
+) -> Certificate:
     """`certified_radius` of a whole model: its rule, its neighbours, and a sound Lipschitz bound of its encoder.
 
-    Where the rounding inside the encoder is bounded (`rounding.embedding_error`: 1-Lipschitz encoders, chains of dense
-    layers), it is taken off too. In float32 that bound can exceed every radius, as for the book's convolutional
-    encoder. In float64 (``model.double()``, ``images.double()``) it is next to nothing, so that is how the book
-    certifies. Of other encoders the certificate is one of real numbers, and says nothing about rounding.
+    The rounding inside the encoder (`rounding.embedding_error`) is taken off. In float32 that can exceed every radius,
+    as for the book's convolutional encoders. In float64 (``model.double()``, ``images.double()``) it is next to
+    nothing, so that is how the book certifies. An encoder whose rounding has no known bound is refused: a certificate
+    of real numbers, which says nothing about rounding, is `certified_radius` of its embeddings.
 
     Args:
         bound: None picks the largest that is valid for the model: "exact", and of the soft rule with all centroids
@@ -110,32 +137,53 @@ def certify(
         lipschitz: the encoder's bound where it is known already, since computing it may take seconds;
             None computes `lipschitz_upper_bound`.
     Raises:
-        ValueError: if pixels leave [0, 1], or as `certified_radius` and `lipschitz_upper_bound`.
-        TypeError: if the model is no `ClusterClassifier` or its encoder has a layer without a bound.
+        ValueError: if pixels leave [0, 1], a layer in training mode depends on the whole batch or on chance, or as
+            `certified_radius` and `lipschitz_upper_bound`.
+        TypeError: if the model computes something else than a `ClusterClassifier`, or its encoder uses a layer at two
+            sizes or has one without a Lipschitz bound or without a bound on its rounding (`register_lipschitz` gives a
+            layer of one's own both).
     """
     if not isinstance(model, ClusterClassifier):
         raise TypeError(f"model: expected a ClusterClassifier, got {type(model).__name__}, which has no certificate")
-    check_evaluation_mode(model.encoder)
+    _check_model(model)
     if not ((images >= 0) & (images <= 1)).all():
         raise ValueError(f"images: expected pixels in [0, 1], got {images.min():.4g} to {images.max():.4g}")
     if images.dim() != 4:
         raise ValueError(f"images: expected shape [batch, channel, height, width], got {list(images.shape)}")
     channels, height, width = images.shape[1:]
     with torch.no_grad(), full_precision(images.device):
+        shapes = input_shapes(model.encoder, (channels, height, width), like=images)
         if lipschitz is None:
-            lipschitz = lipschitz_upper_bound(model.encoder, (channels, height, width))
-        try:
-            error = rounding.embedding_error(model.encoder, (channels, height, width))
-        except TypeError:  # an encoder whose rounding nothing is known of
-            error = 0.0
+            lipschitz = upper_bound(model.encoder, shapes)
+        error = rounding_bound(model.encoder, (channels, height, width), shapes)
         embeddings = model.embed(images)
+        prediction = _predicted(model, embeddings)
     options = {"lipschitz": lipschitz, "embedding_error": error, "rule": model.rule, "neighbours": model.neighbours}
-    if bound is not None:
-        return certified_radius(embeddings, model.clusters, bound=bound, **options)
-    radius = certified_radius(embeddings, model.clusters, bound="exact", **options)
-    if model.rule == "soft" and model.neighbours is None:
-        radius = radius.maximum(certified_radius(embeddings, model.clusters, bound="soft-dual", **options))
-    return radius
+    bounds: list[Bound] = [bound] if bound is not None else _best_bounds(model)
+    radii = [certified_radius(embeddings, model.clusters, bound=each, **options) for each in bounds]
+    return Certificate(prediction, torch.stack(radii).amax(dim=0), ", ".join(bounds), lipschitz, error)
+
+
+def _check_model(model: ClusterClassifier) -> None:
+    """Refuse a model that does not compute what is certified: by training mode, or by something put in its place."""
+    embeds = type(model).embed is ClusterClassifier.embed and "embed" not in vars(model)
+    if not (embeds and computes(model, ClusterClassifier)):
+        raise TypeError(
+            f"model: expected one that computes what ClusterClassifier does, got {type(model).__name__} with a forward "
+            "or an embed of its own, or a hook, which the certificate would not see"
+        )
+    check_evaluation_mode(model)
+
+
+def _best_bounds(model: ClusterClassifier) -> list[Bound]:
+    """Those of which the largest is the best that is valid for the model."""
+    return ["exact", "soft-dual"] if model.rule == "soft" and model.neighbours is None else ["exact"]
+
+
+def _predicted(model: ClusterClassifier, embeddings: Float[Tensor, "batch dim"]) -> Int[Tensor, " batch"]:
+    if model.rule == "nearest":
+        return nearest_logits(embeddings, model.clusters).argmax(dim=1)
+    return cluster_logits(embeddings, model.clusters, neighbours=model.neighbours).argmax(dim=1)
 
 
 def radius_from_magnet_loss(

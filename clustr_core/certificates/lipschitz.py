@@ -6,12 +6,15 @@ how loose the upper one may be.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
 from tqdm.auto import tqdm
 
+from clustr_core.certificates.convolution import blocks_norm, convolution_norm
 from clustr_core.models.encoders import ImageShape, LipschitzNet, Normalize, ResidualBlock, ResNet18, SmallCNN
 from clustr_core.models.one_lipschitz import (
     AOLConv2d,
@@ -24,8 +27,39 @@ from clustr_core.models.one_lipschitz import (
     SLLLinear,
 )
 from clustr_core.numerics.distances import flat_norm, per_item
+from clustr_core.numerics.rounding import full_precision
 
-Shapes = dict[nn.Module, torch.Size]
+# the identity in evaluation mode
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class Shapes(dict[nn.Module, torch.Size]):
+    """The shape of what each layer is given, without the batch.
+
+    ``dtypes`` has the dtype of each, and ``norms`` the norms of convolutions that were computed already.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: dict[nn.Module, torch.dtype] = {}
+        self.norms: dict[tuple[nn.Module, ...], float] = {}
+
+
+@dataclass(frozen=True)
+class OwnLayer:
+    """What `register_lipschitz` was told of a layer.
+
+    Args:
+        lipschitz: (layer, shape) -> a Lipschitz constant in L2 on inputs of that shape.
+        rounding: (layer, shape, dtype, size) -> how far the computed output of an input of at most that norm may be
+            from the exact one; None where nothing is known.
+    """
+
+    lipschitz: Callable[..., float]
+    rounding: Callable[..., float] | None
+
+
+OWN_LAYERS: dict[type[nn.Module], OwnLayer] = {}
 
 
 def lipschitz_upper_bound(encoder: nn.Module, image_shape: ImageShape) -> float:
@@ -37,48 +71,51 @@ def lipschitz_upper_bound(encoder: nn.Module, image_shape: ImageShape) -> float:
     rounded up.
 
     Args:
-        encoder: in evaluation mode, made of the layers of `clustr_core.encoders` and of common `torch.nn` layers.
+        encoder: in evaluation mode, made of the layers of `clustr_core.models`, of common `torch.nn` layers, and of
+            those that `register_lipschitz` was told of.
         image_shape: (channels, height, width); the norm of a convolution depends on the size it is applied to.
     Raises:
-        ValueError: if batch norm is in training mode, where it is not even a function of one image.
+        ValueError: for a layer in training mode that depends on the whole batch or on chance (`check_evaluation_mode`).
         TypeError: for a layer without a known bound.
     Source: Tsuzuku et al. 2018 (product bound); Sedghi et al. 2019 (convolution by FFT), with the zero padding
         turned into a bound as `convolution_norm` says.
     """
     check_evaluation_mode(encoder)
-    shapes = input_shapes(encoder, image_shape)
+    with torch.no_grad(), full_precision(example_of(encoder).device):
+        return upper_bound(encoder, input_shapes(encoder, image_shape))
+
+
+def upper_bound(encoder: nn.Module, shapes: Shapes) -> float:
+    """`lipschitz_upper_bound`, of the shapes of `input_shapes`."""
     # the float64 norms carry a relative error near 1e-13 a layer
     return layer_bound(encoder, shapes) * (1 + 1e-9)
 
 
 def check_evaluation_mode(encoder: nn.Module) -> None:
-    """Refuse batch norm in training mode, where an embedding depends on the whole batch.
+    """Refuse layers in training mode whose output depends on the whole batch, on chance, or on earlier calls.
+
+    A layer of one's own is refused in training mode too: what it does there is not what was registered.
 
     Raises:
-        ValueError: if there is any.
+        ValueError: if there is any; it is named.
     """
-    if any(m.training for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
-        raise ValueError("encoder: expected evaluation mode, got batch norm in training mode")
+    for module in encoder.modules():
+        if module.training and (reason := _unfit_in_training(module)):
+            raise ValueError(f"encoder: expected evaluation mode, got {reason} in training mode")
 
 
-def convolution_norm(
-    weight: Float[Tensor, "out in kh kw"],
-    size: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int] = (1, 1),
-) -> float:
-    """An upper bound on the operator norm of a zero-padded (and possibly strided) convolution on ``size`` images.
-
-    Zero padding embeds the image isometrically into a torus of size + 2 padding; there the convolution is
-    circular, block-diagonal in the Fourier basis, and its norm is the largest singular value of any block. The
-    zero-padded result is a part of the circular one, and a stride keeps a part of that: neither raises the norm.
-    """
-    kernel = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True)]
-    torus = [max(s + 2 * p, k) for s, p, k in zip(size, padding, kernel, strict=True)]
-    spread = weight.new_zeros(*weight.shape[:2], *kernel, dtype=torch.float64)
-    spread[:, :, :: dilation[0], :: dilation[1]] = weight.double()
-    blocks = torch.fft.rfft2(spread, s=torus).permute(2, 3, 0, 1)
-    return float(torch.linalg.matrix_norm(blocks, ord=2).max())
+def _unfit_in_training(module: nn.Module) -> str | None:
+    """What makes a layer in training mode no function of one image; None where nothing does."""
+    name = type(module).__name__
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return "batch norm"
+    dropping = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    inside = isinstance(module, nn.RNNBase | nn.MultiheadAttention) and module.dropout > 0
+    if dropping or inside or isinstance(module, nn.RReLU):
+        return f"{name}, which is random,"
+    if isinstance(module, _SpectralNorm) or type(module) in OWN_LAYERS:
+        return name
+    return None
 
 
 def lipschitz_lower_bound(
@@ -111,9 +148,13 @@ def lipschitz_lower_bound(
     return float(gain.max())
 
 
-def input_shapes(encoder: nn.Module, image_shape: ImageShape) -> Shapes:
-    """The input shape of every layer, from one forward pass of a blank image."""
-    shapes: Shapes = {}
+def input_shapes(encoder: nn.Module, image_shape: ImageShape, like: Tensor | None = None) -> Shapes:
+    """The input shape of every layer, from one forward pass of a blank image.
+
+    Args:
+        like: a tensor of the image's dtype and device; None takes those of the encoder's own.
+    """
+    shapes = Shapes()
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         if not inputs:  # the parametrisation of a weight, which sees no image
@@ -121,9 +162,10 @@ def input_shapes(encoder: nn.Module, image_shape: ImageShape) -> Shapes:
         shape = inputs[0].shape[1:]
         if shapes.setdefault(module, shape) != shape:
             raise TypeError(f"encoder: one {type(module).__name__} is used at two sizes, {shapes[module]} and {shape}")
+        shapes.dtypes[module] = inputs[0].dtype
 
     hooks = [module.register_forward_hook(note) for module in encoder.modules()]
-    example = next(iter([*encoder.parameters(), *encoder.buffers()]), torch.zeros(()))
+    example = example_of(encoder) if like is None else like
     try:
         with torch.no_grad():
             encoder(example.new_zeros(1, *image_shape))
@@ -133,16 +175,35 @@ def input_shapes(encoder: nn.Module, image_shape: ImageShape) -> Shapes:
     return shapes
 
 
+def example_of(module: nn.Module) -> Tensor:
+    """A tensor of a module's dtype and device."""
+    return next(iter([*module.parameters(), *module.buffers()]), torch.zeros(()))
+
+
 def layer_bound(module: nn.Module, shapes: Shapes) -> float:
     """The Lipschitz bound of one layer, or of a chain, on inputs of the shapes of `input_shapes`.
 
     Raises:
         TypeError: for a layer without a known bound.
     """
-    for kind, rule in _RULES.items():
+    for kind, rule in RULES.items():
         if computes(module, kind):
             return rule(module, shapes)
-    raise TypeError(f"encoder: no Lipschitz bound is known for the layer {type(module).__name__}")
+    if own := own_layer(module):
+        bound = float(own.lipschitz(module, tuple(shapes[module])))
+        if not 0 <= bound < math.inf:
+            raise ValueError(f"{type(module).__name__}: expected a finite Lipschitz bound of at least 0, got {bound}")
+        return bound
+    name = type(module).__name__
+    raise TypeError(f"encoder: no Lipschitz bound is known for the layer {name}; register_lipschitz can give it one")
+
+
+def own_layer(module: nn.Module) -> OwnLayer | None:
+    """What was registered for a layer's class; nothing of a subclass or where a hook or an attribute changes it."""
+    replaced = any(callable(getattr(type(module), name, None)) for name in vars(module))
+    if module._forward_hooks or module._forward_pre_hooks or replaced:
+        return None
+    return OWN_LAYERS.get(type(module))
 
 
 def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -150,19 +211,36 @@ def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
     its own nor a hook puts something else in place of that."""
     if not isinstance(module, kind) or module._forward_hooks or module._forward_pre_hooks:
         return False
+    return inherits(type(module), kind) and not {"forward", "_conv_forward"} & vars(module).keys()
+
+
+def inherits(layer: type[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether a class is another, or a subclass that computes the same."""
     names = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
-    return all(name not in vars(module) and getattr(type(module), name) is getattr(kind, name) for name in names)
+    return issubclass(layer, kind) and all(getattr(layer, name) is getattr(kind, name) for name in names)
 
 
-def _chain(layers: list[nn.Module], shapes: Shapes) -> float:
-    """Product over a chain, each convolution or linear layer merged with the scalings beside it."""
-    total, position = 1.0, 0
+def runs(layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """A chain in parts, each convolution together with the scalings beside it."""
+    parts, position = [], 0
     while position < len(layers):
         stop = _merged_run(layers, position)
-        run = layers[position:stop]
-        total *= _merged_norm(run, shapes) if len(run) > 1 else layer_bound(run[0], shapes)
+        parts.append(layers[position:stop])
         position = stop
+    return parts
+
+
+def chain_bound(layers: list[nn.Module], shapes: Shapes) -> float:
+    """Product over a chain, each convolution merged with the scalings beside it."""
+    total = 1.0
+    for run in runs(layers):
+        total *= run_bound(run, shapes)
     return total
+
+
+def run_bound(run: list[nn.Module], shapes: Shapes) -> float:
+    """The bound of a part that `runs` gives."""
+    return _merged_norm(run, shapes) if len(run) > 1 else layer_bound(run[0], shapes)
 
 
 def _merged_run(layers: list[nn.Module], start: int) -> int:
@@ -176,22 +254,26 @@ def _merged_run(layers: list[nn.Module], start: int) -> int:
 
 def _merged_norm(run: list[nn.Module], shapes: Shapes) -> float:
     conv = next(layer for layer in run if isinstance(layer, nn.Conv2d))
-    weight = _grouped_weight(conv)
+    weight = grouped_weight(conv)
     if isinstance(run[0], Normalize):
         weight = weight / run[0].std.double().reshape(1, -1, 1, 1)
     if isinstance(run[-1], nn.BatchNorm2d):
-        weight = weight * _batch_norm_scale(run[-1]).reshape(-1, 1, 1, 1)
-    return _convolution_bound(conv, weight, shapes)
+        weight = weight * batch_norm_scale(run[-1]).reshape(-1, 1, 1, 1)
+    return _convolution_bound(conv, weight, shapes, tuple(run))
 
 
-def _convolution_bound(conv: nn.Conv2d, weight: Tensor, shapes: Shapes) -> float:
+def _convolution_bound(conv: nn.Conv2d, weight: Tensor, shapes: Shapes, run: tuple[nn.Module, ...]) -> float:
+    """The norm of a convolution with this weight; that of one run of layers is computed once."""
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         raise TypeError(f"encoder: expected zero padding given in pixels, got {conv.padding_mode}, {conv.padding}")
-    height, width = shapes[conv][1:]
-    return convolution_norm(weight, (height, width), conv.padding, conv.dilation)  # pyright: ignore[reportArgumentType]
+    if run not in shapes.norms:
+        height, width = shapes[conv][1:]
+        found = convolution_norm(weight, (height, width), conv.padding, conv.dilation)  # pyright: ignore[reportArgumentType]
+        shapes.norms[run] = found
+    return shapes.norms[run]
 
 
-def _grouped_weight(conv: nn.Conv2d) -> Tensor:
+def grouped_weight(conv: nn.Conv2d) -> Tensor:
     """The weight of a grouped convolution written out as a full, block-diagonal one, in float64."""
     weight = conv.weight.detach().double()
     if conv.groups == 1:
@@ -203,7 +285,7 @@ def _grouped_weight(conv: nn.Conv2d) -> Tensor:
     return full
 
 
-def _batch_norm_scale(norm: nn.BatchNorm2d | nn.BatchNorm1d) -> Tensor:
+def batch_norm_scale(norm: nn.BatchNorm2d | nn.BatchNorm1d) -> Tensor:
     """|gamma / sqrt(running variance + eps)| of each channel: batch norm in evaluation mode is diagonal."""
     if norm.running_var is None:
         raise TypeError("encoder: expected batch norm with running statistics, got one without")
@@ -212,12 +294,12 @@ def _batch_norm_scale(norm: nn.BatchNorm2d | nn.BatchNorm1d) -> Tensor:
 
 
 def _residual_block(block: ResidualBlock, shapes: Shapes) -> float:
-    branch = _chain([block.conv1, block.bn1], shapes) * _chain([block.conv2, block.bn2], shapes)
-    return branch + _chain(list(block.shortcut), shapes)
+    branch = chain_bound([block.conv1, block.bn1], shapes) * chain_bound([block.conv2, block.bn2], shapes)
+    return branch + layer_bound(block.shortcut, shapes)
 
 
 def _resnet18(net: ResNet18, shapes: Shapes) -> float:
-    stem = _chain([net.normalize, net.conv1, net.bn1], shapes)
+    stem = chain_bound([net.normalize, net.conv1, net.bn1], shapes)
     stages = [layer_bound(stage, shapes) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
     return stem * math.prod(stages) * layer_bound(net.pool, shapes)
 
@@ -243,7 +325,7 @@ def _cayley(layer: CayleyConv2d, shapes: Shapes) -> float:
     """This convolution does wrap around, so its blocks at the image's own size are all of it."""
     height, width = shapes[layer][1:]
     blocks = layer.blocks(height, width).detach().to(torch.complex128)
-    return float(torch.linalg.matrix_norm(blocks, ord=2).max())
+    return blocks_norm(blocks.flatten(0, 1))
 
 
 def _norm_of(weight: Tensor, layer: nn.Module, shapes: Shapes) -> float:
@@ -277,11 +359,12 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-_RULES: dict[type[nn.Module], Callable[..., float]] = {
-    nn.Conv2d: lambda m, shapes: _convolution_bound(m, _grouped_weight(m), shapes),
+# of which layers a bound is known; those of one's own are in `OWN_LAYERS`
+RULES: dict[type[nn.Module], Callable[..., float]] = {
+    nn.Conv2d: lambda m, shapes: _convolution_bound(m, grouped_weight(m), shapes, (m,)),
     nn.Linear: lambda m, _: float(torch.linalg.matrix_norm(m.weight.detach().double(), ord=2)),
-    nn.BatchNorm2d: lambda m, _: float(_batch_norm_scale(m).abs().max()),
-    nn.BatchNorm1d: lambda m, _: float(_batch_norm_scale(m).abs().max()),
+    nn.BatchNorm2d: lambda m, _: float(batch_norm_scale(m).abs().max()),
+    nn.BatchNorm1d: lambda m, _: float(batch_norm_scale(m).abs().max()),
     Normalize: lambda m, _: float(1 / m.std.double().abs().min()),
     nn.ReLU: lambda m, _: 1.0,
     MaxMin: lambda m, _: 1.0,
@@ -296,6 +379,7 @@ _RULES: dict[type[nn.Module], Callable[..., float]] = {
     nn.Tanh: lambda m, _: 1.0,
     nn.Identity: lambda m, _: 1.0,
     nn.Flatten: lambda m, _: 1.0,
+    **dict.fromkeys(DROPOUT, lambda m, _: 1.0),
     nn.AdaptiveAvgPool2d: _global_average,
     nn.AvgPool2d: _average,
     nn.MaxPool2d: _max,
@@ -303,7 +387,7 @@ _RULES: dict[type[nn.Module], Callable[..., float]] = {
     ResNet18: _resnet18,
     SmallCNN: lambda m, shapes: layer_bound(m.layers, shapes),
     LipschitzNet: lambda m, shapes: layer_bound(m.layers, shapes),
-    nn.Sequential: lambda m, shapes: _chain(list(m), shapes),
+    nn.Sequential: lambda m, shapes: chain_bound(list(m), shapes),
 }
 
 

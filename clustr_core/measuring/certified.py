@@ -28,6 +28,7 @@ from clustr_core.measuring.pieces import (
 )
 from clustr_core.measuring.profile import Profile, SmoothingBudget
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
+from clustr_core.numerics.rounding import full_precision
 from clustr_core.training.recipes import Recipe, Smoothing
 from clustr_core.training.run import Run
 
@@ -113,7 +114,7 @@ class CertifiedRun:
 
     @cached_property
     def error(self) -> float:
-        """What rounding can do to an embedding."""
+        """What rounding can do to an embedding; 0 where the method promises nothing: its rows are of real numbers."""
         meant = self.run.recipe.guarantee == "lipschitz"
         return embedding_error(self.model.encoder, self.run.image_shape) if meant else 0.0
 
@@ -150,8 +151,9 @@ def _certificate_pieces(
 def certificate_rows(certified: CertifiedRun, indices: Tensor) -> pd.DataFrame:
     """One row for each bound and image."""
     model, labels = certified.model, certified.dataset.test_labels[indices]
-    with torch.no_grad():
-        embeddings = model.embed(certified.pixels(indices))
+    pixels = certified.pixels(indices)
+    with torch.no_grad(), full_precision(pixels.device):
+        embeddings = model.embed(pixels)
         predicted = _logits(model, embeddings).argmax(dim=1).cpu()
     rows = {"index": indices, "label": labels, "prediction": predicted, "correct": predicted == labels}
     tables = []

@@ -4,6 +4,7 @@ Convolutions are zero-padded and keep the image's size but for `CayleyConv2d`, w
 1-Lipschitz is not taken on trust anywhere: `lipschitz.lipschitz_upper_bound` computes it from the trained weights.
 """
 
+import math
 from typing import TypeVar
 
 import torch
@@ -235,10 +236,16 @@ def fold_parametrizations(module: _Module) -> _Module:
 
 
 def _sll_step(overlap: Float[Tensor, "inner inner"], log_scale: Float[Tensor, " inner"]) -> Float[Tensor, " inner"]:
-    scale = log_scale.exp()
+    """t of each row; 0 of a row of zeros, or so near to it that t or its gradient could overflow.
+
+    Such a row moves next to nothing, and every smaller t is 1-Lipschitz as well, as every positive scale is: scales are
+    kept where neither they nor their sums overflow.
+    """
+    limits = torch.finfo(overlap.dtype)
+    widest = math.log(limits.max) / 4
+    scale = log_scale.clamp(-widest, widest).exp()
     total = overlap @ scale
-    # a row of zeros moves nothing, whatever its t: 0, so that no large bias is multiplied by infinity
-    some = total > torch.finfo(overlap.dtype).tiny
+    some = total > min(limits.tiny**0.375, 1e-4) * scale.sqrt()
     return (2 * scale / total.where(some, 1)) * some
 
 
