@@ -5,14 +5,17 @@
 
 import math
 import os
+from dataclasses import FrozenInstanceError
 from itertools import pairwise
 
 import pytest
 import torch
 
-from clustr_core.certificates.ladder import certified_radius, certify
+from clustr_core.certificates.ladder import Certificate, certified_radius, certify
+from clustr_core.certificates.lipschitz import lipschitz_upper_bound
 from clustr_core.certificates.names import HARD_BOUNDS, SOFT_BOUNDS
 from clustr_core.certificates.polyhedron import least_norm
+from clustr_core.certificates.rounding import embedding_error
 from clustr_core.models.classifiers import ClusterClassifier, cluster_logits
 from clustr_core.models.clusters import Clusters
 from clustr_core.numerics import distances
@@ -225,7 +228,66 @@ def test_certify_picks_the_best_valid_bound(rule):
     _, clusters = draw(5, classes=3, per_class=3, dim=4)
     model = ClusterClassifier(torch.nn.Flatten(), clusters, rule=rule)
     images = torch.rand(30, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
-    best = certify(model, images)
+    best = certify(model, images).radius
     valid = HARD_BOUNDS if rule == "nearest" else (*HARD_BOUNDS, *SOFT_BOUNDS)
-    every = torch.stack([certify(model, images, bound=bound) for bound in valid])
+    every = torch.stack([certify(model, images, bound=bound).radius for bound in valid])
     torch.testing.assert_close(best, every.amax(dim=0))
+
+
+def encoder_and_clusters():
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)).double().eval()
+    return encoder, draw(5, classes=3, per_class=3, dim=3)[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "neighbours", "asked", "named"),
+    [
+        ("nearest", None, None, "exact"),
+        ("nearest", None, "triangle", "triangle"),
+        ("soft", None, None, "exact, soft-dual"),
+        ("soft", None, "soft-lse", "soft-lse"),
+        ("soft", 3, None, "exact"),
+    ],
+)
+def test_a_certificate_says_what_it_rests_on(rule, neighbours, asked, named):
+    encoder, clusters = encoder_and_clusters()
+    model = ClusterClassifier(encoder, clusters, rule=rule, neighbours=neighbours)
+    images = torch.rand(30, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    found = certify(model, images, bound=asked)
+    assert isinstance(found, Certificate)
+    assert found.bound == named
+    assert torch.equal(found.prediction, model(images).argmax(dim=1))
+    assert found.lipschitz == lipschitz_upper_bound(encoder, (1, 2, 2))
+    assert found.rounding == embedding_error(encoder, (1, 2, 2)) > 0
+    options = {"lipschitz": found.lipschitz, "embedding_error": found.rounding, "rule": rule, "neighbours": neighbours}
+    each = [certified_radius(model.embed(images), clusters, bound=name, **options) for name in named.split(", ")]
+    assert torch.equal(found.radius, torch.stack(each).amax(dim=0))
+    assert certify(model, images, lipschitz=5.0).lipschitz == 5
+    with pytest.raises(FrozenInstanceError):
+        found.radius = found.radius * 2  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Louder(ClusterClassifier):
+    def embed(self, images):
+        return 2 * super().embed(images)
+
+
+class Other(ClusterClassifier):
+    def forward(self, images):
+        return -super().forward(images)
+
+
+@pytest.mark.parametrize("way", [Louder, Other, "hook", "pre-hook", "embed", "forward"])
+def test_a_model_that_computes_something_else_is_refused(way):
+    encoder, clusters = encoder_and_clusters()
+    model = (ClusterClassifier if isinstance(way, str) else way)(encoder, clusters)
+    if way == "hook":
+        model.register_forward_hook(lambda module, inputs, output: -output)
+    elif way == "pre-hook":
+        model.register_forward_pre_hook(lambda module, inputs: (1 - inputs[0],))
+    elif isinstance(way, str):
+        real = getattr(model, way)
+        setattr(model, way, lambda images: -real(images))
+    with pytest.raises(TypeError, match="model: expected one that computes what ClusterClassifier does, got"):
+        certify(model, torch.rand(2, 1, 2, 2).double(), lipschitz=1.0)

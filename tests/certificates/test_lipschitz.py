@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clustr_core.certificates.lipschitz import convolution_norm, lipschitz_lower_bound, lipschitz_upper_bound
+from clustr_core.certificates.convolution import convolution_norm
+from clustr_core.certificates.lipschitz import lipschitz_lower_bound, lipschitz_upper_bound
 from clustr_core.models.encoders import Normalize, ResidualBlock, ResNet18, SmallCNN, build_encoder
 
 

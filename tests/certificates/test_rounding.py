@@ -13,8 +13,15 @@ from clustr_core.certificates.lipschitz import lipschitz_upper_bound
 from clustr_core.certificates.rounding import embedding_error
 from clustr_core.models.classifiers import ClusterClassifier
 from clustr_core.models.clusters import Clusters
-from clustr_core.models.encoders import LipschitzNet, build_encoder
-from clustr_core.models.one_lipschitz import MaxMin, SLLConv2d, SLLLinear, fold_parametrizations
+from clustr_core.models.encoders import LipschitzNet, Normalize, ResidualBlock, build_encoder
+from clustr_core.models.one_lipschitz import (
+    AOLLinear,
+    MaxMin,
+    OrthogonalPointwise,
+    SLLConv2d,
+    SLLLinear,
+    fold_parametrizations,
+)
 from clustr_core.training.recipes import CERTIFIABLE, ONE_LIPSCHITZ
 
 ENCODERS = {
@@ -143,6 +150,63 @@ def test_layers_that_only_move_numbers_cost_nothing():
     assert embedding_error(chain, (3, 4, 4)) == 0
 
 
+def trained(encoder, scale=1.0):
+    """Weights, and batch-norm statistics far from 0 and 1, as after training."""
+    g = seeded(5)
+    for layer in encoder.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.running_mean.copy_(3 * torch.randn(layer.num_features, generator=g))
+            layer.running_var.copy_(0.05 + 3 * torch.rand(layer.num_features, generator=g))
+            layer.weight.data = torch.randn(layer.num_features, generator=g)
+            layer.bias.data = torch.randn(layer.num_features, generator=g)
+        elif isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.weight.data.mul_(scale)
+    return encoder.eval()
+
+
+ORDINARY = {
+    "small-cnn": lambda: build_encoder("small-cnn", (3, 8, 8), width=4),
+    "resnet18": lambda: build_encoder("resnet18", (3, 8, 8), width=8),
+    "normalised": lambda: nn.Sequential(Normalize([0.5] * 3, [0.2, 0.1, 0.3]), nn.Conv2d(3, 4, 3, padding=1)),
+    "late": lambda: nn.Sequential(nn.Conv2d(3, 3, 1), Normalize([0.5] * 3, [0.2, 0.1, 0.3]), nn.Conv2d(3, 4, 3)),
+    "strided": lambda: nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=2, dilation=2, groups=3), nn.BatchNorm2d(6)),
+    "block": lambda: nn.Sequential(ResidualBlock(3, 5, 2), ResidualBlock(5, 5, 1)),
+    "alone": lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3)),
+    "average": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(3, stride=2, padding=1)),
+    "global": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)),
+    "average of pixels": lambda: nn.AvgPool2d(3, stride=1),
+    "maximum": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(3, stride=2), nn.Conv2d(4, 3, 2)),
+    "dense": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 20), nn.BatchNorm1d(20), AOLLinear(20, 9)),
+    "chains in chains": lambda: nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Flatten())
+    ),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("name", ORDINARY)
+def test_no_image_is_wrong_by_more_in_an_ordinary_encoder(name, scale):
+    torch.manual_seed(0)
+    encoder, images = trained(ORDINARY[name](), scale), images_of((3, 8, 8))
+    with torch.no_grad():
+        found = (encoder(images).double() - exact(encoder)(images.double())).flatten(1).norm(dim=1).max()
+    error = embedding_error(encoder, (3, 8, 8))
+    assert 0 < found <= error < math.inf
+    if any(True for _ in encoder.parameters()):
+        assert embedding_error(copy.deepcopy(encoder).double(), (3, 8, 8)) == pytest.approx(error / 2**29, rel=0.05)
+
+
+def test_a_normalisation_behind_other_layers_is_not_given_pixels():
+    """What it returns is as large as what it is given, and the next layer rounds as much."""
+    torch.manual_seed(0)
+    mix = fold_parametrizations(OrthogonalPointwise(1, 1))
+    mix.linear.weight.data.fill_(1000.0)
+    last = nn.Linear(64, 64)
+    encoder = nn.Sequential(mix, Normalize([0.5], [1.0]), nn.Flatten(), last)
+    absolute = float(torch.linalg.matrix_norm(last.weight.detach().double().abs(), ord=2))
+    assert embedding_error(encoder, (1, 8, 8)) >= 65 * 2.0**-24 * absolute * 999 * 8
+
+
 def test_the_bound_would_fail_without_its_parts(monkeypatch):
     """So the tests above can fail: a thousandth of it is less than what happens."""
     real = rounding._gamma
@@ -166,8 +230,6 @@ class Changed(SLLConv2d):
 @pytest.mark.parametrize(
     ("encoder", "layer"),
     [
-        (lambda: build_encoder("resnet18", (3, 8, 8), width=2).eval(), "ResNet18"),
-        (lambda: build_encoder("small-cnn", (3, 8, 8), width=2), "SmallCNN"),
         (lambda: fold_parametrizations(build_encoder("lip-cnn-cayley", (3, 8, 8), width=48)), "CayleyConv2d"),
         (lambda: LipschitzNet([nn.Flatten(), SLLLinear(192)], 192), "SLLLinear"),
         (lambda: LipschitzNet([nn.Flatten(), nn.Linear(192, 3), nn.Tanh()], 3), "Tanh"),
@@ -215,7 +277,7 @@ def test_certify_takes_off_the_rounding_of_two_embeddings(dtype, name, rule, bou
     error, lipschitz = embedding_error(model.encoder, shape), lipschitz_upper_bound(model.encoder, shape)
     whole = certified_radius(model.embed(images).detach(), model.clusters, bound=bound, rule=rule, lipschitz=1.0)
     expected = ((whole.double() - 2 * error) / lipschitz).clamp_min(0)
-    found = certify(model, images, bound=bound)
+    found = certify(model, images, bound=bound).radius
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6 if dtype == torch.float32 else 1e-12)
     assert (found > 0).sum() > 10
@@ -233,18 +295,123 @@ def test_the_class_that_certify_picks_its_bound_for_pays_too(name):
     given["lipschitz"] = lipschitz_upper_bound(model.encoder, shape)
     embeddings = model.embed(images).detach()
     expected = certified_radius(embeddings, model.clusters, bound="exact", **given)
-    assert torch.equal(certify(model, images), expected)
+    assert torch.equal(certify(model, images).radius, expected)
 
 
-def test_an_ordinary_encoder_pays_nothing():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["small-cnn", "resnet18"])
+def test_an_ordinary_encoder_pays_too(name, dtype):
     torch.manual_seed(0)
-    encoder = build_encoder("small-cnn", (1, 8, 8), width=2).eval()
-    images = images_of((1, 8, 8))
+    encoder = build_encoder(name, (1, 8, 8), width=8).to(dtype).eval()
+    images = images_of((1, 8, 8), dtype)
     with torch.no_grad():
         embeddings = encoder(images)
-    clusters = Clusters(embeddings[:3].clone(), torch.arange(3), torch.full((3,), 0.1))
+    clusters = Clusters(embeddings[:3].clone(), torch.arange(3), torch.full((3,), 0.1, dtype=dtype))
     found = certify(ClusterClassifier(encoder, clusters, rule="nearest"), images, bound="nearest", lipschitz=2.0)
-    assert torch.equal(found, certified_radius(embeddings, clusters, bound="nearest", lipschitz=2.0))
+    error = embedding_error(encoder, (1, 8, 8))
+    assert found.rounding == error > 0
+    whole = certified_radius(embeddings, clusters, bound="nearest", lipschitz=2.0)
+    paid = certified_radius(embeddings, clusters, bound="nearest", lipschitz=2.0, embedding_error=error)
+    assert torch.equal(found.radius, paid)
+    assert (found.radius <= whole).all()
+    if dtype == torch.float64:
+        torch.testing.assert_close(found.radius, whole, rtol=0, atol=1e-5)
+
+
+class Confused(nn.ReLU):
+    """A layer with a fault of its own."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input + "1"  # pyright: ignore[reportOperatorIssue]
+
+
+def twice():
+    conv = nn.Conv2d(1, 1, 3, stride=2, padding=1)
+    return nn.Sequential(conv, conv)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "words"),
+    [
+        (lambda: nn.Tanh(), "no bound on the rounding of the layer Tanh is known"),
+        (lambda: nn.Sequential(nn.ReLU(), nn.GELU()), "no bound on the rounding of the layer GELU is known"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 1, 1), Doubled()), "no bound on the rounding of the layer Doubled is"),
+        (lambda: build_encoder("lip-cnn-cayley", (1, 8, 8), width=16), "no bound on the rounding of the layer Cayley"),
+        (lambda: nn.Sequential(nn.Flatten(), SLLLinear(64)), "no bound on the rounding of the layer SLLLinear is"),
+        (lambda: nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular"), "expected zero padding given in pixels"),
+        (lambda: nn.Conv2d(1, 1, 3, padding="same"), "expected zero padding given in pixels"),
+        (lambda: nn.BatchNorm2d(1, track_running_stats=False), "batch norm with running statistics, got one without"),
+        (lambda: nn.AvgPool2d(2, ceil_mode=True), "average pooling with its plain divisor"),
+        (lambda: nn.AdaptiveAvgPool2d(2), "adaptive pooling to 1 x 1, got 2"),
+        (lambda: nn.MaxPool2d(2, dilation=2), "max pooling without dilation"),
+        (twice, "one Conv2d is used at two sizes"),
+        (lambda: Confused(), "unsupported operand"),
+    ],
+)
+def test_what_has_no_bound_on_its_rounding_is_refused_and_not_certified_with_none(encoder, words):
+    """With a Lipschitz constant as well, which says nothing about rounding."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(encoder(), nn.Flatten()).eval()
+    images = torch.rand(3, 1, 8, 8)
+    dim = 64 if isinstance(encoder[0], Confused) else encoder(images).shape[1]
+    model = ClusterClassifier(encoder, Clusters(torch.randn(3, dim), torch.arange(3), torch.ones(3)), rule="nearest")
+    with pytest.raises(TypeError, match=words):
+        certify(model, images, lipschitz=1.0)
+
+
+# what evaluation mode means
+
+
+DROPOUTS = [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout]
+
+
+def with_layer(layer):
+    """A classifier with a layer behind its convolution, or where it takes vectors behind these, and images."""
+    torch.manual_seed(0)
+    behind = [nn.Flatten(), layer] if isinstance(layer, nn.Dropout1d) else [layer, nn.Flatten()]
+    encoder = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), *behind, nn.Linear(128, 5)).double().eval()
+    images, centroids = torch.rand(6, 1, 8, 8).double(), torch.randn(3, 5).double()
+    return ClusterClassifier(encoder, Clusters(centroids, torch.arange(3), torch.ones(3).double())), images
+
+
+@pytest.mark.parametrize("kind", DROPOUTS)
+def test_dropout_that_is_off_is_the_identity(kind):
+    layer = kind(0.5)
+    model, images = with_layer(layer)
+    plain, _ = with_layer(nn.Identity())
+    found, expected = certify(model, images), certify(plain, images)
+    assert (found.lipschitz, found.rounding) == (expected.lipschitz, expected.rounding)
+    assert torch.equal(found.radius, expected.radius)
+    assert (found.radius > 0).any()
+    layer.train().p = 0.0  # it drops nothing then
+    assert torch.equal(certify(model, images).radius, expected.radius)
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        *[(kind(0.5), f"{kind.__name__}, which is random,") for kind in DROPOUTS],
+        (nn.RReLU(), "RReLU, which is random,"),
+        (nn.MultiheadAttention(4, 2, dropout=0.1), "MultiheadAttention, which is random,"),
+        (nn.BatchNorm2d(2), "batch norm"),
+        (nn.SyncBatchNorm(2), "batch norm"),
+        (nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 2, 1)), "_SpectralNorm"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_layer_that_is_no_function_of_one_image_is_refused(layer, words, deep):
+    """Whatever constant is given, and wherever it stands."""
+    model, images = with_layer(nn.Sequential(nn.Identity(), nn.Sequential(layer)) if deep else layer)
+    layer.train()
+    for call in (
+        lambda: certify(model, images),
+        lambda: certify(model, images, lipschitz=1.0),
+        lambda: lipschitz_upper_bound(model.encoder, (1, 8, 8)),
+        lambda: embedding_error(model.encoder, (1, 8, 8)),
+    ):
+        with pytest.raises(ValueError, match=f"encoder: expected evaluation mode, got {words} in training mode"):
+            call()
 
 
 def test_a_chain_of_dense_layers_pays_as_well():
@@ -254,7 +421,7 @@ def test_a_chain_of_dense_layers_pays_as_well():
     error, lipschitz = embedding_error(encoder, (1, 8, 8)), lipschitz_upper_bound(encoder, (1, 8, 8))
     assert 0 < wrong_by(encoder, images).max() <= error
     clusters = Clusters(encoder(images[:3]).detach(), torch.arange(3), torch.full((3,), 0.1))
-    found = certify(ClusterClassifier(encoder, clusters, rule="nearest"), images, bound="nearest")
+    found = certify(ClusterClassifier(encoder, clusters, rule="nearest"), images, bound="nearest").radius
     whole = certified_radius(encoder(images).detach(), clusters, bound="nearest")
     assert found.tolist() == pytest.approx(((whole - 2 * error).clamp_min(0) / lipschitz).tolist(), rel=1e-5, abs=1e-7)
     assert (found > 0).any()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
-from clustr_core.certificates.lipschitz import convolution_norm, lipschitz_lower_bound, lipschitz_upper_bound
+from clustr_core.certificates.convolution import convolution_norm
+from clustr_core.certificates.lipschitz import lipschitz_lower_bound, lipschitz_upper_bound
 from clustr_core.models.classifiers import LinearClassifier
 from clustr_core.models.encoders import build_encoder
 from clustr_core.models.one_lipschitz import (
@@ -707,6 +708,55 @@ def test_channels_that_do_not_fit_are_named():
         MaxMin()(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="images: expected at most 2 channels, got 3"):
         PadChannels(2)(torch.zeros(1, 3, 2, 2))
+
+
+SLL = {"convolution": (SLLConv2d, (4, 5, 5)), "vector": (SLLLinear, (4, 1, 1))}
+
+
+@pytest.mark.parametrize("log_scale", [0.0, 5.0, 90.0, 800.0, -90.0, -800.0])
+@pytest.mark.parametrize("length", [0.0, 1e-42, 1e-30, 1e-22, 1e-19, 1e-15, 1e-10, 1e-6])
+@pytest.mark.parametrize("rows", ["one", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", SLL)
+def test_rows_of_zeros_or_nearly_so_are_safe(kind, dtype, rows, length, log_scale):
+    """Nothing overflows, forward or backward, and the layer is 1-Lipschitz, whatever the scales."""
+    torch.manual_seed(0)
+    make, shape = SLL[kind]
+    layer = make(4).to(dtype).eval()
+    which = slice(None) if rows == "all" else slice(1, 2)
+    with torch.no_grad():
+        layer.weight[which] = length * torch.randn_like(layer.weight[which])
+        layer.bias.copy_(torch.rand_like(layer.bias))
+        layer.log_scale[1] = log_scale
+    x = torch.rand(3, *(shape if kind == "convolution" else shape[:1]), dtype=torch.float64).to(dtype).requires_grad_()
+    moved = layer(x)
+    moved.sum().backward()
+    assert layer.step().isfinite().all()
+    assert moved.isfinite().all()
+    for tensor in (x, *layer.parameters()):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+    chain = layer if kind == "convolution" else nn.Sequential(nn.Flatten(), layer)
+    assert 1 <= lipschitz_upper_bound(chain, shape) <= 1 + (1e-5 if dtype != torch.bfloat16 else 0.1)
+    if length == 0 and rows == "all":
+        assert torch.equal(moved, x)
+
+
+@pytest.mark.parametrize("kind", SLL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_ordinary_row_keeps_its_step_bit_by_bit(kind, dtype):
+    torch.manual_seed(0)
+    layer = SLL[kind][0](4).to(dtype)
+    for scale in (1e-5, 1e-2, 1.0, 100.0):
+        with torch.no_grad():
+            layer.weight.copy_(scale * torch.randn_like(layer.weight))
+            layer.log_scale.copy_(5 * torch.randn_like(layer.log_scale))
+        if kind == "convolution":
+            overlap = F.conv2d(layer.weight, layer.weight, padding=2).abs().sum(dim=(2, 3))
+        else:
+            overlap = (layer.weight @ layer.weight.T).abs()
+        q = layer.log_scale.exp()
+        assert torch.equal(layer.step(), 2 * q / (overlap @ q))
 
 
 @pytest.mark.parametrize("layer", [SLLConv2d(4), SLLLinear(4)], ids=["convolution", "vector"])
