@@ -1,5 +1,6 @@
 """The ladder of certified radii: how far an input may move before the predicted class can change."""
 
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
@@ -17,6 +18,26 @@ from clustr_core.numerics.checks import check_finite
 from clustr_core.numerics.distances import rows_within, squared_distances
 from clustr_core.numerics.kernels import dispatch
 from clustr_core.numerics.rounding import full_precision, given_and_working_dtype, relative_rounding, rounded_down
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What `certify` found: inside ``radius`` of each image no perturbation changes the class that is predicted.
+
+    Attributes:
+        prediction: the certified class of each image.
+        radius: in L2, for pixels in [0, 1]; 0 where nothing is certified.
+        bound: the bound it was computed by; "max(exact, soft-dual)" where the larger was taken, image by image.
+        lipschitz: the upper bound on the encoder's Lipschitz constant that it was divided by.
+        rounding: how far an embedding may be from the exact one (`rounding.embedding_error`), taken off twice; None
+            where no bound is known, so that the certificate is one of real numbers.
+    """
+
+    prediction: Int[Tensor, " batch"]
+    radius: Float[Tensor, " batch"]
+    bound: str
+    lipschitz: float
+    rounding: float | None
 
 
 @torch.no_grad()
@@ -96,13 +117,13 @@ def certify(
     *,
     bound: Bound | None = None,
     lipschitz: float | None = None,
-) -> Float[Tensor, " batch"]:
+) -> Certificate:
     """`certified_radius` of a whole model: its rule, its neighbours, and a sound Lipschitz bound of its encoder.
 
     Where the rounding inside the encoder is bounded (`rounding.embedding_error`: 1-Lipschitz encoders, chains of dense
     layers), it is taken off too. In float32 that bound can exceed every radius, as for the book's convolutional
     encoder. In float64 (``model.double()``, ``images.double()``) it is next to nothing, so that is how the book
-    certifies. Of other encoders the certificate is one of real numbers, and says nothing about rounding.
+    certifies. Of other encoders the certificate is one of real numbers, which says so: its ``rounding`` is None.
 
     Args:
         bound: None picks the largest that is valid for the model: "exact", and of the soft rule with all centroids
@@ -110,14 +131,16 @@ def certify(
         lipschitz: the encoder's bound where it is known already, since computing it may take seconds;
             None computes `lipschitz_upper_bound`.
     Raises:
-        ValueError: if pixels leave [0, 1], or as `certified_radius` and `lipschitz_upper_bound`.
-        TypeError: if the model is no `ClusterClassifier` or its encoder has a layer without a bound.
+        ValueError: if pixels leave [0, 1], if a layer in training mode makes an embedding depend on chance or on the
+            batch, or as `certified_radius` and `lipschitz_upper_bound`.
+        TypeError: if the model is no `ClusterClassifier`, or its encoder has a layer without a Lipschitz bound or uses
+            one at two sizes.
     """
     if not isinstance(model, ClusterClassifier):
         raise TypeError(f"model: expected a ClusterClassifier, got {type(model).__name__}, which has no certificate")
     check_evaluation_mode(model.encoder)
     if not ((images >= 0) & (images <= 1)).all():
-        raise ValueError(f"images: expected pixels in [0, 1], got {images.min():.4g} to {images.max():.4g}")
+        raise ValueError(f"images: expected pixels in [0, 1], got {images.min():.9g} to {images.max():.9g}")
     if images.dim() != 4:
         raise ValueError(f"images: expected shape [batch, channel, height, width], got {list(images.shape)}")
     channels, height, width = images.shape[1:]
@@ -126,16 +149,26 @@ def certify(
             lipschitz = lipschitz_upper_bound(model.encoder, (channels, height, width))
         try:
             error = rounding.embedding_error(model.encoder, (channels, height, width))
-        except TypeError:  # an encoder whose rounding nothing is known of
-            error = 0.0
+        except rounding.NoRoundingBound:
+            error = None
         embeddings = model.embed(images)
-    options = {"lipschitz": lipschitz, "embedding_error": error, "rule": model.rule, "neighbours": model.neighbours}
-    if bound is not None:
-        return certified_radius(embeddings, model.clusters, bound=bound, **options)
-    radius = certified_radius(embeddings, model.clusters, bound="exact", **options)
-    if model.rule == "soft" and model.neighbours is None:
-        radius = radius.maximum(certified_radius(embeddings, model.clusters, bound="soft-dual", **options))
-    return radius
+        prediction = model.classify(embeddings).argmax(dim=1)
+    voting = model.rule == "soft" and model.neighbours is None
+    bounds: tuple[Bound, ...] = (bound,) if bound else ("exact", "soft-dual") if voting else ("exact",)
+    radii = [
+        certified_radius(
+            embeddings,
+            model.clusters,
+            bound=each,
+            lipschitz=lipschitz,
+            rule=model.rule,
+            neighbours=model.neighbours,
+            embedding_error=error or 0.0,
+        )
+        for each in bounds
+    ]
+    name = bounds[0] if len(bounds) == 1 else f"max({', '.join(bounds)})"
+    return Certificate(prediction, torch.stack(radii).amax(dim=0), name, float(lipschitz), error)
 
 
 def radius_from_magnet_loss(

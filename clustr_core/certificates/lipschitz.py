@@ -6,6 +6,7 @@ how loose the upper one may be.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,11 @@ from clustr_core.models.one_lipschitz import (
 from clustr_core.numerics.distances import flat_norm, per_item
 
 Shapes = dict[nn.Module, torch.Size]
+Rule = Callable[[Any, Shapes], float]
+# rows times columns from which singular values would take seconds a layer
+LARGE = 128 * 64
+# the identity in evaluation mode
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def lipschitz_upper_bound(encoder: nn.Module, image_shape: ImageShape) -> float:
@@ -40,25 +46,49 @@ def lipschitz_upper_bound(encoder: nn.Module, image_shape: ImageShape) -> float:
         encoder: in evaluation mode, made of the layers of `clustr_core.encoders` and of common `torch.nn` layers.
         image_shape: (channels, height, width); the norm of a convolution depends on the size it is applied to.
     Raises:
-        ValueError: if batch norm is in training mode, where it is not even a function of one image.
-        TypeError: for a layer without a known bound.
+        ValueError: if batch norm is in training mode, where it is not even a function of one image, if dropout is on,
+            or if a weight is not finite.
+        TypeError: for a layer without a known bound; `register_lipschitz` gives a layer of one's own a bound.
     Source: Tsuzuku et al. 2018 (product bound); Sedghi et al. 2019 (convolution by FFT), with the zero padding
         turned into a bound as `convolution_norm` says.
     """
     check_evaluation_mode(encoder)
+    check_finite_weights(encoder)
     shapes = input_shapes(encoder, image_shape)
     # the float64 norms carry a relative error near 1e-13 a layer
     return layer_bound(encoder, shapes) * (1 + 1e-9)
 
 
 def check_evaluation_mode(encoder: nn.Module) -> None:
-    """Refuse batch norm in training mode, where an embedding depends on the whole batch.
+    """Refuse layers in training mode that make an embedding depend on the whole batch or on chance.
 
     Raises:
-        ValueError: if there is any.
+        ValueError: if there is batch norm in training mode, or dropout that is on.
     """
-    if any(m.training for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+    training = [module for module in encoder.modules() if module.training]
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in training):
         raise ValueError("encoder: expected evaluation mode, got batch norm in training mode")
+    if chance := next((type(module).__name__ for module in training if _is_random(module)), None):
+        raise ValueError(f"encoder: expected evaluation mode, got {chance} in training mode, which drops at random")
+
+
+def check_finite_weights(encoder: nn.Module) -> None:
+    """Refuse weights that are NaN or infinite, of which a norm says nothing.
+
+    Raises:
+        ValueError: if there are any, with the name of the first.
+    """
+    for name, weight in encoder.state_dict().items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(f"encoder: expected finite weights, got NaN or infinity in {name}")
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether a layer in training mode draws random numbers: dropout, of its own or inside, and random slopes."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    inside = isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout > 0
+    return inside or isinstance(module, nn.RReLU)
 
 
 def convolution_norm(
@@ -73,12 +103,75 @@ def convolution_norm(
     circular, block-diagonal in the Fourier basis, and its norm is the largest singular value of any block. The
     zero-padded result is a part of the circular one, and a stride keeps a part of that: neither raises the norm.
     """
+    return _largest_singular_value(_fourier_blocks(weight, size, padding, dilation))
+
+
+def _fourier_blocks(
+    weight: Tensor, size: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> Tensor:
+    """The blocks of `convolution_norm`, [height, width // 2 + 1, out, in]: the others are their conjugates."""
     kernel = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True)]
     torus = [max(s + 2 * p, k) for s, p, k in zip(size, padding, kernel, strict=True)]
     spread = weight.new_zeros(*weight.shape[:2], *kernel, dtype=torch.float64)
     spread[:, :, :: dilation[0], :: dilation[1]] = weight.double()
-    blocks = torch.fft.rfft2(spread, s=torus).permute(2, 3, 0, 1)
+    return torch.fft.rfft2(spread, s=torus).permute(2, 3, 0, 1)
+
+
+def _largest_singular_value(blocks: Tensor) -> float:
     return float(torch.linalg.matrix_norm(blocks, ord=2).max())
+
+
+def large_convolution_norm(
+    weight: Float[Tensor, "out in kh kw"],
+    size: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int] = (1, 1),
+) -> float:
+    """`convolution_norm` without singular values, of which large blocks take minutes; above it by less than 1e-8.
+
+    The squares are the eigenvalues of the Gram matrices G, of which few are computed: that a Cholesky factorisation of
+    T - G succeeds proves that G has none above T. Rounding of G, of its eigenvalues and of the factorisation is at most
+    a few times (rows + columns) u tr(G) and n u n T, n the smaller side: ``slack`` is more than all of these.
+
+    Source: Higham 2002, theorem 10.3 (Cholesky) and equation 3.13 (products); Rump 2006 (proof by factorisation).
+    """
+    if weight.shape[2:] == (1, 1):  # the same block at each frequency
+        size, padding = (1, 1), (0, 0)
+    blocks = _without_conjugates(_fourier_blocks(weight, size, padding, dilation))
+    scale = blocks.abs().max()
+    if not 0 < scale < math.inf:
+        return float(scale)
+    rows, columns = blocks.shape[1:]
+    slack = 8 * min(rows, columns) * (rows + columns) * torch.finfo(torch.float64).eps
+    largest = 0.0
+    for part in (blocks / scale).split(64):
+        largest = _largest_eigenvalue(part @ part.mH if rows < columns else part.mH @ part, largest, slack)
+    return float(scale) * math.sqrt(largest * (1 + 2 * slack))
+
+
+def _largest_eigenvalue(grams: Tensor, largest: float, slack: float) -> float:
+    """The largest eigenvalue of any, or ``largest`` if there is none above it, up to ``slack`` of it."""
+    towards = torch.ones_like(grams[:, :, :1])
+    for _ in range(10):
+        towards = grams @ (towards / towards.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny))
+    grams = grams[towards.norm(dim=1).squeeze(1).argsort(descending=True)]
+    one = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device)
+    while len(grams):
+        failed = torch.linalg.cholesky_ex(largest * (1 + slack) * one - grams).info != 0 if largest else None
+        grams = grams if failed is None else grams[failed]
+        if len(grams):
+            largest = max(largest, float(torch.linalg.eigvalsh(grams[0])[-1]))
+            grams = grams[1:]
+    return largest
+
+
+def _without_conjugates(blocks: Tensor) -> Tensor:
+    """One of each pair of conjugate blocks: column 0 goes with itself, as does the last one if the width is even.
+
+    The width is not known here: a last column that has no conjugate inside is kept whole.
+    """
+    half = len(blocks) // 2 + 1
+    return torch.cat([blocks[:half, 0], blocks[:, 1:].flatten(0, 1)])
 
 
 def lipschitz_lower_bound(
@@ -142,7 +235,45 @@ def layer_bound(module: nn.Module, shapes: Shapes) -> float:
     for kind, rule in _RULES.items():
         if computes(module, kind):
             return rule(module, shapes)
-    raise TypeError(f"encoder: no Lipschitz bound is known for the layer {type(module).__name__}")
+    raise TypeError(
+        f"encoder: no Lipschitz bound is known for the layer {type(module).__name__}; `register_lipschitz` can give one"
+    )
+
+
+def register_lipschitz(layer: type[nn.Module]) -> Callable[[Rule], Rule]:
+    """A decorator that gives a layer of one's own the rule for its Lipschitz bound, wherever bounds are computed.
+
+    The rule is called with the layer and the input shapes of all layers, without the batch (``shapes[layer]``), and
+    returns a constant L with ||f(x) - f(x')|| <= L ||x - x'|| in L2. Nothing checks that it is true. A module that was
+    changed in place, by a hook or an attribute, or by a subclass with another ``forward``, has no rule.
+
+    Args:
+        layer: a subclass of `nn.Module`.
+    Raises:
+        TypeError: if it is none.
+        ValueError: if the layer, or what it inherits its ``forward`` from, has a rule already; and, where a bound is
+            computed, if the rule returned something else than a number that is neither negative nor infinite.
+    """
+    if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+        raise TypeError(f"layer: expected a subclass of nn.Module, got {layer!r}")
+    if known := next((kind for kind in _RULES if _inherits(layer, kind)), None):
+        raise ValueError(
+            f"layer: expected one without a rule, got {layer.__name__}, which has that of {known.__name__}"
+        )
+
+    def register(rule: Rule) -> Rule:
+        def checked(module: nn.Module, shapes: Shapes) -> float:
+            bound = float(rule(module, shapes))
+            if not 0 <= bound < math.inf:
+                raise ValueError(f"{layer.__name__}: expected a Lipschitz bound that is finite, got {bound}")
+            return bound
+
+        if layer in _RULES:  # by the same decorator, twice
+            raise ValueError(f"layer: expected one without a rule, got {layer.__name__}")
+        _RULES[layer] = checked
+        return rule
+
+    return register
 
 
 def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -150,8 +281,13 @@ def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
     its own nor a hook puts something else in place of that."""
     if not isinstance(module, kind) or module._forward_hooks or module._forward_pre_hooks:
         return False
+    return _inherits(type(module), kind) and not {"forward", "_conv_forward"} & vars(module).keys()
+
+
+def _inherits(layer: type[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether a class is another, or a subclass that computes the same."""
     names = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
-    return all(name not in vars(module) and getattr(type(module), name) is getattr(kind, name) for name in names)
+    return issubclass(layer, kind) and all(getattr(layer, name) is getattr(kind, name) for name in names)
 
 
 def _chain(layers: list[nn.Module], shapes: Shapes) -> float:
@@ -188,7 +324,8 @@ def _convolution_bound(conv: nn.Conv2d, weight: Tensor, shapes: Shapes) -> float
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         raise TypeError(f"encoder: expected zero padding given in pixels, got {conv.padding_mode}, {conv.padding}")
     height, width = shapes[conv][1:]
-    return convolution_norm(weight, (height, width), conv.padding, conv.dilation)  # pyright: ignore[reportArgumentType]
+    norm = large_convolution_norm if math.prod(weight.shape[:2]) >= LARGE else convolution_norm
+    return norm(weight, (height, width), conv.padding, conv.dilation)  # pyright: ignore[reportArgumentType]
 
 
 def _grouped_weight(conv: nn.Conv2d) -> Tensor:
@@ -255,6 +392,11 @@ def _norm_of(weight: Tensor, layer: nn.Module, shapes: Shapes) -> float:
     return convolution_norm(weight, (height, width), (padding, padding))
 
 
+def _dropout(layer: nn.modules.dropout._DropoutNd, _: Shapes) -> float:
+    check_evaluation_mode(layer)
+    return 1.0
+
+
 def _average(pool: nn.AvgPool2d, shapes: Shapes) -> float:
     if pool.ceil_mode or pool.divisor_override or not pool.count_include_pad:
         raise TypeError("encoder: expected average pooling with its plain divisor")
@@ -277,7 +419,7 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-_RULES: dict[type[nn.Module], Callable[..., float]] = {
+_RULES: dict[type[nn.Module], Rule] = {
     nn.Conv2d: lambda m, shapes: _convolution_bound(m, _grouped_weight(m), shapes),
     nn.Linear: lambda m, _: float(torch.linalg.matrix_norm(m.weight.detach().double(), ord=2)),
     nn.BatchNorm2d: lambda m, _: float(_batch_norm_scale(m).abs().max()),
@@ -296,6 +438,7 @@ _RULES: dict[type[nn.Module], Callable[..., float]] = {
     nn.Tanh: lambda m, _: 1.0,
     nn.Identity: lambda m, _: 1.0,
     nn.Flatten: lambda m, _: 1.0,
+    **dict.fromkeys(DROPOUT, _dropout),
     nn.AdaptiveAvgPool2d: _global_average,
     nn.AvgPool2d: _average,
     nn.MaxPool2d: _max,

@@ -5,12 +5,26 @@ import math
 import torch
 from torch import Tensor, nn
 
-from clustr_core.certificates.lipschitz import Shapes, computes, convolution_norm, input_shapes, layer_bound
+from clustr_core.certificates.lipschitz import (
+    DROPOUT,
+    Shapes,
+    check_evaluation_mode,
+    computes,
+    convolution_norm,
+    input_shapes,
+    layer_bound,
+)
 from clustr_core.models.encoders import ImageShape, LipschitzNet, Normalize
 from clustr_core.models.one_lipschitz import AOLConv2d, MaxMin, OrthogonalPointwise, PadChannels, SLLConv2d
 
 # layers that move numbers and change none
-_EXACT = (MaxMin, PadChannels, nn.Flatten, nn.Identity, nn.PixelUnshuffle, nn.ReLU)
+_EXACT = (*DROPOUT, MaxMin, PadChannels, nn.Flatten, nn.Identity, nn.PixelUnshuffle, nn.ReLU)
+# those whose sums are bounded below
+_SUMS = (AOLConv2d, Normalize, OrthogonalPointwise, SLLConv2d, nn.Linear)
+
+
+class NoRoundingBound(TypeError):
+    """No bound on the rounding of a layer is known: of an encoder with such a layer nothing is known either."""
 
 
 def embedding_error(encoder: nn.Module, image_shape: ImageShape) -> float:
@@ -30,13 +44,19 @@ def embedding_error(encoder: nn.Module, image_shape: ImageShape) -> float:
     Args:
         encoder: a `LipschitzNet`, or a layer or `nn.Sequential` of the same layers.
     Raises:
-        TypeError: for an encoder with a layer without such a bound.
+        NoRoundingBound: a TypeError, for an encoder with a layer without such a bound.
+        TypeError: if one layer is used at two sizes.
         ValueError: if the dtype has so few digits that a sum may lose all of them.
     Source: Higham 2002, chapter 3, theorem 3.1 and equation 3.13.
     """
+    layers = _layers(encoder)
+    for layer in layers:
+        if not any(computes(layer, kind) for kind in (*_EXACT, *_SUMS)):
+            raise NoRoundingBound(f"encoder: no bound on the rounding of the layer {type(layer).__name__} is known")
+    check_evaluation_mode(encoder)
     shapes = input_shapes(encoder, image_shape)
     size, error = math.sqrt(math.prod(image_shape)), 0.0
-    for layer in _layers(encoder):
+    for layer in layers:
         if not any(computes(layer, kind) for kind in _EXACT):
             size, error = _through(layer, shapes, size, error)
     return error * (1 + 1e-9)
@@ -45,7 +65,9 @@ def embedding_error(encoder: nn.Module, image_shape: ImageShape) -> float:
 def _layers(encoder: nn.Module) -> list[nn.Module]:
     if computes(encoder, LipschitzNet):
         return _layers(encoder.layers)  # pyright: ignore[reportArgumentType]
-    return list(encoder) if computes(encoder, nn.Sequential) else [encoder]  # pyright: ignore[reportArgumentType]
+    if computes(encoder, nn.Sequential):
+        return [layer for child in encoder.children() for layer in _layers(child)]
+    return [encoder]
 
 
 def _through(layer: nn.Module, shapes: Shapes, size: float, error: float) -> tuple[float, float]:
@@ -92,7 +114,7 @@ def _affine(layer: nn.Module, shapes: Shapes) -> tuple[Tensor, Tensor, int, floa
     pointwise = isinstance(layer, OrthogonalPointwise) and computes(layer, OrthogonalPointwise)
     linear = layer.linear if pointwise else layer
     if not isinstance(linear, nn.Linear) or not computes(linear, nn.Linear):
-        raise TypeError(f"encoder: no bound on the rounding of the layer {type(layer).__name__} is known")
+        raise NoRoundingBound(f"encoder: no bound on the rounding of the layer {type(layer).__name__} is known")
     weight = linear.weight.detach()
     bias = linear.bias.detach() if linear.bias is not None else weight.new_zeros(1)
     places = math.prod(shapes[layer][1:]) if pointwise else 1

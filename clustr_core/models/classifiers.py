@@ -318,7 +318,10 @@ class ClusterClassifier(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
         """Log-domain logits under the model's rule."""
-        embeddings = self.embed(images)
+        return self.classify(self.embed(images))
+
+    def classify(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch class"]:
+        """Log-domain logits of embeddings, under the model's rule."""
         if self.rule == "nearest":
             return nearest_logits(embeddings, self.clusters)
         return cluster_logits(embeddings, self.clusters, neighbours=self.neighbours)

@@ -301,10 +301,16 @@ def test_certify_takes_rule_neighbours_and_constant_from_the_model(rule, neighbo
     expected = certified_radius(
         model.embed(images), model.clusters, lipschitz=2.0, rule=rule, neighbours=neighbours, bound="exact"
     )
-    torch.testing.assert_close(certify(model, images, bound="exact"), expected, rtol=1e-8, atol=0)
-    assert (certify(model, images) >= expected * (1 - 1e-8)).all()
-    assert not certify(model, images).requires_grad
-    given_constant = certify(model, images, lipschitz=4.0, bound="nearest")
+    exact, best = certify(model, images, bound="exact"), certify(model, images)
+    torch.testing.assert_close(exact.radius, expected, rtol=1e-8, atol=0)
+    assert (best.radius >= expected * (1 - 1e-8)).all()
+    assert torch.equal(best.prediction, model(images).argmax(dim=1))
+    assert exact.lipschitz == pytest.approx(2.0)
+    assert 0 < exact.rounding < 1e-10
+    voting = rule == "soft" and neighbours is None
+    assert (exact.bound, best.bound) == ("exact", "max(exact, soft-dual)" if voting else "exact")
+    assert not best.radius.requires_grad
+    given_constant = certify(model, images, lipschitz=4.0, bound="nearest").radius
     halved = certified_radius(
         model.embed(images), model.clusters, lipschitz=4.0, rule=rule, neighbours=neighbours, bound="nearest"
     )
@@ -338,7 +344,7 @@ def test_prototypes_on_raw_pixels_are_certified_as_they_are():
     model = ClusterClassifier(nn.Flatten(), clusters, rule="nearest")
     truth, nearest = exact_nearest_rule_distance(images.flatten(1), clusters)
     for bound in (*BOUNDS, "exact", None):
-        radius = certify(model, images, bound=bound)
+        radius = certify(model, images, bound=bound).radius
         expected = certified_radius(images.flatten(1), clusters, bound=bound or "exact")
         torch.testing.assert_close(radius, expected, rtol=1e-8, atol=0)
         assert (radius <= truth).all()
@@ -529,11 +535,11 @@ def test_a_model_is_certified_alike_inside_autocast():
     clusters = Clusters(torch.randn(6, 8), torch.arange(6) % 3, torch.ones(6))
     images = torch.rand(20, 1, 4, 4)
     for model in (ClusterClassifier(encoder, clusters), ClusterClassifier(encoder, clusters, learnable=True)):
-        expected = certify(model.eval(), images, lipschitz=1.0)
+        expected = certify(model.eval(), images, lipschitz=1.0).radius
         assert (expected > 0).any()
         assert not expected.requires_grad
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(certify(model, images, lipschitz=1.0), expected)
+            assert torch.equal(certify(model, images, lipschitz=1.0).radius, expected)
 
 
 def test_a_lipschitz_network_is_certified_alike_inside_autocast():
@@ -542,9 +548,9 @@ def test_a_lipschitz_network_is_certified_alike_inside_autocast():
     encoder = build_encoder("lip-cnn", (1, 8, 8), width=16).eval()
     clusters = Clusters(torch.randn(6, encoder.embedding_dim), torch.arange(6) % 3, torch.ones(6))
     model, images = ClusterClassifier(encoder, clusters, rule="nearest"), torch.rand(4, 1, 8, 8)
-    expected = certify(model, images)
+    expected = certify(model, images).radius
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(certify(model, images), expected)
+        assert torch.equal(certify(model, images).radius, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

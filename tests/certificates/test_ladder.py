@@ -225,7 +225,7 @@ def test_certify_picks_the_best_valid_bound(rule):
     _, clusters = draw(5, classes=3, per_class=3, dim=4)
     model = ClusterClassifier(torch.nn.Flatten(), clusters, rule=rule)
     images = torch.rand(30, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
-    best = certify(model, images)
+    best = certify(model, images).radius
     valid = HARD_BOUNDS if rule == "nearest" else (*HARD_BOUNDS, *SOFT_BOUNDS)
-    every = torch.stack([certify(model, images, bound=bound) for bound in valid])
+    every = torch.stack([certify(model, images, bound=bound).radius for bound in valid])
     torch.testing.assert_close(best, every.amax(dim=0))

@@ -1,4 +1,6 @@
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from clustr_core.certificates import lipschitz
+from clustr_core.certificates.ladder import certify
 from clustr_core.certificates.lipschitz import convolution_norm, lipschitz_lower_bound, lipschitz_upper_bound
+from clustr_core.models.classifiers import ClusterClassifier
+from clustr_core.models.clusters import Clusters
 from clustr_core.models.encoders import Normalize, ResidualBlock, ResNet18, SmallCNN, build_encoder
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def seeded(seed=0):
@@ -218,6 +226,130 @@ def test_training_mode_is_refused():
     encoder, shape = encoders()["resnet18"]
     with pytest.raises(ValueError, match="evaluation mode, got batch norm in training mode"):
         lipschitz_upper_bound(encoder.train(), shape)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["small-cnn", "lip-mlp", "lip-cnn"])
+def test_weights_that_are_not_finite_are_refused_by_name(name, bad):
+    """A maximum in Python drops a NaN: max(1.0, nan) is 1."""
+    torch.manual_seed(0)
+    encoder = build_encoder(name, (1, 8, 8), width=16).eval()
+    where, weight = next((where, weight) for where, weight in encoder.named_parameters() if weight.dim() > 1)
+    with torch.no_grad():
+        weight[0, 0] = bad
+    with pytest.raises(ValueError, match=f"encoder: expected finite weights, got NaN or infinity in {where}"):
+        lipschitz_upper_bound(encoder, (1, 8, 8))
+
+
+RANDOM = [
+    nn.Dropout(), nn.Dropout1d(), nn.Dropout2d(), nn.Dropout3d(), nn.AlphaDropout(), nn.FeatureAlphaDropout(),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:dropout")
+@pytest.mark.parametrize("layer", RANDOM, ids=lambda layer: type(layer).__name__)
+def test_dropout_is_the_identity_when_it_is_off_and_refused_when_it_is_on(layer):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(16, 8))
+    encoder = nn.Sequential(plain, layer).eval()
+    shape = (1, 4, 4)
+    assert lipschitz_upper_bound(encoder, shape) == lipschitz_upper_bound(plain, shape)
+    clusters = Clusters(torch.randn(4, 8), torch.arange(4) % 2, torch.ones(4))
+    images = torch.rand(6, *shape)
+    found = [certify(ClusterClassifier(each, clusters, rule="nearest"), images) for each in (plain, encoder)]
+    assert torch.equal(found[0].radius, found[1].radius)
+    layer.train()
+    with pytest.raises(ValueError, match=f"evaluation mode, got {type(layer).__name__} in training mode"):
+        lipschitz_upper_bound(encoder, shape)
+    # nor with a constant that the caller gives
+    with pytest.raises(ValueError, match=f"evaluation mode, got {type(layer).__name__} in training mode"):
+        certify(ClusterClassifier(encoder, clusters, rule="nearest"), images, lipschitz=1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "kernel", "size"), [(128, 64, 3, 5), (64, 128, 3, 6), (256, 40, 1, 4), (96, 96, 3, 4)]
+)
+def test_large_convolutions_have_the_norm_that_singular_values_give(rows, columns, kernel, size):
+    """Of the few eigenvalues and many factorisations: never below, and above by next to nothing."""
+    weight = torch.randn(rows, columns, kernel, kernel, generator=seeded(rows), dtype=torch.float64)
+    place = (size, size), (kernel // 2, kernel // 2)
+    exact = lipschitz.convolution_norm(weight, *place)
+    quick = lipschitz.large_convolution_norm(weight, *place)
+    assert exact <= quick <= exact * (1 + 1e-8)
+
+
+def test_large_convolutions_of_hard_weights():
+    """All blocks alike, so that every one is a rival; one channel that is far from the others; none at all."""
+    alike = torch.zeros(128, 64, 3, 3, dtype=torch.float64)
+    alike[:, :, 1, 1] = torch.randn(128, 64, generator=seeded(0), dtype=torch.float64)
+    scaled = torch.randn(128, 64, 3, 3, generator=seeded(1), dtype=torch.float64)
+    scaled[0] *= 1e12
+    for weight in (alike, scaled, scaled * 1e-200, torch.zeros_like(alike)):
+        exact = lipschitz.convolution_norm(weight, (4, 4), (1, 1))
+        assert exact <= lipschitz.large_convolution_norm(weight, (4, 4), (1, 1)) <= exact * (1 + 1e-8)
+
+
+# a layer of one's own: the example of CONTRIBUTING.md
+
+MY_LAYER = '''\
+from torch import nn
+
+import clustr_core as cc
+
+
+class Smooth(nn.Module):
+    """Each pixel averaged with its left neighbour: two isometries, halved, so 1-Lipschitz."""
+
+    def forward(self, images):
+        return (images + images.roll(1, dims=-1)) / 2
+
+
+@cc.register_lipschitz(Smooth)
+def smooth(layer, shapes):
+    return 1.0
+
+
+encoder = nn.Sequential(Smooth(), nn.Flatten(), nn.Linear(64, 8), nn.Dropout(0.5)).eval()
+constant = cc.lipschitz_upper_bound(encoder, (1, 8, 8))
+'''
+
+
+@pytest.fixture
+def rules(monkeypatch):
+    """The rules of layers, which a test may add to."""
+    monkeypatch.setattr(lipschitz, "_RULES", dict(lipschitz._RULES))
+
+
+def test_a_layer_of_ones_own_is_bounded_and_certified(rules):
+    found: dict[str, Any] = {}
+    exec(MY_LAYER, found)
+    encoder = found["encoder"].double()
+    assert found["constant"] == pytest.approx(float(torch.linalg.matrix_norm(encoder[2].weight.detach(), ord=2)), rel=1e-6)
+    clusters = Clusters(torch.randn(4, 8).double(), torch.arange(4) % 2, torch.ones(4).double())
+    found = certify(ClusterClassifier(encoder, clusters, rule="nearest"), torch.rand(6, 1, 8, 8).double())
+    assert (found.radius > 0).any()
+    # nothing was said of its rounding
+    assert found.rounding is None
+
+
+def test_contributing_shows_this_layer_in_at_most_twenty_lines():
+    assert len([line for line in MY_LAYER.splitlines() if line]) <= 20
+    assert f"```python\n{MY_LAYER}```" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_a_rule_for_a_layer_that_has_one_is_refused(rules, as_installed):
+    class Own(nn.Module):
+        def forward(self, images):
+            return images
+
+    lipschitz.register_lipschitz(Own)(lambda layer, shapes: -1.0)
+    with pytest.raises(ValueError, match="Own: expected a Lipschitz bound that is finite, got -1"):
+        lipschitz_upper_bound(nn.Sequential(Own()), (1, 2, 2))
+    for known in (Own, nn.ReLU, type("Mine", (nn.Linear,), {})):
+        with pytest.raises(ValueError, match=f"expected one without a rule, got {known.__name__}"):
+            lipschitz.register_lipschitz(known)
+    with pytest.raises(TypeError, match=r"layer: expected a subclass of nn\.Module, got 3"):
+        lipschitz.register_lipschitz(3)  # pyright: ignore[reportArgumentType]
 
 
 class Doubled(nn.ReLU):

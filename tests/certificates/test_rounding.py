@@ -215,7 +215,7 @@ def test_certify_takes_off_the_rounding_of_two_embeddings(dtype, name, rule, bou
     error, lipschitz = embedding_error(model.encoder, shape), lipschitz_upper_bound(model.encoder, shape)
     whole = certified_radius(model.embed(images).detach(), model.clusters, bound=bound, rule=rule, lipschitz=1.0)
     expected = ((whole.double() - 2 * error) / lipschitz).clamp_min(0)
-    found = certify(model, images, bound=bound)
+    found = certify(model, images, bound=bound).radius
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6 if dtype == torch.float32 else 1e-12)
     assert (found > 0).sum() > 10
@@ -233,10 +233,10 @@ def test_the_class_that_certify_picks_its_bound_for_pays_too(name):
     given["lipschitz"] = lipschitz_upper_bound(model.encoder, shape)
     embeddings = model.embed(images).detach()
     expected = certified_radius(embeddings, model.clusters, bound="exact", **given)
-    assert torch.equal(certify(model, images), expected)
+    assert torch.equal(certify(model, images).radius, expected)
 
 
-def test_an_ordinary_encoder_pays_nothing():
+def test_an_ordinary_encoder_pays_nothing_and_says_so():
     torch.manual_seed(0)
     encoder = build_encoder("small-cnn", (1, 8, 8), width=2).eval()
     images = images_of((1, 8, 8))
@@ -244,7 +244,8 @@ def test_an_ordinary_encoder_pays_nothing():
         embeddings = encoder(images)
     clusters = Clusters(embeddings[:3].clone(), torch.arange(3), torch.full((3,), 0.1))
     found = certify(ClusterClassifier(encoder, clusters, rule="nearest"), images, bound="nearest", lipschitz=2.0)
-    assert torch.equal(found, certified_radius(embeddings, clusters, bound="nearest", lipschitz=2.0))
+    assert torch.equal(found.radius, certified_radius(embeddings, clusters, bound="nearest", lipschitz=2.0))
+    assert found.rounding is None
 
 
 def test_a_chain_of_dense_layers_pays_as_well():
@@ -254,7 +255,7 @@ def test_a_chain_of_dense_layers_pays_as_well():
     error, lipschitz = embedding_error(encoder, (1, 8, 8)), lipschitz_upper_bound(encoder, (1, 8, 8))
     assert 0 < wrong_by(encoder, images).max() <= error
     clusters = Clusters(encoder(images[:3]).detach(), torch.arange(3), torch.full((3,), 0.1))
-    found = certify(ClusterClassifier(encoder, clusters, rule="nearest"), images, bound="nearest")
+    found = certify(ClusterClassifier(encoder, clusters, rule="nearest"), images, bound="nearest").radius
     whole = certified_radius(encoder(images).detach(), clusters, bound="nearest")
     assert found.tolist() == pytest.approx(((whole - 2 * error).clamp_min(0) / lipschitz).tolist(), rel=1e-5, abs=1e-7)
     assert (found > 0).any()

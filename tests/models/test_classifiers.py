@@ -302,7 +302,7 @@ def test_whatever_changes_the_clusters_changes_predictions_and_certificates(chan
     change(model)
     predicted = model(images).argmax(dim=1)
     assert torch.equal(predicted, wanted(images).argmax(dim=1))
-    radius = certify(model, images, lipschitz=1.0)
+    radius = certify(model, images, lipschitz=1.0).radius
     for direction in torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]):
         moved = images + 0.99 * radius[:, None, None, None] * direction
         assert torch.equal(model(moved).argmax(dim=1), predicted)

@@ -189,7 +189,7 @@ def test_the_loaded_model_is_ready_to_evaluate(tmp_path):
         assert {(t.dtype, t.device.type) for t in floating} == {(torch.float32, "cpu")}
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert model(images(2)).shape == (2, 10)
-        radius = certify(model, images(2))
+        radius = certify(model, images(2)).radius
         assert radius.isfinite().all()
 
 
