@@ -6,10 +6,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from clustr_core.models.clusters import Clusters, state_of
 from clustr_core.models.one_lipschitz import orthogonal_linear
+from clustr_core.numerics.derivatives import Gradients, gradients_of
 from clustr_core.numerics.distances import mean_centroid, rows_within, squared_distances
 from clustr_core.numerics.kernels import dispatch
 from clustr_core.numerics.rounding import HALF_DTYPES, full_precision
@@ -53,10 +53,19 @@ def _plain_logits(
     if embeddings.dtype in HALF_DTYPES:
         return _plain_logits(embeddings.float(), clusters.to(torch.float32), neighbours).to(embeddings.dtype)
     if neighbours is None or neighbours >= len(clusters.centroids):
+        if clusters.variance.requires_grad:
+            # the gradients by hand are those of embeddings and centroids alone
+            return _formula(embeddings, clusters)
         logits: Tensor = _AllVotes.apply(embeddings, clusters.centroids, clusters)  # pyright: ignore[reportAssignmentType]
         return logits
     rows = rows_within(len(clusters.centroids), embeddings.dtype)
     return torch.cat([_few_votes(part, clusters, neighbours) for part in embeddings.split(rows)])
+
+
+def _formula(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> Float[Tensor, "batch class"]:
+    """The logits of all votes as the formula says: differentiable in everything, and as often as one likes."""
+    exponents = -squared_distances(embeddings, clusters.centroids) / (2 * clusters.variance)
+    return clusters.gather_by_class(exponents, -torch.inf).logsumexp(dim=2)
 
 
 def _few_votes(
@@ -162,35 +171,52 @@ class _AllVotes(torch.autograd.Function):
                 if any(ctx.needs_input_grad):
                     kept += [points, votes, total]
         ctx.electorate = electorate
-        ctx.save_for_backward(centroids, *kept)
+        ctx.save_for_backward(embeddings, centroids, clusters.labels, clusters.variance, *kept)
         return logits
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        """d/dz = sum_j share_j ratio_j (mu_j - z), minus each term for its mu_j; a share is a vote over its total."""
-        (centroids, *kept), electorate = ctx.saved_tensors, ctx.electorate
-        of_embeddings = gradient.new_empty(len(gradient), centroids.shape[1])
-        pulls, share_of = torch.zeros_like(electorate.weights), torch.zeros_like(electorate.ratios)
-        rows = electorate.rows()
-        # one buffer for all chunks: fresh memory costs more than the arithmetic
-        buffer = torch.empty_like(kept[1]) if kept else gradient
-        # into units of sigma, as everything here
-        above = gradient / electorate.sigma
-        chunks = zip(kept[::3], kept[1::3], kept[2::3], above.split(rows), of_embeddings.split(rows), strict=True)
-        with full_precision(gradient.device):
-            for points, votes, total, part, out in chunks:
-                shares = torch.mul(votes, (part / total)[:, None], out=buffer[: len(points)]).flatten(1)
-                # the shares of a class add up to what comes from above
-                own = part.sum(dim=1) if electorate.shared else shares @ electorate.ratios
-                torch.mul(points, own.neg_()[:, None], out=out).addmm_(shares, electorate.weights)
-                if ctx.needs_input_grad[1]:
-                    pulls.addmm_(shares.T, points)
-                    share_of += shares.sum(dim=0)
-        if not ctx.needs_input_grad[1]:
-            return of_embeddings, None, None
-        moved = electorate.ratios[:, None] * pulls - share_of[:, None] * electorate.weights
-        return of_embeddings, torch.zeros_like(centroids).index_add_(0, electorate.order, moved), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        embeddings, centroids, labels, variance, *kept = ctx.saved_tensors
+        of_embeddings, of_centroids = gradients_of(
+            lambda points, targets: _formula(points, Clusters(targets, labels, variance)),
+            (embeddings, centroids),
+            (gradient,),
+            lambda above: _gradients_of_votes(
+                ctx.electorate, kept, above, centroids if ctx.needs_input_grad[1] else None
+            ),
+        )
+        return of_embeddings, of_centroids, None
+
+
+def _gradients_of_votes(
+    electorate: PackedClusters, kept: list[Tensor], above: Tensor, centroids: Tensor | None
+) -> Gradients:
+    """d/dz = sum_j share_j ratio_j (mu_j - z), minus each term for its mu_j; a share is a vote over its total.
+
+    Args:
+        centroids: None where their gradient is not wanted.
+    """
+    of_embeddings = above.new_empty(len(above), electorate.weights.shape[1])
+    pulls, share_of = torch.zeros_like(electorate.weights), torch.zeros_like(electorate.ratios)
+    rows = electorate.rows()
+    # one buffer for all chunks: fresh memory costs more than the arithmetic
+    buffer = torch.empty_like(kept[1]) if kept else above
+    # into units of sigma, as everything here
+    scaled = above / electorate.sigma
+    chunks = zip(kept[::3], kept[1::3], kept[2::3], scaled.split(rows), of_embeddings.split(rows), strict=True)
+    with full_precision(above.device):
+        for points, votes, total, part, out in chunks:
+            shares = torch.mul(votes, (part / total)[:, None], out=buffer[: len(points)]).flatten(1)
+            # the shares of a class add up to what comes from above
+            own = part.sum(dim=1) if electorate.shared else shares @ electorate.ratios
+            torch.mul(points, own.neg_()[:, None], out=out).addmm_(shares, electorate.weights)
+            if centroids is not None:
+                pulls.addmm_(shares.T, points)
+                share_of += shares.sum(dim=0)
+    if centroids is None:
+        return of_embeddings, None
+    moved = electorate.ratios[:, None] * pulls - share_of[:, None] * electorate.weights
+    return of_embeddings, torch.zeros_like(centroids).index_add_(0, electorate.order, moved)
 
 
 def _place_below(logits: Tensor, nearest: Tensor, has_vote: Tensor) -> Tensor:

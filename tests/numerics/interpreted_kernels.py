@@ -450,3 +450,19 @@ def test_of_centroids_that_coincide_only_so_many_vote():
     logits = cluster_logits(z, centroids, labels, torch.ones(4), 2, 2)
     assert logits.argmax(dim=1).tolist() == [0, 0]
     torch.testing.assert_close(logits[:, 1], -(2 - z.squeeze(1)).square() / 2)
+
+
+@pytest.mark.parametrize("neighbours", [None, 2])
+def test_second_derivatives_are_those_of_the_reference(neighbours):
+    z, mu, labels, variance = draw(7, 5, [2, 0, 0, 1, 0])
+    seconds = []
+    for kernel, dtype in ((cluster_logits, torch.float32), (reference.cluster_logits, torch.float64)):
+        leaves = z.to(dtype).requires_grad_(), mu.to(dtype).requires_grad_()
+        logits = kernel(*leaves, labels, variance, 3, neighbours)
+        firsts = torch.autograd.grad(logits.sin().sum(), leaves, create_graph=True)
+        penalty = sum(first.square().sum() for first in firsts)
+        assert penalty.requires_grad
+        seconds.append(torch.autograd.grad(penalty, leaves))
+    for mine, theirs in zip(*seconds, strict=True):
+        assert theirs.abs().max() > 1e-3
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
