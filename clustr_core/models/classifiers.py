@@ -12,7 +12,7 @@ from clustr_core.models.one_lipschitz import orthogonal_linear
 from clustr_core.numerics.derivatives import Gradients, gradients_of
 from clustr_core.numerics.distances import mean_centroid, rows_within, squared_distances
 from clustr_core.numerics.kernels import dispatch
-from clustr_core.numerics.rounding import HALF_DTYPES, full_precision
+from clustr_core.numerics.rounding import HALF_DTYPES, full_precision, given_and_working_dtype
 
 Rule = Literal["soft", "nearest"]
 
@@ -39,9 +39,8 @@ def cluster_logits(
     Source: Alfarra et al. 2021, section 3, in the log domain.
     """
     check_voters(embeddings, clusters, neighbours)
-    dtype = torch.promote_types(embeddings.dtype, clusters.centroids.dtype)
-    embeddings = embeddings.to(dtype)
-    clusters = clusters if clusters.centroids.dtype == dtype else clusters.to(dtype)
+    dtype, _ = given_and_working_dtype(embeddings, clusters.centroids)
+    embeddings, clusters = embeddings.to(dtype), clusters.to(dtype)
     kernel = dispatch("cluster_logits", lambda *_: _plain_logits(embeddings, clusters, neighbours), embeddings)
     return kernel(embeddings, clusters.centroids, clusters.labels, clusters.variance, clusters.num_classes, neighbours)
 
@@ -82,10 +81,15 @@ def _few_votes(
 
 
 def nearest_logits(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> Float[Tensor, "batch class"]:
-    """-min_{j in c} d_j^2 / (2 mean sigma^2): the largest class is that of the nearest centroid."""
+    """-min_{j in c} d_j^2 / (2 mean sigma^2): the largest class is that of the nearest centroid.
+
+    Two dtypes are promoted; half precision is computed in float32, as in `cluster_logits`.
+    """
     check_voters(embeddings, clusters, None)
-    rows = rows_within(len(clusters.centroids), embeddings.dtype)
-    return torch.cat([_nearest_votes(part, clusters) for part in embeddings.split(rows)])
+    dtype, wide = given_and_working_dtype(embeddings, clusters.centroids)
+    embeddings, clusters = embeddings.to(wide), clusters.to(wide)
+    rows = rows_within(len(clusters.centroids), wide)
+    return torch.cat([_nearest_votes(part, clusters) for part in embeddings.split(rows)]).to(dtype)
 
 
 def _nearest_votes(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> Float[Tensor, "batch class"]:
@@ -343,8 +347,13 @@ class ClusterClassifier(nn.Module):
         return self.encoder(images)
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
-        """Log-domain logits under the model's rule."""
-        embeddings = self.embed(images)
+        """Log-domain logits under the model's rule, at least in float32.
+
+        Logits rounded to half precision would tie, and their largest not be the class that `certify` speaks of.
+        """
+        embeddings, clusters = self.embed(images), self.clusters
+        _, wide = given_and_working_dtype(embeddings, clusters.centroids)
+        embeddings = embeddings.to(wide)
         if self.rule == "nearest":
-            return nearest_logits(embeddings, self.clusters)
-        return cluster_logits(embeddings, self.clusters, neighbours=self.neighbours)
+            return nearest_logits(embeddings, clusters)
+        return cluster_logits(embeddings, clusters, neighbours=self.neighbours)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clustr_core.numerics.distances import squared_distances
 from clustr_core.numerics.kernels import dispatch
+from clustr_core.numerics.rounding import working_dtype
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,19 @@ class Clusters:
             raise ValueError(f"centroids: expected shape [cluster, dim], got {list(self.centroids.shape)}")
         count = len(self.centroids)
         for name in ("labels", "variance"):
-            if getattr(self, name).shape != (count,):
-                shape = list(getattr(self, name).shape)
-                raise ValueError(f"{name}: expected one entry for each of {count} centroids, got shape {shape}")
+            each = getattr(self, name)
+            if each.shape != (count,):
+                raise ValueError(
+                    f"{name}: expected one entry for each of {count} centroids, got shape {list(each.shape)}"
+                )
+            if each.device != self.centroids.device:
+                raise ValueError(f"{name}: expected the centroids' device {self.centroids.device}, got {each.device}")
         if not self.centroids.is_floating_point():
             raise ValueError(f"centroids: expected a floating dtype, got {self.centroids.dtype}")
+        if self.variance.dtype != self.centroids.dtype:
+            raise ValueError(
+                f"variance: expected the centroids' dtype {self.centroids.dtype}, got {self.variance.dtype}"
+            )
         if not self.centroids.isfinite().all():
             raise ValueError("centroids: expected finite values, got NaN or infinity")
         if not (self.variance.isfinite() & (self.variance > 0)).all():
@@ -92,6 +101,8 @@ class Clusters:
     def to(self, *args, **kwargs) -> "Clusters":
         """Move or cast, as `torch.Tensor.to`; labels keep their integer dtype."""
         centroids = self.centroids.to(*args, **kwargs)
+        if centroids is self.centroids:
+            return self
         return replace(
             self,
             centroids=centroids,
@@ -139,7 +150,8 @@ def fit_clusters(
     """k-means within each class; returns the clusters and the cluster of each example.
 
     sigma^2 = sum_n ||z_n - mu(n)||^2 / (N - 1) over all examples, one value shared by all clusters. Clusters
-    are ordered by class: those of class c are c * per_class, ..., (c + 1) * per_class - 1.
+    are ordered by class: those of class c are c * per_class, ..., (c + 1) * per_class - 1. Half precision is computed
+    in float32, and the clusters are returned in the embeddings' dtype.
 
     Args:
         per_class: k, the number of clusters of each class.
@@ -169,8 +181,9 @@ def fit_clusters(
     kmeans = dispatch("kmeans", _sklearn_kmeans, embeddings)
     centroids, assignments = kmeans(embeddings, labels, per_class, n_init, max_iter, seed)
     cluster_labels = torch.arange(len(counts), device=labels.device).repeat_interleave(per_class)
-    variance = (embeddings - centroids[assignments]).square().sum() / max(len(embeddings) - 1, 1)
-    return Clusters(centroids, cluster_labels, variance.expand(len(centroids)).clone()), assignments
+    wide = working_dtype(embeddings.dtype, centroids.dtype)
+    variance = (embeddings.to(wide) - centroids.to(wide)[assignments]).square().sum() / max(len(embeddings) - 1, 1)
+    return Clusters(centroids, cluster_labels, variance.to(centroids).expand(len(centroids)).clone()), assignments
 
 
 def _sklearn_kmeans(
@@ -190,7 +203,9 @@ def _sklearn_kmeans(
     from sklearn.exceptions import ConvergenceWarning
 
     members = [(labels == label).nonzero().squeeze(1) for label in range(int(labels.max()) + 1)]
-    parts = [points[rows] for rows in members]
+    # NumPy knows no bfloat16
+    wide = working_dtype(points.dtype, points.dtype)
+    parts = [points[rows].to(wide) for rows in members]
     centroids = []
     with warnings.catch_warnings():
         # fewer distinct points than clusters: coinciding centroids are a valid (if poor) clustering
