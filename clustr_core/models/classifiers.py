@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clustr_core.models.clusters import Clusters, state_of
+from clustr_core.models.clusters import Clusters, Seen
 from clustr_core.models.one_lipschitz import orthogonal_linear
 from clustr_core.numerics.derivatives import Gradients, gradients_of
 from clustr_core.numerics.distances import mean_centroid, rows_within, squared_distances
@@ -175,14 +175,16 @@ class _AllVotes(torch.autograd.Function):
                 if any(ctx.needs_input_grad):
                     kept += [points, votes, total]
         ctx.electorate = electorate
-        ctx.save_for_backward(embeddings, centroids, clusters.labels, clusters.variance, *kept)
+        # as they are now, whatever is written to them before the backward pass
+        ctx.constants = clusters.labels.clone(), clusters.variance.clone()
+        ctx.save_for_backward(embeddings, centroids, *kept)
         return logits
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        embeddings, centroids, labels, variance, *kept = ctx.saved_tensors
+        embeddings, centroids, *kept = ctx.saved_tensors
         of_embeddings, of_centroids = gradients_of(
-            lambda points, targets: _formula(points, Clusters(targets, labels, variance)),
+            lambda points, targets: _formula(points, Clusters(targets, *ctx.constants)),
             (embeddings, centroids),
             (gradient,),
             lambda above: _gradients_of_votes(
@@ -306,7 +308,7 @@ class ClusterClassifier(nn.Module):
         self.register_buffer("labels", clusters.labels.clone())
         self.register_buffer("variance", clusters.variance.clone())
         self._clusters: Clusters | None = None
-        self._seen: tuple[object, ...] = ()
+        self._seen: Seen | None = None
 
     @property
     def clusters(self) -> Clusters:
@@ -317,30 +319,33 @@ class ClusterClassifier(nn.Module):
         waits for no check. They are read afresh at every use in any case.
         """
         learnt = isinstance(self.centroids, nn.Parameter)
-        centroids = id(self.centroids) if learnt else state_of(self.centroids)
-        seen = (centroids, state_of(self.labels), state_of(self.variance))
-        if self._clusters is None or seen != self._seen:
-            self._clusters = Clusters(self.centroids, self.labels, self.variance)
-            self._seen = seen
-        return self._clusters
+        watched = (self.labels, self.variance) if learnt else (self.centroids, self.labels, self.variance)
+        known, seen = self._clusters, self._seen
+        if known is None or seen is None or known.centroids is not self.centroids or not seen.unchanged(*watched):
+            self._clusters, self._seen = Clusters(self.centroids, self.labels, self.variance), Seen(*watched)
+            return self._clusters
+        return known
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Refuse a state whose clusters are none, before anything is loaded.
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Refuse a state with which the clusters would be none, before anything is loaded.
 
         Raises:
             ValueError: as `Clusters`.
         """
-        given = [state_dict.get(f"{prefix}{name}") for name in ("centroids", "labels", "variance")]
-        # what is missing or of another shape is PyTorch's to name
-        if all(
-            isinstance(mine, Tensor) and mine.shape == own.shape for mine, own in zip(given, self._parts, strict=True)
-        ):
-            Clusters(*given)  # pyright: ignore[reportArgumentType]
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    @property
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.centroids, self.labels, self.variance
+        own = {"centroids": self.centroids, "labels": self.labels, "variance": self.variance}
+        given = {name: state_dict[f"{prefix}{name}"] for name in own if f"{prefix}{name}" in state_dict}
+        # another shape is PyTorch's to name
+        if given and all(isinstance(each, Tensor) and each.shape == own[name].shape for name, each in given.items()):
+            if not local_metadata.get("assign_to_params_buffers", False):
+                # into what is there it is written, and cast: a float64 may become infinite (labels are not cast unseen)
+                given = {
+                    name: each.to(own[name].device) if name == "labels" else each.to(own[name])
+                    for name, each in given.items()
+                }
+            Clusters(**own | given)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def embed(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch dim"]:
         """The encoder's output."""

@@ -54,11 +54,7 @@ class Clusters:
         if self.labels.dtype != torch.int64:
             # narrow integers wrap around in arithmetic: uint8 would change a certificate in silence
             object.__setattr__(self, "labels", class_indices(self.labels))
-        if self.labels.min() < 0:
-            raise ValueError("labels: expected class indices 0, 1, 2, ..., got negative or non-integer values")
-        missing = sorted(set(range(int(self.labels.max()) + 1)) - set(self.labels.tolist()))
-        if missing:
-            raise ValueError(f"labels: expected a cluster for every class, got none for {missing}")
+        _check_labels(self.labels)
 
     @property
     def num_classes(self) -> int:
@@ -69,14 +65,17 @@ class Clusters:
     def by_class(self) -> tuple[Int[Tensor, "class slot"], Bool[Tensor, "class slot"]]:
         """The clusters of each class, and which slots are filled (classes may differ in their number).
 
-        Made once, and again when the labels were changed in place.
+        Made once, and again, after a check, when the labels were changed in place. On a CPU their values tell (one may
+        write to them through NumPy or ``.data``), elsewhere PyTorch's count of writes, for which nothing has to wait.
         """
-        now = state_of(self.labels)
-        kept = self.__dict__.get("_by_class")
-        if kept is None or kept[0] != now:
-            kept = (now, _table_by_class(self.labels))
+        kept: tuple[Seen, Tensor, tuple[Tensor, Tensor]] | None = self.__dict__.get("_by_class")
+        if kept is None or not (
+            torch.equal(kept[1], self.labels) if self.labels.is_cpu else kept[0].unchanged(self.labels)
+        ):
+            _check_labels(self.labels)
+            kept = Seen(self.labels), self.labels.clone(), _table_by_class(self.labels)
             self.__dict__["_by_class"] = kept
-        return kept[1]
+        return kept[2]
 
     def gather_by_class(
         self, values: Shaped[Tensor, "batch cluster"], fill: float | bool
@@ -111,12 +110,28 @@ class Clusters:
         )
 
 
-def state_of(tensor: Tensor) -> object:
-    """What changes whenever a tensor's values may have: equal before and after only if nothing was written to it.
+class Seen:
+    """Tensors as they were, held so that no new tensor can take the place of an old one in memory."""
 
-    Tensors made in inference mode count no writes, so that their state never equals an earlier one.
-    """
-    return object() if tensor.is_inference() else (id(tensor), tensor._version)
+    def __init__(self, *tensors: Tensor) -> None:
+        self._kept = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+    def unchanged(self, *tensors: Tensor) -> bool:
+        """Whether these are the same tensors, and nothing was written to them.
+
+        Those made in inference mode count no writes: they always count as changed.
+        """
+        return all(
+            tensor is kept and version is not None and tensor._version == version
+            for tensor, (kept, version) in zip(tensors, self._kept, strict=True)
+        )
+
+
+def _check_labels(labels: Int[Tensor, " cluster"]) -> None:
+    if labels.min() < 0:
+        raise ValueError("labels: expected class indices 0, 1, 2, ..., got negative or non-integer values")
+    if missing := sorted(set(range(int(labels.max()) + 1)) - set(labels.tolist())):
+        raise ValueError(f"labels: expected a cluster for every class, got none for {missing}")
 
 
 def class_indices(labels: Tensor) -> Int[Tensor, "..."]:

@@ -220,15 +220,22 @@ def test_a_batch_of_singletons_has_the_same_second_derivatives_in_any_order(rows
     assert second.isfinite().all()
 
 
-def test_what_was_changed_in_place_between_the_passes_is_refused():
-    z, mu, variance = draw()
-    clusters = Clusters(mu, LABELS.clone(), variance)
-    (gradient,) = torch.autograd.grad(
-        cluster_logits(z.requires_grad_(), clusters).square().sum(), z, create_graph=True, retain_graph=True
-    )
-    clusters.labels.copy_(LABELS.roll(1))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(gradient.sum(), z)
+@pytest.mark.parametrize("part", ["centroids", "labels", "variance"])
+@pytest.mark.parametrize("neighbours", [None, 3])
+def test_what_is_written_to_between_the_passes_is_taken_as_it_was_or_refused(part, neighbours):
+    seconds = []
+    for written in (False, True):
+        z, mu, variance = draw()
+        clusters = Clusters(mu, LABELS.clone(), variance)
+        outputs = cluster_logits(z.requires_grad_(), clusters, neighbours=neighbours)
+        (first,) = torch.autograd.grad(outputs.square().sum(), z, create_graph=True, retain_graph=True)
+        if written:
+            getattr(clusters, part).copy_(getattr(clusters, part).roll(1, dims=0))
+        try:
+            seconds.append(torch.autograd.grad(first.square().sum(), z)[0])
+        except RuntimeError as error:
+            refusal = str(error)
+    assert torch.equal(*seconds) if len(seconds) == 2 else "modified by an inplace operation" in refusal
 
 
 @pytest.mark.parametrize("name", PAIRS)
