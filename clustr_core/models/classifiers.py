@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from clustr_core.models.clusters import Clusters, Seen
 from clustr_core.models.one_lipschitz import orthogonal_linear
+from clustr_core.numerics.chunks import rows_within
 from clustr_core.numerics.derivatives import Gradients, gradients_of
-from clustr_core.numerics.distances import mean_centroid, rows_within, squared_distances
+from clustr_core.numerics.distances import mean_centroid, squared_distances
 from clustr_core.numerics.kernels import dispatch
 from clustr_core.numerics.rounding import HALF_DTYPES, full_precision, given_and_working_dtype
 

@@ -9,9 +9,6 @@ from torch import Tensor
 from clustr_core.numerics.derivatives import Gradients, gradients_of
 from clustr_core.numerics.rounding import working_dtype
 
-# the largest table of a chunk of embeddings, in bytes: the few that are held at once fit into a core's cache
-CHUNK_BYTES = 2**22
-
 
 def squared_distances(
     points: Float[Tensor, "point dim"], centroids: Float[Tensor, "cluster dim"]
@@ -63,11 +60,6 @@ def _expanded_distances(points: Tensor, centroids: Tensor) -> Tensor:
 def mean_centroid(centroids: Float[Tensor, "cluster dim"]) -> Float[Tensor, " dim"]:
     """The centroids' mean, which does not overflow where they do not."""
     return centroids.new_full((len(centroids),), 1 / len(centroids)) @ centroids
-
-
-def rows_within(width: int, dtype: torch.dtype) -> int:
-    """How many rows of ``width`` numbers fit into `CHUNK_BYTES`; at least one."""
-    return max(1, CHUNK_BYTES // (width * dtype.itemsize))
 
 
 def flat_norm(batch: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:

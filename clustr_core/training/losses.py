@@ -10,8 +10,9 @@ from torch import Tensor
 
 from clustr_core.models.clusters import Clusters
 from clustr_core.numerics.checks import check_finite, check_positive
+from clustr_core.numerics.chunks import rows_within
 from clustr_core.numerics.derivatives import Gradients, gradients_of
-from clustr_core.numerics.distances import rows_within, squared_distances
+from clustr_core.numerics.distances import squared_distances
 from clustr_core.numerics.rounding import HALF_DTYPES, full_precision
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from clustr_core.certificates.ladder import certified_radius, certify
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
 from clustr_core.models.clusters import Clusters
-from clustr_core.numerics import distances
+from clustr_core.numerics import chunks
 
 
 def draw(seed, classes=3, per_class=2, dim=4, points=6, equal=True):
@@ -213,7 +213,7 @@ def test_chunks_of_logits_change_nothing(monkeypatch):
     z.requires_grad_()
     whole = cluster_logits(z, clusters)
     (gradient,) = torch.autograd.grad(whole.square().sum(), z)
-    monkeypatch.setattr(distances, "CHUNK_BYTES", 8 * 6 * 5)
+    monkeypatch.setattr(chunks, "TABLE_BYTES", 8 * 6 * 5)
     parts = cluster_logits(z, clusters)
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), z)[0], gradient, rtol=1e-12, atol=1e-12)

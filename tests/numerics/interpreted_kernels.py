@@ -23,7 +23,7 @@ from benchmarks import kernels as benchmark
 from clustr_core.certificates.ladder import certified_radius
 from clustr_core.models import classifiers
 from clustr_core.models.clusters import Clusters, fit_clusters
-from clustr_core.numerics import kernels
+from clustr_core.numerics import chunks, kernels
 from clustr_core.numerics.kernels import dispatch, reference, tiles
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -119,7 +119,7 @@ def test_chunks_of_rows_give_what_the_whole_gives(neighbours, monkeypatch):
     leaves, weight = (z.requires_grad_(), mu.requires_grad_()), torch.ones(150, 3)
     whole = cluster_logits(*leaves, labels, variance, 3, neighbours)
     to_z, to_mu = torch.autograd.grad(whole, leaves, weight)
-    monkeypatch.setattr(tiles, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "KERNEL_TABLE_BYTES", 1)
     assert [rows.stop for rows in tiles.row_chunks(150, 5)] == [64, 128, 150]
     chunked = cluster_logits(*leaves, labels, variance, 3, neighbours)
     assert torch.equal(whole, chunked)
@@ -265,7 +265,7 @@ def test_radius_in_chunks_and_strided(monkeypatch):
     z, mu, labels, _ = draw(150, 4, [0, 1, 0, 2, 1])
     predicted, between = labels[torch.cdist(z, mu).argmin(dim=1)], between_of(mu)
     whole = pairwise_radius(z, mu, labels, predicted, between, 1e-6, 0.0)
-    monkeypatch.setattr(tiles, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "KERNEL_TABLE_BYTES", 1)
     assert torch.equal(whole, pairwise_radius(z, mu, labels, predicted, between, 1e-6, 0.0))
     strided = pairwise_radius(z.T.contiguous().T, mu.T.contiguous().T, labels, predicted, between.T, 1e-6, 0.0)
     torch.testing.assert_close(whole, strided)

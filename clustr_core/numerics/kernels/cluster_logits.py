@@ -3,9 +3,9 @@
 Without ``neighbours`` a program holds a tile of rows and classes, and walks through the clusters of its classes: first
 each class's first cluster, then each one's second, and so on, so that classes may differ in size. Where a table of
 distances cannot be avoided (to find the nearest centroids, and in the backward pass) rows are taken in chunks, whose
-tables fit in `tiles.CHUNK_BYTES`. Nothing but the inputs is kept for the backward pass, which computes the distances
-again; second derivatives are those of the reference in float64. No sum depends on the order in which programs run, so
-the same inputs give the same bits.
+tables fit in `chunks.KERNEL_TABLE_BYTES`. Nothing but the inputs is kept for the backward pass, which computes the
+distances again; second derivatives are those of the reference in float64. No sum depends on the order in which programs
+run, so the same inputs give the same bits.
 """
 
 from dataclasses import dataclass

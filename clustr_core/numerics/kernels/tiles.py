@@ -13,17 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from triton import knobs
 
+from clustr_core.numerics import chunks
 from clustr_core.numerics.rounding import HALF_DTYPES
 
-# the largest table of a chunk of rows, in bytes: a few such tables are held at once
-CHUNK_BYTES = 2**26
 ROWS = 64
 COLUMNS = 64
 
 
 def row_chunks(count: int, width: int) -> Iterator[slice]:
-    """Slices of ``count`` rows, so that a float32 table of ``width`` columns stays within `CHUNK_BYTES`."""
-    rows = max(ROWS, CHUNK_BYTES // (4 * width))
+    """Slices of ``count`` rows, so that a float32 table of ``width`` columns has at most `KERNEL_TABLE_BYTES`."""
+    rows = max(ROWS, chunks.KERNEL_TABLE_BYTES // (4 * width))
     return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 
