@@ -260,6 +260,11 @@ def method_name(method: str) -> str:
     return METHOD_NAMES.get(method, method)
 
 
+def where(table: pd.DataFrame, mask: pd.Series) -> pd.DataFrame:
+    """The rows of a table for which a mask is true."""
+    return pd.DataFrame(table[mask])
+
+
 def with_interval(share: float, low: float, high: float) -> str:
     """A share with its interval, in per cent: "55.1 [52.0, 58.2]"."""
     return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
@@ -473,13 +478,24 @@ def claim(**conditions: str) -> str:
     return str(found["value"].iloc[0])
 
 
-def systems_table() -> pd.DataFrame:
-    """What other systems certify in L2 on CIFAR-10, as they print it: a row each system."""
+def systems_table(ours: Study | None = None) -> pd.DataFrame:
+    """What systems certify in L2 on CIFAR-10, as they print it, in per cent: a row each system.
+
+    Args:
+        ours: a study of such images, whose ClusTR-cert is put beside them in a last row.
+    """
     rows = claims(metric="certified", dataset="cifar10")
     wide = rows.pivot(index="method", columns="eps", values="value").loc[list(dict.fromkeys(rows["method"]))]
-    wide = wide[sorted(wide, key=Fraction)].astype(float).rename(columns={"0": "clean"})
+    radii = sorted(wide, key=Fraction)
+    wide = wide[radii].astype(float).rename_axis(None, axis=1)
     wide["source"] = rows.drop_duplicates("method").set_index("method")["where"]
-    return wide.rename(columns=lambda name: name if name == "source" else f"{name}, %").rename_axis("system")
+    if ours is not None:
+        mine = where(ours.certificates, ours.certificates["method"] == "clustr-cert")
+        found = certified_accuracy(best_bound(mine), [float(Fraction(radius)) for radius in radii])
+        shares = (100 * found.sort_values("at")["certified_accuracy"]).round(1)
+        wide.loc[f"ClusTR-cert, profile {ours.name}"] = [*shares, "this page"]
+    headings = {radius: f"{'clean' if radius == '0' else radius}, %" for radius in radii}
+    return wide.rename(columns=headings).rename_axis("system").reset_index()
 
 
 def protocol_lines(study: Study) -> list[str]:
