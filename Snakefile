@@ -35,15 +35,7 @@ TOOLS = ["tools/execute.py", "tools/notebooks.py"]
 
 METHOD_OF = {run_key(recipe): method for method, recipe in PROFILE.recipes.items()}
 RUN_OF = {method: f"runs/{key}/run.json" for key, method in METHOD_OF.items()}
-# which methods each kind of table covers
-KINDS = {
-    "attacks": PROFILE.attacked,
-    "certificates": [*PROFILE.recipes, "prototypes"] if PROFILE.recipes else [],
-    "diagnostics": PROFILE.ordinary,
-    "ablations": PROFILE.ordinary,
-    "sandwich": PROFILE.lipschitz,
-}
-TABLES = [f"results/{NAME}/{kind}-{method}.csv" for kind, methods in KINDS.items() for method in methods]
+TABLES = [f"results/{NAME}/{kind}-{method}.csv" for kind, methods in PROFILE.measured.items() for method in methods]
 # the runs from which attacks are transferred
 SOURCES = sorted({RUN_OF[each.source] for each in PROFILE.attacks.values() if each.attack == "transfer"})
 # prototypes are certified without a run: what their table depends on is code

@@ -1,6 +1,7 @@
 r"""Do the published numbers hold? Three levels, each with a verdict; the exit status is 1 if one of them fails.
 
     python -m tools.verify [--level claims tables models] [--share 50] [--seed N]
+    python -m tools.verify --page      prints the tables of index.md as the published rows give them, to be pasted
 
 claims   seconds, no PyTorch: every published table is the one that its sidecar describes, the tables of index.md are
          the rows', and each number whose source is named agrees with its cell.
@@ -16,6 +17,7 @@ EXPRESSION is one of
     protocol(PROFILE, METHOD, clean|paper|correct|certified)    a column of the summary table, in per cent
     certified(PROFILE, METHOD, RADIUS)                          in per cent; a RADIUS may be a fraction; 0 is clean
     table(PATH, COLUMN, KEY=VALUE, ...)                         the one row of a published CSV with these values
+    claim(KEY=VALUE, ...)                                       what others print: the one row of results/claims.csv
 """
 
 import argparse
@@ -29,23 +31,34 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
 from clustr_core.measuring.accuracy import best_bound, certified_accuracy
+from clustr_core.measuring.study import (
+    BOOK,
+    Study,
+    certified_lines,
+    claim,
+    protocol_lines,
+    published_profiles,
+    read_study,
+    summary,
+)
 from clustr_core.storage.files import home
 from clustr_core.storage.provenance import check_sidecar, processor
 from clustr_core.storage.tables import read_table
-from tools import compare, first_page
+from tools import compare
 
 if TYPE_CHECKING:
     from clustr_core.training.run import Run
 
 LEVELS = ("claims", "tables", "models")
 CELL = re.compile(
-    r"(?:% |<!-- )cell: (?P<number>-?[\d.,]+) = (?P<function>protocol|certified|table)"
+    r"(?:% |<!-- )cell: (?P<number>-?[\d.,]+) = (?P<function>protocol|certified|table|claim)"
     r"\((?P<arguments>[^()]*)\)(?: -->)?"
 )
 # on another processor so much of a share may differ before that is called a failure
@@ -71,27 +84,41 @@ def parse_cell(line: str) -> Cell:
     return Cell(match["number"], match["function"], tuple(each.strip() for each in match["arguments"].split(",")))
 
 
-def value_of(root: Path, cell: Cell) -> float:
+class Published:
+    """The published studies and what is made of them, each read and made once."""
+
+    def __init__(self) -> None:
+        self.study = cache(lambda name: read_study(name, published=True))
+        self.summary = cache(lambda name: summary(self.study(name)).set_index(["method", "column"])["accuracy"])
+        self.best = cache(lambda name: best_bound(self.study(name).certificates))
+
+
+def value_of(root: Path, cell: Cell, rows: Published) -> float:
     """What the published tables say in a cell.
 
     Raises:
         ValueError: if there is no such cell, or more than one.
     """
     name, *rest = cell.arguments
+    if cell.function == "claim":
+        return float(claim(**dict(_condition(each) for each in cell.arguments)))
     if cell.function == "table":
         return _table_value(root / "results/published" / name, *rest)
     if cell.function == "protocol":
-        found = first_page.columns_of(name).set_index(["method", "column"])["accuracy"]
-        return 100 * float(found.loc[(rest[0], rest[1])])
-    best = best_bound(first_page.rows(name, "certificates"))
-    found = certified_accuracy(best, [float(Fraction(rest[1]))]).set_index("method")["certified_accuracy"]
+        return 100 * float(rows.summary(name).loc[(rest[0], rest[1])])
+    found = certified_accuracy(rows.best(name), [float(Fraction(rest[1]))]).set_index("method")["certified_accuracy"]
     return 100 * float(found.loc[rest[0]])
+
+
+def _condition(text: str) -> tuple[str, str]:
+    key, _, value = text.partition("=")
+    return key, value
 
 
 def _table_value(path: Path, column: str, *conditions: str) -> float:
     table = read_table(path)
     for condition in conditions:
-        key, _, value = condition.partition("=")
+        key, value = _condition(condition)
         table = table[table[key].astype(str) == value]
     if len(table) != 1:
         raise ValueError(f"{path.name}: expected one row with {', '.join(conditions)}, got {len(table)}")
@@ -100,7 +127,9 @@ def _table_value(path: Path, column: str, *conditions: str) -> float:
 
 def claims(root: Path) -> list[str]:
     """What is wrong with the published tables and the numbers that are said to come from them."""
-    return [*_sidecar_faults(root), *_first_page_faults(root), *_cell_faults(root)]
+    with _home_at(str(root)):
+        rows = Published()
+        return [*_sidecar_faults(root), *_first_page_faults(root, rows), *_cell_faults(root, rows)]
 
 
 def _sidecar_faults(root: Path) -> Iterator[str]:
@@ -112,16 +141,20 @@ def _sidecar_faults(root: Path) -> Iterator[str]:
                 yield str(error).replace(f"{root}/", "")
 
 
-def _first_page_faults(root: Path) -> Iterator[str]:
+def _first_page_faults(root: Path, rows: Published) -> Iterator[str]:
     page = (root / "index.md").read_text(encoding="utf-8")
-    for name in ("cpu-cifar10", "cpu", "quick"):
-        protocols = first_page.protocol_lines(name) if name != "quick" else []
-        for line in [*protocols, *first_page.certified_lines(name)]:
+    for name in published_profiles():
+        for line in page_lines(rows.study(name)):
             if line not in page:
                 yield f"index.md: expected the line that the rows of {name} give: {line}"
 
 
-def _cell_faults(root: Path) -> Iterator[str]:
+def page_lines(study: Study) -> list[str]:
+    """The lines of index.md's tables that a profile's rows give; of `BOOK`, certificates alone."""
+    return [*(protocol_lines(study) if study.name != BOOK else []), *certified_lines(study)]
+
+
+def _cell_faults(root: Path, rows: Published) -> Iterator[str]:
     for page in [root / "index.md", root / "README.md", *sorted((root / "notebooks").glob("*.md"))]:
         lines = page.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines):
@@ -130,7 +163,7 @@ def _cell_faults(root: Path) -> Iterator[str]:
             where = f"{page.relative_to(root)}:{number + 1}"
             try:
                 cell = parse_cell(line)
-                said = value_of(root, cell)
+                said = value_of(root, cell, rows)
             except (ValueError, KeyError, OSError, IndexError) as error:
                 yield f"{where}: {error}"
                 continue
@@ -261,7 +294,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--level", nargs="+", choices=LEVELS, default=["claims", "tables"])
     parser.add_argument("--share", type=int, default=50, help="one in so many pieces of each table (50)")
     parser.add_argument("--seed", type=int, default=None, help="of the draw; printed")
+    parser.add_argument("--page", action="store_true", help="print the tables of index.md instead")
     options = parser.parse_args(arguments)
+    if options.page:
+        for name in published_profiles():
+            print(name, *page_lines(read_study(name, published=True)), "", sep="\n")
+        return 0
     root, failed = home().resolve(), False
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     for level in options.level:

@@ -208,6 +208,17 @@ class Profile:
         """The methods that attacks are run on: all but smoothing, whose base classifier is not what it certifies."""
         return self.ordinary | self.lipschitz
 
+    @property
+    def measured(self) -> dict[str, list[str]]:
+        """Which methods each kind of table covers: ``results/<name>/<kind>-<method>.csv``."""
+        return {
+            "attacks": [*self.attacked],
+            "certificates": [*self.recipes, "prototypes"] if self.recipes else [],
+            "diagnostics": [*self.ordinary],
+            "ablations": [*self.ordinary],
+            "sandwich": [*self.lipschitz],
+        }
+
 
 _BUDGETS = {"examination": Examination, "sandwich": SandwichBudget, "smoothing": SmoothingBudget}
 
