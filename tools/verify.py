@@ -1,151 +1,40 @@
-r"""Do the published numbers hold? Three levels, each with a verdict; the exit status is 1 if one of them fails.
+"""Do the published numbers hold? Three levels, each with a verdict; the exit status is 1 if one of them fails.
 
     python -m tools.verify [--level claims tables models] [--share 50] [--seed N]
 
-claims   seconds, no PyTorch: every published table is the one that its sidecar describes, the tables of index.md are
-         the rows', and each number whose source is named agrees with its cell.
+claims   seconds, no PyTorch: every published table is the one that its sidecar describes, and each measured number
+         of index.md, README.md and the chapters agrees with the cell that it names: see `tools.claims`.
 tables   a random share of profile quick's rows is computed again from the published weights: the same on the machine
          that published them; elsewhere what differs is listed, and fails only where many differ.
 models   everything of profile quick anew, in a scratch copy of the book; published accuracies must lie within the
          intervals (as long as `make figures`).
-
-A number in prose names its cell in a line before its paragraph, list or table: `% cell: NUMBER = EXPRESSION` in MyST,
-`<!-- cell: NUMBER = EXPRESSION -->` in README.md. NUMBER is written as it is printed in the text that follows.
-EXPRESSION is one of
-
-    protocol(PROFILE, METHOD, clean|paper|correct|certified)    a column of the summary table, in per cent
-    certified(PROFILE, METHOD, RADIUS)                          in per cent; a RADIUS may be a fraction; 0 is clean
-    table(PATH, COLUMN, KEY=VALUE, ...)                         the one row of a published CSV with these values
 """
 
 import argparse
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from clustr_core.measuring.accuracy import best_bound, certified_accuracy
 from clustr_core.storage.files import home
 from clustr_core.storage.provenance import check_sidecar, processor
 from clustr_core.storage.tables import read_table
-from tools import compare, first_page
+from tools import claims, compare
 
 if TYPE_CHECKING:
     from clustr_core.training.run import Run
 
 LEVELS = ("claims", "tables", "models")
-CELL = re.compile(
-    r"(?:% |<!-- )cell: (?P<number>-?[\d.,]+) = (?P<function>protocol|certified|table)"
-    r"\((?P<arguments>[^()]*)\)(?: -->)?"
-)
 # on another processor so much of a share may differ before that is called a failure
 TOLERATED = 0.05
-
-
-class Cell(NamedTuple):
-    """A printed number and the cell that it is said to come from."""
-
-    number: str
-    function: str
-    arguments: tuple[str, ...]
-
-
-def parse_cell(line: str) -> Cell:
-    """The cell that a comment names.
-
-    Raises:
-        ValueError: if the comment is not of the grammar above.
-    """
-    if (match := CELL.fullmatch(line.strip())) is None:
-        raise ValueError(f"line: expected '% cell: NUMBER = EXPRESSION', got {line.strip()!r}")
-    return Cell(match["number"], match["function"], tuple(each.strip() for each in match["arguments"].split(",")))
-
-
-def value_of(root: Path, cell: Cell) -> float:
-    """What the published tables say in a cell.
-
-    Raises:
-        ValueError: if there is no such cell, or more than one.
-    """
-    name, *rest = cell.arguments
-    if cell.function == "table":
-        return _table_value(root / "results/published" / name, *rest)
-    if cell.function == "protocol":
-        found = first_page.columns_of(name).set_index(["method", "column"])["accuracy"]
-        return 100 * float(found.loc[(rest[0], rest[1])])
-    best = best_bound(first_page.rows(name, "certificates"))
-    found = certified_accuracy(best, [float(Fraction(rest[1]))]).set_index("method")["certified_accuracy"]
-    return 100 * float(found.loc[rest[0]])
-
-
-def _table_value(path: Path, column: str, *conditions: str) -> float:
-    table = read_table(path)
-    for condition in conditions:
-        key, _, value = condition.partition("=")
-        table = table[table[key].astype(str) == value]
-    if len(table) != 1:
-        raise ValueError(f"{path.name}: expected one row with {', '.join(conditions)}, got {len(table)}")
-    return float(table[column].tolist()[0])
-
-
-def claims(root: Path) -> list[str]:
-    """What is wrong with the published tables and the numbers that are said to come from them."""
-    return [*_sidecar_faults(root), *_first_page_faults(root), *_cell_faults(root)]
-
-
-def _sidecar_faults(root: Path) -> Iterator[str]:
-    for table in sorted((root / "results/published").rglob("*.csv")):
-        if table.parent.parent.name != "weights":
-            try:
-                check_sidecar(table)
-            except (ValueError, OSError) as error:
-                yield str(error).replace(f"{root}/", "")
-
-
-def _first_page_faults(root: Path) -> Iterator[str]:
-    page = (root / "index.md").read_text(encoding="utf-8")
-    for name in ("cpu-cifar10", "cpu", "quick"):
-        protocols = first_page.protocol_lines(name) if name != "quick" else []
-        for line in [*protocols, *first_page.certified_lines(name)]:
-            if line not in page:
-                yield f"index.md: expected the line that the rows of {name} give: {line}"
-
-
-def _cell_faults(root: Path) -> Iterator[str]:
-    for page in [root / "index.md", root / "README.md", *sorted((root / "notebooks").glob("*.md"))]:
-        lines = page.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines):
-            if not line.startswith(("% cell:", "<!-- cell:")):
-                continue
-            where = f"{page.relative_to(root)}:{number + 1}"
-            try:
-                cell = parse_cell(line)
-                said = value_of(root, cell)
-            except (ValueError, KeyError, OSError, IndexError) as error:
-                yield f"{where}: {error}"
-                continue
-            digits = len(cell.number.partition(".")[2])
-            if f"{said:.{digits}f}" != cell.number:
-                yield f"{where}: the page says {cell.number}, the table {said:.{digits}f}"
-            if not re.search(rf"(?<![\d.]){re.escape(cell.number)}(?![\d])", _block_after(lines, number)):
-                yield f"{where}: expected {cell.number} in the text that follows, got none"
-
-
-def _block_after(lines: Sequence[str], number: int) -> str:
-    """The paragraph, list or table after a line of comments."""
-    begin = next((n for n in range(number, len(lines)) if not lines[n].startswith(("% cell:", "<!-- cell:"))), number)
-    end = next((n for n in range(begin, len(lines)) if not lines[n].strip()), len(lines))
-    return "\n".join(lines[begin:end])
 
 
 def tables(root: Path, *, share: int, seed: int) -> list[str]:
@@ -266,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     for level in options.level:
         faults = {
-            "claims": lambda: claims(root),
+            "claims": lambda: claims.faults(root),
             "tables": lambda: tables(root, share=options.share, seed=seed),
             "models": lambda: models(root),
         }[level]()
