@@ -50,10 +50,8 @@ def measured(text: str) -> list[str]:
         ("1. In chapter 3, ResNet-18, CIFAR-10, 1e-4, CC-BY-4.0, `eps=0.1`, [page](a-0.5.md) {cite:p}`Hu2.0`", []),
         ("```{figure} #fig-x\n:name: figure-1.5\n:alt: It falls to 0.3.\n\nA share of 12 %.\n```\n", ["0.3", "12"]),
         (":::{note}\nIt is 1.5.\n\n`0.1` and 2.5.\n:::\n", ["1.5", "2.5"]),
-        (
-            "```{code-cell} ipython3\nx = 0.5\n\ny = 0.6\n```\n\n```{math}\n0.5\n```\n\n    make\n\n```bash\n0.1\n```\n",
-            [],
-        ),
+        ("```{code-cell} ipython3\nx = 0.5\n\ny = 0.6\n```\n\n```{math}\n0.5\n```\n", []),
+        ("```bash\n0.1\n```\n", []),
         ("---\ntitle: 0.5\n---\n\n0.7", ["0.7"]),
     ],
 )

@@ -176,7 +176,7 @@ def faults(root: Path) -> list[str]:
     """What is wrong with the published tables, and with the numbers of the prose: "file:line: what is wrong"."""
     for cached in (_table, _columns, _best):
         cached.cache_clear()
-    return [*_sidecar_faults(root), *(fault for page in pages(root) for fault in page_faults(root, page))]
+    return [*sidecar_faults(root), *(fault for page in pages(root) for fault in page_faults(root, page))]
 
 
 def pages(root: Path) -> list[Path]:
@@ -184,7 +184,8 @@ def pages(root: Path) -> list[Path]:
     return [root / "index.md", root / "README.md", *sorted((root / "notebooks").glob("[0-9][0-9]-*.md"))]
 
 
-def _sidecar_faults(root: Path) -> Iterator[str]:
+def sidecar_faults(root: Path) -> Iterator[str]:
+    """Published tables that are not what their sidecars describe, and tables or sidecars that stand alone."""
     published = root / "results/published"
     for table in sorted(published.rglob("*.csv")):
         if table.parent.parent.name != "weights":
@@ -342,7 +343,7 @@ def _only(rows: pd.DataFrame, column: str, conditions: Sequence[str]) -> float:
 def _column(rows: pd.DataFrame, name: str) -> pd.Series:
     if name not in rows:
         raise ValueError(f"expected a column of {', '.join(rows)}, got {name!r}")
-    return rows[name]
+    return pd.Series(rows[name])
 
 
 def _chosen(table: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
