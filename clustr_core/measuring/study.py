@@ -210,7 +210,11 @@ class Study:
 
 
 def read_study(
-    profile: str | Path | Profile, *, published: bool = False, radii: Sequence[float] | None = None
+    profile: str | Path | Profile,
+    *,
+    published: bool = False,
+    radii: Sequence[float] | None = None,
+    root: Path | None = None,
 ) -> Study:
     """A profile with its rows: regenerated if all of its tables are, else published, else measured when asked for.
 
@@ -218,14 +222,17 @@ def read_study(
         profile: as `load_profile` takes it, or a profile.
         published: take the published rows, whatever has been regenerated.
         radii: for certificates; None takes those of the profile's chapter 7, else `RADII`.
+        root: of the book; None takes the one that the program runs in.
     Raises:
         FileNotFoundError: if ``published`` and a table is not; the first that is missing is named.
     """
-    profile = profile if isinstance(profile, Profile) else load_profile(profile)
+    if not isinstance(profile, Profile):
+        profile = load_profile(profile if root is None else root / f"profiles/{profile}.yaml")
+    root = home() if root is None else root
     radii = profile.chapters.get("07-certified", {}).get("radii", RADII) if radii is None else radii
     folders: dict[Source, Path] = {
-        "regenerated": home() / "results" / profile.name,
-        "published": home() / "results/published" / profile.name,
+        "regenerated": root / "results" / profile.name,
+        "published": root / "results/published" / profile.name,
     }
     for source, folder in folders.items():
         missing = _missing(profile, folder)
