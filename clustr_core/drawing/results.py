@@ -111,7 +111,7 @@ def draw_protocol_gaps(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def draw_sandwich(axes: Axes, table: pd.DataFrame) -> None:
-    """`sandwich.sandwich_curve`: what is certified as an area, what attacks leave as lines above it, up to clean."""
+    """`chain.sandwich_curve`: what is certified as an area, what attacks leave as lines above it, up to clean."""
     for column, look in SANDWICH_LOOKS.items():
         rows = table.loc[table["column"] == column]
         if column == "certified":
