@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from clustr_core.measuring.sandwich import sandwich_curve
+from clustr_core.measuring.chain import sandwich_curve
 from clustr_core.storage.tables import read_table
 from tools import claims
 from tools.claims import Term, blocks, page_faults, parse_cell

@@ -11,8 +11,8 @@ import pytest
 import torch
 from disk import contents, files_of_at_most
 
-from clustr_core.cli import main
-from clustr_core.measuring import attacked, sandwich
+from clustr_core.cli import _KIND_OF_TABLE, main
+from clustr_core.measuring import certified as certified_module
 from clustr_core.measuring import pieces as pieces_module
 from clustr_core.measuring.certified import certificate_rows
 from clustr_core.measuring.profile import load_profile
@@ -173,7 +173,7 @@ def test_a_sandwich_needs_a_budget(certifying, home, capsys):
 
 def test_a_broken_certificate_is_one_line_and_status_2(certifying, home, capsys, monkeypatch):
     real = certificate_rows
-    monkeypatch.setattr(sandwich, "certificate_rows", lambda *a: real(*a).assign(radius=10.0))
+    monkeypatch.setattr(certified_module, "certificate_rows", lambda *a: real(*a).assign(radius=10.0))
     assert certifies("train") == 0
     capsys.readouterr()
     assert certifies("sandwich") == 2
@@ -185,7 +185,7 @@ def test_a_broken_certificate_is_one_line_and_status_2(certifying, home, capsys,
     assert len(kept) == 1
     assert kept[0].name in said
     assert contents(home / "results") == {}
-    assert not list(home.glob("runs/*/tables/*"))
+    assert not list(home.glob("runs/*/tables/sandwich-*"))
 
 
 def test_a_sandwich_of_a_changed_recipe_lies_beside_its_run(certifying, home):
@@ -205,10 +205,11 @@ def test_jobs_that_know_nothing_of_each_other_take_shares(certifying, home, caps
     lines = "attacks:\n  linf: {norm: linf, eps: [0.05, 0.1], steps: 2, examples: 15, losses: [ce, margin]}\n"
     with (home / "profiles/certifying.yaml").open("a") as file:
         file.write(lines)
-    for module in (attacked, pieces_module, sandwich):
-        monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(pieces_module, "CHUNK", 4)
     assert certifies(command) == 0
-    pieces = {path.name: path.read_bytes() for path in home.glob("runs/*/tables/*.csv")}
+    # a sandwich makes the certificates that it needs as well
+    kept = f"runs/*/tables/{_KIND_OF_TABLE[kind]}-*.csv"
+    pieces = {path.name: path.read_bytes() for path in home.glob(kept)}
     table = (certifying / f"{kind}-clustr-cert.csv").read_bytes()
     for path in [*home.glob("runs/*/tables/*.csv"), certifying / f"{kind}-clustr-cert.csv"]:
         path.unlink()
@@ -216,15 +217,15 @@ def test_jobs_that_know_nothing_of_each_other_take_shares(certifying, home, caps
     made = []
     for index in (2, 1, 3):
         assert certifies(command, "--shard", f"{index}/3") == 0
-        there = {path.name for path in home.glob("runs/*/tables/*.csv")}
+        there = {path.name for path in home.glob(kept)}
         made.append(len(there) - sum(made))
         assert f"share {index} of 3: {made[-1]} of {len(pieces)} pieces are kept" in capsys.readouterr().out
         assert not (certifying / f"{kind}-clustr-cert.csv").exists()
     # shares are even, together they are all, and the last call only puts them together
     assert max(made) - min(made) <= 1
-    before = {path: path.stat().st_mtime_ns for path in home.glob("runs/*/tables/*.csv")}
+    before = {path: path.stat().st_mtime_ns for path in home.glob(kept)}
     assert certifies(command) == 0
-    assert {path: path.stat().st_mtime_ns for path in home.glob("runs/*/tables/*.csv")} == before
+    assert {path: path.stat().st_mtime_ns for path in home.glob(kept)} == before
     assert {path.name: path.read_bytes() for path in before} == pieces
     assert (certifying / f"{kind}-clustr-cert.csv").read_bytes() == table
 

@@ -15,9 +15,12 @@ from clustr_core.measuring.accuracy import (
     robust_accuracy,
     robust_accuracy_by_loss,
 )
-from clustr_core.measuring.diagnostics import CHECKS, verdict
+from clustr_core.measuring.chain import check_chain, sandwich_curve
+from clustr_core.measuring.checks import CHECKS
+from clustr_core.measuring.counterexamples import check_sandwich
+from clustr_core.measuring.diagnostics import verdict
 from clustr_core.measuring.profile import Profile
-from clustr_core.measuring.sandwich import ATTACKS, check_chain, check_sandwich, sandwich_curve
+from clustr_core.measuring.sandwich import ATTACKS
 from clustr_core.storage.tables import read_table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,8 +13,8 @@ def check_rows(table: pd.DataFrame, *numbers: str, words: tuple[str, ...] = ()) 
         numbers: columns of finite numbers.
         words: columns of names, without gaps.
     Raises:
-        ValueError: if there is no row, a column is missing, or a value is no number, NaN, infinite or a gap; the column,
-            the value and its row are named.
+        ValueError: if there is no row, a column is missing, or a value is no number, NaN, infinite or a gap; the
+            column, the value and its row are named.
     """
     if absent := [name for name in (*numbers, *words) if name not in table]:
         raise ValueError(f"table: expected a column {absent[0]!r}, got {list(table.columns)}")

@@ -165,7 +165,7 @@ def draw_protocol_gaps(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def draw_sandwich(axes: Axes, table: pd.DataFrame) -> None:
-    """`sandwich.sandwich_curve`: what is certified as an area, what attacks leave as lines above it, up to clean.
+    """`chain.sandwich_curve`: what is certified as an area, what attacks leave as lines above it, up to clean.
 
     Raises:
         ValueError: for a column without a look; and as `check_rows`.

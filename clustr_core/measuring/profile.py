@@ -7,7 +7,7 @@ import importlib.util
 import math
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -218,6 +218,24 @@ class Profile:
             "ablations": [*self.ordinary],
             "sandwich": [*self.lipschitz],
         }
+
+    def protocol(self, table: str) -> dict[str, Any]:
+        """What the rows of a kind of table follow: the pipeline makes them anew when it changes, their sidecar says it.
+
+        Args:
+            table: "attacks", "certificates", "diagnostics", "ablations" or "sandwich".
+        """
+        return {
+            "attacks": lambda: {name: asdict(protocol) for name, protocol in self.attacks.items()},
+            "certificates": lambda: {"examples": self.certified_examples, "smoothing": _as_dict(self.smoothing)},
+            "diagnostics": lambda: {"examination": _as_dict(self.examination)},
+            "ablations": lambda: {"examination": _as_dict(self.examination)},
+            "sandwich": lambda: {"sandwich": _as_dict(self.sandwich), "certified_examples": self.certified_examples},
+        }[table]()
+
+
+def _as_dict(budget: Examination | SandwichBudget | SmoothingBudget | None) -> dict[str, Any] | None:
+    return None if budget is None else asdict(budget)
 
 
 _BUDGETS = {"examination": Examination, "sandwich": SandwichBudget, "smoothing": SmoothingBudget}

@@ -1,7 +1,7 @@
 """What the book says of a profile: its rows, and the tables that the chapters and the first page make of them.
 
-The rows are the regenerated ones, ``results/<profile>/``, where every table of the profile is there, else the published
-ones, ``results/published/<profile>/``, else they are measured now. PyTorch is imported only where something is measured.
+The rows are the regenerated ones, ``results/<profile>/``, where every table of the profile is there, else the
+published ones, ``results/published/<profile>/``, else they are measured now. PyTorch is imported only where something is measured.
 """
 
 import json
@@ -244,7 +244,7 @@ def read_study(
 
 
 def studies_beside(mine: Study) -> dict[str, Study]:
-    """A profile's study, and after it the published ones of the larger profiles, by name: `BOOK` only where it is it."""
+    """A profile's study, and after it the published ones of the larger profiles; `BOOK` only where it is it."""
     others = (name for name in published_profiles() if name not in (BOOK, mine.name))
     return {mine.name: mine, **{name: read_study(name, published=True) for name in others}}
 
@@ -358,7 +358,7 @@ def masked_methods(findings: pd.DataFrame) -> list[str]:
 
 
 def battery_table(findings: pd.DataFrame, *, speaking: bool = False) -> pd.DataFrame:
-    """The battery's values, a dot at those above the threshold, and its verdict: a row each check, a column each method.
+    """The battery's values, a dot at those above the threshold, and its verdict: a row a check, a column a method.
 
     Args:
         speaking: leave out the checks that flag no method.
@@ -415,15 +415,15 @@ def ladder_table(study: Study, methods: Sequence[str]) -> pd.DataFrame:
 
 
 def sandwich_curve(study: Study, method: str, points: int) -> pd.DataFrame:
-    """`sandwich.sandwich_curve` of a method from radius 0 to twice the last of the study's, checked to be in order.
+    """`chain.sandwich_curve` of a method from radius 0 to twice the last of the study's, checked to be in order.
 
     APGD is run up to the largest eps of its grid, and has no rows beyond.
     """
-    from clustr_core.measuring import sandwich
+    from clustr_core.measuring import chain
 
     rows = study.sandwich
-    curve = sandwich.sandwich_curve(rows[rows["method"] == method], _grid(study, points))
-    sandwich.check_chain(curve)
+    curve = chain.sandwich_curve(rows[rows["method"] == method], _grid(study, points))
+    chain.check_chain(curve)
     budget = study.profile.sandwich
     reached = max(budget.apgd_eps, default=0.0) if budget else 0.0
     kept = curve[(curve["column"] != "apgd") | (curve["at"] <= reached)]
@@ -431,8 +431,8 @@ def sandwich_curve(study: Study, method: str, points: int) -> pd.DataFrame:
 
 
 def nearest_found(study: Study, method: str) -> pd.DataFrame:
-    """Of each correctly classified image the certified radius and the norm of the smallest adversarial perturbation that
-    any attack found; without the images on which none found one."""
+    """Of each correctly classified image the certified radius and the norm of the smallest adversarial perturbation
+    that any attack found; without the images on which none found one."""
     rows = study.sandwich
     mine = rows[(rows["method"] == method) & rows["correct"]].groupby("index")
     found = mine.agg(radius=("radius", "first"), norm=("norm", "min")).reset_index().assign(profile=study.name)
@@ -455,7 +455,9 @@ def bought(study: Study, prices: pd.DataFrame) -> pd.DataFrame:
         f"worst case of correct attacks, $L_\\infty$ {study.amount(study.eps())}",
         f"certified, $L_2$ {study.amount(study.radii[0])}",
     )
-    parts = [rows[["method", "accuracy"]].assign(what=what) for what, rows in zip(headings, (robust, certain))]
+    parts = [
+        rows[["method", "accuracy"]].assign(what=what) for what, rows in zip(headings, (robust, certain), strict=True)
+    ]
     both = prices[["method", "training_ratio"]].merge(pd.concat(parts), on="method")
     return both[["method", "training_ratio", "what", "accuracy"]]
 
@@ -551,8 +553,7 @@ def _missing(profile: Profile, folder: Path) -> list[Path]:
 def _measured(profile: Profile, kind: str, method: str) -> pd.DataFrame:
     """A table that nobody has written yet: the run is trained, if need be, and measured."""
     from clustr_core.data import load_dataset
-    from clustr_core.measuring import attacked, certified, examination
-    from clustr_core.measuring import sandwich as searches
+    from clustr_core.measuring import attacked, certified, examination, sandwiched
     from clustr_core.training.loop import fit
 
     if method == "prototypes":
@@ -562,6 +563,6 @@ def _measured(profile: Profile, kind: str, method: str) -> pd.DataFrame:
         "certificates": certified.certificates_of,
         "diagnostics": examination.diagnostics_of,
         "ablations": examination.ablations_of,
-        "sandwich": searches.sandwich_of,
+        "sandwich": sandwiched.sandwich_of,
     }
     return measure[kind](fit(profile.recipes[method]), profile)

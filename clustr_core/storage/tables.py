@@ -7,10 +7,10 @@ import pandas as pd
 from clustr_core.storage.files import written_whole
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV with nine significant digits, whole or not at all."""
+def write_table(path: Path, table: pd.DataFrame, *, digits: int = 9) -> None:
+    """Write a table as CSV with so many significant digits, whole or not at all."""
     with written_whole(path) as temporary:
-        table.to_csv(temporary, index=False, encoding="utf-8", float_format="%.9g", lineterminator="\n")
+        table.to_csv(temporary, index=False, encoding="utf-8", float_format=f"%.{digits}g", lineterminator="\n")
 
 
 def read_table(path: Path) -> pd.DataFrame:
