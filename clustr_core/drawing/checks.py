@@ -13,18 +13,18 @@ def check_rows(table: pd.DataFrame, *numbers: str, words: tuple[str, ...] = ()) 
         numbers: columns of finite numbers.
         words: columns of names, without gaps.
     Raises:
-        ValueError: if there is no row, a column is missing, or a value is no number, NaN, infinite or a gap; the column,
-            the value and its row are named.
+        ValueError: if there is no row, a column is missing, or a value is no number, NaN, infinite or a gap; the
+            column, the value and its row are named.
     """
     if absent := [name for name in (*numbers, *words) if name not in table]:
         raise ValueError(f"table: expected a column {absent[0]!r}, got {list(table.columns)}")
     if table.empty:
         raise ValueError("table: expected rows to draw, got none")
     for name in numbers:
-        values = pd.to_numeric(table[name], errors="coerce").to_numpy(dtype=float)
-        _refuse(name, "finite numbers", table[name], ~np.isfinite(values))
+        values = np.asarray(pd.to_numeric(pd.Series(table[name]), errors="coerce"), dtype=float)
+        _refuse(name, "finite numbers", pd.Series(table[name]), ~np.isfinite(values))
     for name in words:
-        _refuse(name, "a name in each row", table[name], table[name].isna().to_numpy())
+        _refuse(name, "a name in each row", pd.Series(table[name]), np.asarray(pd.isna(table[name])))
 
 
 def check_known(table: pd.DataFrame, column: str, known: Iterable[object]) -> None:
@@ -46,7 +46,7 @@ def check_grid(table: pd.DataFrame, x: str, y: str, *values: str) -> None:
     """
     check_rows(table, x, y, *values)
     columns, rows = table[x].nunique(), table[y].nunique()
-    if min(columns, rows) < 2 or len(table) != columns * rows or table.duplicated([x, y]).any():
+    if min(columns, rows) < 2 or len(table) != columns * rows or bool(table.duplicated([x, y]).any()):
         raise ValueError(
             f"table: expected a full grid, at least 2 x 2, got {len(table)} rows at {columns} {x} and {rows} {y}"
         )
