@@ -1,184 +1,42 @@
-r"""Do the published numbers hold? Three levels, each with a verdict; the exit status is 1 if one of them fails.
+"""Do the published numbers hold? Three levels, each with a verdict; the exit status is 1 if one of them fails.
 
     python -m tools.verify [--level claims tables models] [--share 50] [--seed N]
-    python -m tools.verify --page      prints the tables of index.md as the published rows give them, to be pasted
+    python -m tools.verify --page    prints the tables of index.md as the published rows give them, to be pasted
 
-claims   seconds, no PyTorch: every published table is the one that its sidecar describes, the tables of index.md are
-         the rows', and each number whose source is named agrees with its cell.
+claims   seconds, no PyTorch: every published table is the one that its sidecar describes, and each measured number
+         of index.md, README.md and the chapters agrees with the cell that it names: see `tools.claims`.
 tables   a random share of profile quick's rows is computed again from the published weights: the same on the machine
          that published them; elsewhere what differs is listed, and fails only where many differ.
 models   everything of profile quick anew, in a scratch copy of the book; published accuracies must lie within the
          intervals (as long as `make figures`).
-
-A number in prose names its cell in a line before its paragraph, list or table: `% cell: NUMBER = EXPRESSION` in MyST,
-`<!-- cell: NUMBER = EXPRESSION -->` in README.md. NUMBER is written as it is printed in the text that follows.
-EXPRESSION is one of
-
-    protocol(PROFILE, METHOD, clean|paper|correct|certified)    a column of the summary table, in per cent
-    certified(PROFILE, METHOD, RADIUS)                          in per cent; a RADIUS may be a fraction; 0 is clean
-    table(PATH, COLUMN, KEY=VALUE, ...)                         the one row of a published CSV with these values
-    claim(KEY=VALUE, ...)                                       what others print: the one row of results/claims.csv
 """
 
 import argparse
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from clustr_core.measuring.accuracy import best_bound, certified_accuracy
-from clustr_core.measuring.study import (
-    BOOK,
-    Study,
-    certified_lines,
-    claim,
-    protocol_lines,
-    published_profiles,
-    read_study,
-    summary,
-)
+from clustr_core.measuring.study import published_profiles, read_study
 from clustr_core.storage.files import home
 from clustr_core.storage.provenance import check_sidecar, processor
 from clustr_core.storage.tables import read_table
-from tools import compare
+from tools import claims, compare
 
 if TYPE_CHECKING:
     from clustr_core.training.run import Run
 
 LEVELS = ("claims", "tables", "models")
-CELL = re.compile(
-    r"(?:% |<!-- )cell: (?P<number>-?[\d.,]+) = (?P<function>protocol|certified|table|claim)"
-    r"\((?P<arguments>[^()]*)\)(?: -->)?"
-)
 # on another processor so much of a share may differ before that is called a failure
 TOLERATED = 0.05
-
-
-class Cell(NamedTuple):
-    """A printed number and the cell that it is said to come from."""
-
-    number: str
-    function: str
-    arguments: tuple[str, ...]
-
-
-def parse_cell(line: str) -> Cell:
-    """The cell that a comment names.
-
-    Raises:
-        ValueError: if the comment is not of the grammar above.
-    """
-    if (match := CELL.fullmatch(line.strip())) is None:
-        raise ValueError(f"line: expected '% cell: NUMBER = EXPRESSION', got {line.strip()!r}")
-    return Cell(match["number"], match["function"], tuple(each.strip() for each in match["arguments"].split(",")))
-
-
-class Published:
-    """The published studies and what is made of them, each read and made once."""
-
-    def __init__(self) -> None:
-        self.study = cache(lambda name: read_study(name, published=True))
-        self.summary = cache(lambda name: summary(self.study(name)).set_index(["method", "column"])["accuracy"])
-        self.best = cache(lambda name: best_bound(self.study(name).certificates))
-
-
-def value_of(root: Path, cell: Cell, rows: Published) -> float:
-    """What the published tables say in a cell.
-
-    Raises:
-        ValueError: if there is no such cell, or more than one.
-    """
-    name, *rest = cell.arguments
-    if cell.function == "claim":
-        return float(claim(**dict(_condition(each) for each in cell.arguments)))
-    if cell.function == "table":
-        return _table_value(root / "results/published" / name, *rest)
-    if cell.function == "protocol":
-        return 100 * float(rows.summary(name).loc[(rest[0], rest[1])])
-    found = certified_accuracy(rows.best(name), [float(Fraction(rest[1]))]).set_index("method")["certified_accuracy"]
-    return 100 * float(found.loc[rest[0]])
-
-
-def _condition(text: str) -> tuple[str, str]:
-    key, _, value = text.partition("=")
-    return key, value
-
-
-def _table_value(path: Path, column: str, *conditions: str) -> float:
-    table = read_table(path)
-    for condition in conditions:
-        key, value = _condition(condition)
-        table = table[table[key].astype(str) == value]
-    if len(table) != 1:
-        raise ValueError(f"{path.name}: expected one row with {', '.join(conditions)}, got {len(table)}")
-    return float(table[column].tolist()[0])
-
-
-def claims(root: Path) -> list[str]:
-    """What is wrong with the published tables and the numbers that are said to come from them."""
-    with _home_at(str(root)):
-        rows = Published()
-        return [*_sidecar_faults(root), *_first_page_faults(root, rows), *_cell_faults(root, rows)]
-
-
-def _sidecar_faults(root: Path) -> Iterator[str]:
-    for table in sorted((root / "results/published").rglob("*.csv")):
-        if table.parent.parent.name != "weights":
-            try:
-                check_sidecar(table)
-            except (ValueError, OSError) as error:
-                yield str(error).replace(f"{root}/", "")
-
-
-def _first_page_faults(root: Path, rows: Published) -> Iterator[str]:
-    page = (root / "index.md").read_text(encoding="utf-8")
-    for name in published_profiles():
-        for line in page_lines(rows.study(name)):
-            if line not in page:
-                yield f"index.md: expected the line that the rows of {name} give: {line}"
-
-
-def page_lines(study: Study) -> list[str]:
-    """The lines of index.md's tables that a profile's rows give; of `BOOK`, certificates alone."""
-    return [*(protocol_lines(study) if study.name != BOOK else []), *certified_lines(study)]
-
-
-def _cell_faults(root: Path, rows: Published) -> Iterator[str]:
-    for page in [root / "index.md", root / "README.md", *sorted((root / "notebooks").glob("*.md"))]:
-        lines = page.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines):
-            if not line.startswith(("% cell:", "<!-- cell:")):
-                continue
-            where = f"{page.relative_to(root)}:{number + 1}"
-            try:
-                cell = parse_cell(line)
-                said = value_of(root, cell, rows)
-            except (ValueError, KeyError, OSError, IndexError) as error:
-                yield f"{where}: {error}"
-                continue
-            digits = len(cell.number.partition(".")[2])
-            if f"{said:.{digits}f}" != cell.number:
-                yield f"{where}: the page says {cell.number}, the table {said:.{digits}f}"
-            if not re.search(rf"(?<![\d.]){re.escape(cell.number)}(?![\d])", _block_after(lines, number)):
-                yield f"{where}: expected {cell.number} in the text that follows, got none"
-
-
-def _block_after(lines: Sequence[str], number: int) -> str:
-    """The paragraph, list or table after a line of comments."""
-    begin = next((n for n in range(number, len(lines)) if not lines[n].startswith(("% cell:", "<!-- cell:"))), number)
-    end = next((n for n in range(begin, len(lines)) if not lines[n].strip()), len(lines))
-    return "\n".join(lines[begin:end])
 
 
 def tables(root: Path, *, share: int, seed: int) -> list[str]:
@@ -297,14 +155,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", action="store_true", help="print the tables of index.md instead")
     options = parser.parse_args(arguments)
     if options.page:
-        for name in published_profiles():
-            print(name, *page_lines(read_study(name, published=True)), "", sep="\n")
+        for study in (read_study(name, published=True) for name in published_profiles()):
+            for kind in ("protocols", "certificates"):
+                print(f"rows: {kind}({study.name})", *claims.table_lines(study, kind), "", sep="\n")
         return 0
     root, failed = home().resolve(), False
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     for level in options.level:
         faults = {
-            "claims": lambda: claims(root),
+            "claims": lambda: claims.faults(root),
             "tables": lambda: tables(root, share=options.share, seed=seed),
             "models": lambda: models(root),
         }[level]()

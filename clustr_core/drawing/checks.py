@@ -46,7 +46,7 @@ def check_grid(table: pd.DataFrame, x: str, y: str, *values: str) -> None:
     """
     check_rows(table, x, y, *values)
     columns, rows = table[x].nunique(), table[y].nunique()
-    if min(columns, rows) < 2 or len(table) != columns * rows or bool(table.duplicated([x, y]).any()):
+    if min(columns, rows) < 2 or len(table) != columns * rows or bool(table.duplicated([x, y]).sum()):
         raise ValueError(
             f"table: expected a full grid, at least 2 x 2, got {len(table)} rows at {columns} {x} and {rows} {y}"
         )

@@ -14,6 +14,7 @@ from clustr_core.attacks.names import Norm
 from clustr_core.measuring.pieces import cache_path, dataset_of, some_test_images
 from clustr_core.models.clusters import Clusters, fit_clusters
 from clustr_core.models.embed import embed_all, predictions
+from clustr_core.numerics.chunks import IMAGES_PREDICTED
 from clustr_core.numerics.distances import squared_distances
 from clustr_core.storage.tables import read_table, write_table
 from clustr_core.training.run import Run, training_part
@@ -224,5 +225,5 @@ def _geometry(run: Run, dataset: data.Dataset | None) -> dict[str, float]:
 def hardest(model: nn.Module, images: Tensor, labels: Int[Tensor, " batch"], *, count: int) -> Int[Tensor, " count"]:
     """Indices of the byte images with the smallest margin of the true class, hardest first."""
     with torch.no_grad():
-        logits = torch.cat([model(data.to_float(part)) for part in images.split(256)])
+        logits = torch.cat([model(data.to_float(part)) for part in images.split(IMAGES_PREDICTED)])
     return margin_loss(logits, labels).topk(count).indices

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from clustr_core.attacks.names import ATTACKS, PAPER_STEP_SIZE, Norm
-from clustr_core.storage.files import digest, home
+from clustr_core.storage.files import digest, expanded, home
 from clustr_core.training.fields import build, field_value, mapping, read_yaml
 from clustr_core.training.recipes import METHODS, Recipe
 
@@ -268,7 +268,7 @@ def load_profile(name: str | Path) -> Profile:
 def _path_of(name: str | Path) -> Path:
     """The file of a profile, absolute."""
     folder = home() / "profiles"
-    path = Path(name).expanduser() if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    path = expanded(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise FileNotFoundError(f"profile: expected one of {known} or a YAML file, got {name}")
