@@ -55,6 +55,5 @@ def check_grid(table: pd.DataFrame, x: str, y: str, *values: str) -> None:
 def _refuse(name: str, expected: str, values: pd.Series, wrong: np.ndarray) -> None:
     if wrong.any():
         first = int(wrong.argmax())
-        raise ValueError(
-            f"{name}: expected {expected}, got {values.iloc[first]} in row {first} and {int(wrong.sum()) - 1} others"
-        )
+        count = f", the first of {int(wrong.sum())}" * bool(wrong.sum() > 1)
+        raise ValueError(f"{name}: expected {expected}, got {values.iloc[first]} in row {first}{count}")
