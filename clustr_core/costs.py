@@ -179,8 +179,8 @@ def slopes_table(growth: pd.DataFrame) -> pd.DataFrame:
         a row each kind of work, a column each parameter, two decimals.
     """
     slopes = [
-        (what, parameter, round(growth_slope(rows["size"].tolist(), rows["seconds"].tolist()), 2))
-        for (what, parameter), rows in growth.groupby(["what", "parameter"], sort=False)
+        (*keys, round(growth_slope(rows["size"].tolist(), rows["seconds"].tolist()), 2))  # pyright: ignore
+        for keys, rows in growth.groupby(["what", "parameter"], sort=False)
     ]
     table = pd.DataFrame(slopes, columns=["what", "grows with", "slope"])
     return table.pivot(index="what", columns="grows with", values="slope").rename_axis(None, axis=1).reset_index()

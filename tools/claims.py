@@ -1,7 +1,5 @@
 r"""Does each number of the prose come from where it says? Level *claims* of `tools.verify`: seconds, no PyTorch.
 
-    python -m tools.claims      prints the tables of index.md as the published rows give them, to be pasted
-
 A measured number in the prose (a percentage, a decimal, points, times, a duration, "x of y", a radius n/255) must say
 where it comes from, in a comment before its paragraph, list, table or directive: `<!-- COMMENT -->`, which no reader
 sees wherever the page is shown, or a MyST comment, `% COMMENT`. COMMENT is one of
@@ -39,14 +37,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from clustr_core.measuring.accuracy import best_bound, certified_accuracy
-from clustr_core.measuring.study import (
-    Study,
-    certified_lines,
-    protocol_lines,
-    published_profiles,
-    read_study,
-    summary,
-)
+from clustr_core.measuring.study import Study, certified_lines, protocol_lines, read_study, summary
 from clustr_core.storage.files import home
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.storage.tables import read_table
@@ -291,7 +282,7 @@ def _rows_faults(root: Path, comment: Comment, block: Block) -> Iterator[tuple[i
         return
     kind, name = match["kind"], match["profile"]
     study = _study(root, name)
-    expected = _lines(kind, study)
+    expected = table_lines(study, kind)
     header, _, *rows = [(n, line) for n, line in block.lines if _in_table(line)] or [(comment.line, ""), (0, "")]
     for line in expected:
         if line not in [row for _, row in rows]:
@@ -300,7 +291,7 @@ def _rows_faults(root: Path, comment: Comment, block: Block) -> Iterator[tuple[i
         if row not in expected:
             yield number, f"expected a line that the rows of {name} give, got {row}"
     printed = [float(Fraction(each)) for each in re.findall(r"\d[\d./]*", header[1])]
-    wanted = _radii(kind, study)
+    wanted = list(study.radii) if kind == "certificates" else []
     if [f"{each:.6f}" for each in printed] != [f"{each:.6f}" for each in wanted]:
         yield header[0], f"expected the radii of {name}, {wanted}, in the header, got {header[1]}"
 
@@ -395,7 +386,9 @@ def _table(root: Path, path: str) -> pd.DataFrame:
 
 @cache
 def _study(root: Path, profile: str) -> Study:
-    return read_study(profile, published=True, root=root)
+    if home().resolve() != root.resolve():
+        raise ValueError(f"root: expected the book's own, {home()}, got {root}")
+    return read_study(profile, published=True)
 
 
 @cache
@@ -408,17 +401,6 @@ def _best(root: Path, profile: str) -> pd.DataFrame:
     return best_bound(_study(root, profile).certificates)
 
 
-def _lines(kind: str, study: Study) -> list[str]:
-    """The rows of a table of index.md."""
+def table_lines(study: Study, kind: str) -> list[str]:
+    """The rows of a table of index.md: "protocols" or "certificates"."""
     return certified_lines(study) if kind == "certificates" else protocol_lines(study)
-
-
-def _radii(kind: str, study: Study) -> list[float]:
-    """The radii in the header of a table of index.md."""
-    return list(study.radii) if kind == "certificates" else []
-
-
-if __name__ == "__main__":
-    for name in published_profiles():
-        published = _study(home(), name)
-        print(name, *protocol_lines(published), "", *certified_lines(published), "", sep="\n")

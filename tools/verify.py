@@ -1,6 +1,7 @@
 """Do the published numbers hold? Three levels, each with a verdict; the exit status is 1 if one of them fails.
 
     python -m tools.verify [--level claims tables models] [--share 50] [--seed N]
+    python -m tools.verify --page    prints the tables of index.md as the published rows give them, to be pasted
 
 claims   seconds, no PyTorch: every published table is the one that its sidecar describes, and each measured number
          of index.md, README.md and the chapters agrees with the cell that it names: see `tools.claims`.
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from clustr_core.measuring.study import published_profiles, read_study
 from clustr_core.storage.files import home
 from clustr_core.storage.provenance import check_sidecar, processor
 from clustr_core.storage.tables import read_table
@@ -42,7 +44,7 @@ def tables(root: Path, *, share: int, seed: int) -> list[str]:
     from clustr_core.measuring.attacked import attack_pieces
     from clustr_core.measuring.certified import certificate_pieces
     from clustr_core.measuring.profile import load_profile
-    from clustr_core.measuring.sandwiched import sandwich_pieces
+    from clustr_core.measuring.sandwich import sandwich_pieces
     from clustr_core.training.recipes import run_folder
     from clustr_core.training.run import load_run
 
@@ -96,9 +98,9 @@ def _other_weights(published: Path, weights: Mapping[str, str]) -> Iterator[str]
 
 def _names(run: "Run") -> list[str]:
     """What the rows of a run's heads are called, in the order of their pieces."""
-    from clustr_core.measuring.targets import heads_of, name_of
+    from clustr_core.measuring.pieces import heads_of, target_of
 
-    return [name_of(run, head) for head in heads_of(run)]
+    return [target_of(run, head=head).name for head in heads_of(run)]
 
 
 def _differing(path: Path, again: pd.DataFrame, *, same_machine: bool) -> list[str]:
@@ -150,7 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--level", nargs="+", choices=LEVELS, default=["claims", "tables"])
     parser.add_argument("--share", type=int, default=50, help="one in so many pieces of each table (50)")
     parser.add_argument("--seed", type=int, default=None, help="of the draw; printed")
+    parser.add_argument("--page", action="store_true", help="print the tables of index.md instead")
     options = parser.parse_args(arguments)
+    if options.page:
+        for study in (read_study(name, published=True) for name in published_profiles()):
+            for kind in ("protocols", "certificates"):
+                print(f"rows: {kind}({study.name})", *claims.table_lines(study, kind), "", sep="\n")
+        return 0
     root, failed = home().resolve(), False
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     for level in options.level:

@@ -21,10 +21,10 @@ def check_rows(table: pd.DataFrame, *numbers: str, words: tuple[str, ...] = ()) 
     if table.empty:
         raise ValueError("table: expected rows to draw, got none")
     for name in numbers:
-        values = pd.to_numeric(table[name], errors="coerce").to_numpy(dtype=float)
-        _refuse(name, "finite numbers", table[name], ~np.isfinite(values))
+        values = np.asarray(pd.to_numeric(pd.Series(table[name]), errors="coerce"), dtype=float)
+        _refuse(name, "finite numbers", pd.Series(table[name]), ~np.isfinite(values))
     for name in words:
-        _refuse(name, "a name in each row", table[name], table[name].isna().to_numpy())
+        _refuse(name, "a name in each row", pd.Series(table[name]), np.asarray(pd.isna(table[name])))
 
 
 def check_known(table: pd.DataFrame, column: str, known: Iterable[object]) -> None:
@@ -46,7 +46,7 @@ def check_grid(table: pd.DataFrame, x: str, y: str, *values: str) -> None:
     """
     check_rows(table, x, y, *values)
     columns, rows = table[x].nunique(), table[y].nunique()
-    if min(columns, rows) < 2 or len(table) != columns * rows or table.duplicated([x, y]).any():
+    if min(columns, rows) < 2 or len(table) != columns * rows or bool(table.duplicated([x, y]).sum()):
         raise ValueError(
             f"table: expected a full grid, at least 2 x 2, got {len(table)} rows at {columns} {x} and {rows} {y}"
         )
@@ -55,6 +55,5 @@ def check_grid(table: pd.DataFrame, x: str, y: str, *values: str) -> None:
 def _refuse(name: str, expected: str, values: pd.Series, wrong: np.ndarray) -> None:
     if wrong.any():
         first = int(wrong.argmax())
-        raise ValueError(
-            f"{name}: expected {expected}, got {values.iloc[first]} in row {first} and {int(wrong.sum()) - 1} others"
-        )
+        count = f", the first of {int(wrong.sum())}" * bool(wrong.sum() > 1)
+        raise ValueError(f"{name}: expected {expected}, got {values.iloc[first]} in row {first}{count}")

@@ -93,7 +93,7 @@ def draw_certified(axes: Axes, table: pd.DataFrame) -> None:
         style = _style(look_of(method), len(rows), markersize=5)
         every = max((len(rows) - 1) // 6, 1)
         axes.plot(rows["at"], rows["certified_accuracy"], markevery=every, label=method_name(method), **style)
-    top = table["at"].max()
+    top = float(table["at"].to_numpy(dtype=float).max())
     axes.set(xlabel="$L_2$ radius", ylim=(-0.02, 1.02), xlim=(0, top) if top > 0 else None)
 
 
@@ -187,7 +187,7 @@ def draw_tightness(axes: Axes, table: pd.DataFrame) -> None:
     diagonal that no dot may cross. A norm that is infinite, where no attack found anything, has no place: leave it out.
     """
     check_rows(table, "norm", "radius")
-    top = 1.05 * max(table["norm"].max(), table["radius"].max()) or 1.0
+    top = 1.05 * float(table[["norm", "radius"]].to_numpy(dtype=float).max()) or 1.0
     axes.fill_between([0, top], [0, top], top, color="0.92", linewidth=0, zorder=0)
     axes.plot([0, top], [0, top], color="black", linewidth=1.2)
     axes.scatter(table["norm"], table["radius"], s=9, alpha=0.5, color=COLOURS[0], linewidth=0, rasterized=True)
@@ -222,7 +222,7 @@ def draw_map(axes: Axes, table: pd.DataFrame, class_names: Sequence[str]) -> Non
     """
     check_rows(table, "x", "y", "label")
     most = len(CLASS_MARKERS) * len(COLOURS)
-    if not table["label"].isin(range(min(len(class_names), most))).all():
+    if not set(table["label"]) <= set(range(min(len(class_names), most))):
         limits = f"{table['label'].min()} to {table['label'].max()}"
         raise ValueError(f"label: expected numbers of {len(class_names)} names, at most {most}, got {limits}")
     colours = sns.color_palette("colorblind", len(COLOURS))
@@ -320,10 +320,9 @@ def draw_parts(axes: Axes, table: pd.DataFrame) -> None:
         ValueError: for a share below 0, or a part that a method has twice; and as `check_rows`.
     """
     check_rows(table, "share", words=("method", "part"))
-    if (table["share"] < 0).any() or table.duplicated(["method", "part"]).any():
-        raise ValueError(
-            f"share: expected one of at least 0 for each part, got {table['share'].min():g} or a second one"
-        )
+    least, twice = float(np.min(table["share"])), int(table.duplicated(["method", "part"]).sum())
+    if least < 0 or twice:
+        raise ValueError(f"share: expected one of at least 0 for each part, got {least:g}, and {twice} parts again")
     parts, methods = list(dict.fromkeys(table["part"])), list(dict.fromkeys(table["method"]))
     shares = table.pivot(index="method", columns="part", values="share").fillna(0.0).loc[methods, parts]
     starts = shares.cumsum(axis=1) - shares
@@ -349,8 +348,8 @@ def draw_growth(axes: Axes, table: pd.DataFrame, *, kinds: Sequence[str]) -> Non
     markers, styles = "osD^vP*X", ("-", "--", "-.", ":")
     if len(kinds) > len(markers):
         raise ValueError(f"kinds: expected at most {len(markers)}, got {len(kinds)}")
-    if not (table[["size", "seconds"]] > 0).all(axis=None):
-        raise ValueError(f"table: expected positive numbers, got {table[['size', 'seconds']].to_numpy().min():g}")
+    if (least := table[["size", "seconds"]].to_numpy(dtype=float).min()) <= 0:
+        raise ValueError(f"table: expected positive sizes and seconds, got {least:g}")
     for what, rows in table.groupby("what", sort=False):
         n, rows = list(kinds).index(str(what)), rows.sort_values("size")
         colour = colormaps["cividis"](n / len(kinds))
@@ -379,9 +378,8 @@ def draw_hours(axes: Axes, table: pd.DataFrame) -> None:
         ValueError: for hours that are not positive, or more numbers of devices than markers; and as `check_rows`.
     """
     check_rows(table, "hours", "devices", words=("part",))
-    counts = sorted(set(table["devices"]))
-    if not (table["hours"] > 0).all() or len(counts) > len(CLASS_MARKERS):
-        least = table["hours"].min()
+    counts, least = sorted(set(table["devices"])), float(np.min(table["hours"]))
+    if least <= 0 or len(counts) > len(CLASS_MARKERS):
         raise ValueError(f"table: expected positive hours of at most ten numbers of devices, got {least:g}, {counts}")
     for n, devices in enumerate(counts):
         rows = table[table["devices"] == devices]

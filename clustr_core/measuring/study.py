@@ -1,7 +1,8 @@
 """What the book says of a profile: its rows, and the tables that the chapters and the first page make of them.
 
 The rows are the regenerated ones, ``results/<profile>/``, where every table of the profile is there, else the
-published ones, ``results/published/<profile>/``, else they are measured now. PyTorch is imported only where something is measured.
+published ones, ``results/published/<profile>/``, else they are measured now. PyTorch is imported only where something
+is measured.
 """
 
 import json
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -210,11 +211,7 @@ class Study:
 
 
 def read_study(
-    profile: str | Path | Profile,
-    *,
-    published: bool = False,
-    radii: Sequence[float] | None = None,
-    root: Path | None = None,
+    profile: str | Path | Profile, *, published: bool = False, radii: Sequence[float] | None = None
 ) -> Study:
     """A profile with its rows: regenerated if all of its tables are, else published, else measured when asked for.
 
@@ -222,29 +219,26 @@ def read_study(
         profile: as `load_profile` takes it, or a profile.
         published: take the published rows, whatever has been regenerated.
         radii: for certificates; None takes those of the profile's chapter 7, else `RADII`.
-        root: of the book; None takes the one that the program runs in.
     Raises:
         FileNotFoundError: if ``published`` and a table is not; the first that is missing is named.
     """
-    if not isinstance(profile, Profile):
-        profile = load_profile(profile if root is None else root / f"profiles/{profile}.yaml")
-    root = home() if root is None else root
-    radii = profile.chapters.get("07-certified", {}).get("radii", RADII) if radii is None else radii
+    profile = profile if isinstance(profile, Profile) else load_profile(profile)
+    shown = tuple(profile.chapters.get("07-certified", {}).get("radii", RADII) if radii is None else radii)
     folders: dict[Source, Path] = {
-        "regenerated": root / "results" / profile.name,
-        "published": root / "results/published" / profile.name,
+        "regenerated": home() / "results" / profile.name,
+        "published": home() / "results/published" / profile.name,
     }
     for source, folder in folders.items():
         missing = _missing(profile, folder)
         if not missing and not (published and source == "regenerated"):
-            return Study(profile, source, folder, tuple(radii))
+            return Study(profile, source, folder, shown)
         if published and source == "published":
             raise FileNotFoundError(f"{missing[0]}: expected a published table, got none")
-    return Study(profile, "measured now", None, tuple(radii))
+    return Study(profile, "measured now", None, shown)
 
 
 def studies_beside(mine: Study) -> dict[str, Study]:
-    """A profile's study, and after it the published ones of the larger profiles; `BOOK` only where it is it."""
+    """A profile's study, and after it the published ones of the larger profiles, by name; not `BOOK`."""
     others = (name for name in published_profiles() if name not in (BOOK, mine.name))
     return {mine.name: mine, **{name: read_study(name, published=True) for name in others}}
 
@@ -267,7 +261,7 @@ def method_name(method: str) -> str:
     return METHOD_NAMES.get(method, method)
 
 
-def where(table: pd.DataFrame, mask: pd.Series) -> pd.DataFrame:
+def where(table: pd.DataFrame, mask: Any) -> pd.DataFrame:
     """The rows of a table for which a mask is true."""
     return pd.DataFrame(table[mask])
 
@@ -293,7 +287,7 @@ def protocol_curves(study: Study) -> pd.DataFrame:
     """`accuracy.both_protocols` of the methods without a guarantee; correct attacks without AutoAttack, which comes on
     fewer images."""
     rows = study.attacks
-    return both_protocols(rows[(rows["attack"] != "autoattack") & rows["method"].isin(study.ordinary)])
+    return both_protocols(where(rows, (rows["attack"] != "autoattack") & rows["method"].isin(study.ordinary)))
 
 
 def summary(study: Study, norm: Norm = "linf") -> pd.DataFrame:
@@ -336,38 +330,41 @@ def certified_table(study: Study, methods: Sequence[str] | None = None) -> pd.Da
 def attack_table(study: Study) -> pd.DataFrame:
     """Robust accuracy in % under each attack and loss on its own, and under all correct ones: a column each method."""
     rows = study.attacks
-    here = on_common_images(rows[(rows["norm"] == "linf") & ((rows["eps"] - study.eps()).abs() < 1e-6)])
+    here = on_common_images(where(rows, (rows["norm"] == "linf") & ((rows["eps"] - study.eps()).abs() < 1e-6)))
     alone = robust_accuracy_by_loss(here).assign(name=lambda t: t["attack"] + ", " + t["loss"])
-    together = robust_accuracy(here[here["attack"] != "paper"]).query("eps > 0").assign(name="all correct attacks")
+    together = robust_accuracy(where(here, here["attack"] != "paper")).query("eps > 0")
+    together = together.assign(name="all correct attacks")
     wide = pd.concat([alone, together]).pivot_table("robust_accuracy", index="name", columns="method", sort=False)
-    shown = (100 * wide[study.ordinary + study.lipschitz]).round(1)
+    shown = (100 * pd.DataFrame(wide[study.ordinary + study.lipschitz])).round(1)
     return shown.rename(columns=METHOD_NAMES).rename_axis(None, axis=1).reset_index()
 
 
 def ablation_table(study: Study) -> pd.DataFrame:
     """Robust accuracy in % under the paper's rule, and with one thing put right: a row each method."""
     wide = study.ablations.pivot(index="method", columns="change", values="robust_accuracy")
-    return _titled((100 * wide.loc[in_order(wide.index), list(CHANGES)]).round(1))
+    return _titled((100 * wide.loc[in_order(list(wide.index)), list(CHANGES)]).round(1))
 
 
 def masked_methods(findings: pd.DataFrame) -> list[str]:
     """The methods whose evaluation the battery flags as a whole."""
     from clustr_core.measuring.diagnostics import verdict
 
-    return [name for name in in_order(set(findings["method"])) if verdict(findings[findings["method"] == name])]
+    return [name for name in in_order(set(findings["method"])) if verdict(where(findings, findings["method"] == name))]
 
 
 def battery_table(findings: pd.DataFrame, *, speaking: bool = False) -> pd.DataFrame:
-    """The battery's values, a dot at those above the threshold, and its verdict: a row a check, a column a method.
+    """The battery's values, a dot at those above the threshold, and its verdict: a row each check.
 
     Args:
         speaking: leave out the checks that flag no method.
     """
     methods, masked = in_order(set(findings["method"])), masked_methods(findings)
-    speaks = findings.groupby("check", sort=False)["flagged"].any()
-    text = [f"{row.value:.3g}{' ●' * bool(row.flagged)}" for row in findings.itertuples()]
+    silent = _silent(findings)
+    checks = [check for check in dict.fromkeys(findings["check"]) if not (speaking and check in silent)]
+    values = zip(findings["value"], findings["flagged"], strict=True)
+    text = [f"{value:.3g}{' ●' * bool(flagged)}" for value, flagged in values]
     wide = findings.assign(text=text).pivot(index="check", columns="method", values="text")
-    wide = wide.loc[list(speaks.index[speaks] if speaking else speaks.index), methods].fillna(ABSENT)
+    wide = wide.loc[checks, methods].fillna(ABSENT)
     thresholds = findings.groupby("check")["threshold"].first().map("{:.3g}".format)
     wide.insert(0, "threshold", thresholds.loc[wide.index])
     wide.loc["verdict"] = ["", *("masked" if method in masked else "passes" for method in methods)]
@@ -383,29 +380,33 @@ def battery_summary(studies: Mapping[str, Study]) -> pd.DataFrame:
         masked = masked_methods(found)
         alarms = found[found["flagged"] & ~found["method"].isin(masked)].groupby("check", sort=False)["method"]
         single = [f"{check} ({', '.join(methods)})" for check, methods in alarms]
-        without = masked_methods(found[found["check"] != "no logits"])
+        without = masked_methods(where(found, found["check"] != "no logits"))
         lines.append([study.title, ", ".join(masked), ", ".join(without), "; ".join(single) or "none"])
     return pd.DataFrame(lines, columns=["data", "flagged", "without 'no logits'", "single alarms about what passes"])
 
 
 def silent_checks(studies: Mapping[str, Study]) -> list[str]:
     """The checks that flag no method of any study."""
-    found = pd.concat([study.diagnostics for study in studies.values()])
-    speaks = found.groupby("check", sort=False)["flagged"].any()
-    return list(speaks.index[~speaks])
+    return _silent(pd.concat([study.diagnostics for study in studies.values()]))
+
+
+def _silent(findings: pd.DataFrame) -> list[str]:
+    speaking = set(findings.loc[findings["flagged"].astype(bool), "check"])
+    return [check for check in dict.fromkeys(findings["check"]) if check not in speaking]
 
 
 def certified_curve(study: Study, methods: Sequence[str], points: int) -> pd.DataFrame:
     """Certified accuracy of each method's best bound from radius 0 to twice the last of the study's."""
     best = best_bound(study.certificates)
-    return certified_accuracy(best[best["method"].isin(list(methods))], _grid(study, points)).assign(profile=study.name)
+    shown = where(best, best["method"].isin(list(methods)))
+    return certified_accuracy(shown, _grid(study, points)).assign(profile=study.name)
 
 
 def ladder_radii(study: Study, method: str) -> pd.DataFrame:
     """Certified radii of the images that a method classifies correctly: a row each image, a column each hard bound."""
     rows = study.certificates
     mine = rows[(rows["method"] == method) & rows["correct"]]
-    return mine.pivot(index="index", columns="bound", values="radius")[list(HARD_BOUNDS)]
+    return pd.DataFrame(mine.pivot(index="index", columns="bound", values="radius")[list(HARD_BOUNDS)])
 
 
 def ladder_table(study: Study, methods: Sequence[str]) -> pd.DataFrame:
@@ -422,7 +423,7 @@ def sandwich_curve(study: Study, method: str, points: int) -> pd.DataFrame:
     from clustr_core.measuring import chain
 
     rows = study.sandwich
-    curve = chain.sandwich_curve(rows[rows["method"] == method], _grid(study, points))
+    curve = chain.sandwich_curve(where(rows, rows["method"] == method), _grid(study, points))
     chain.check_chain(curve)
     budget = study.profile.sandwich
     reached = max(budget.apgd_eps, default=0.0) if budget else 0.0
@@ -431,12 +432,14 @@ def sandwich_curve(study: Study, method: str, points: int) -> pd.DataFrame:
 
 
 def nearest_found(study: Study, method: str) -> pd.DataFrame:
-    """Of each correctly classified image the certified radius and the norm of the smallest adversarial perturbation
-    that any attack found; without the images on which none found one."""
+    """Of each correctly classified image the certified radius and the smallest norm at which any attack broke it.
+
+    Images that no attack broke are left out.
+    """
     rows = study.sandwich
     mine = rows[(rows["method"] == method) & rows["correct"]].groupby("index")
     found = mine.agg(radius=("radius", "first"), norm=("norm", "min")).reset_index().assign(profile=study.name)
-    return found[found["norm"] < float("inf")]
+    return where(found, found["norm"] < float("inf"))
 
 
 def bought(study: Study, prices: pd.DataFrame) -> pd.DataFrame:
@@ -459,7 +462,7 @@ def bought(study: Study, prices: pd.DataFrame) -> pd.DataFrame:
         rows[["method", "accuracy"]].assign(what=what) for what, rows in zip(headings, (robust, certain), strict=True)
     ]
     both = prices[["method", "training_ratio"]].merge(pd.concat(parts), on="method")
-    return both[["method", "training_ratio", "what", "accuracy"]]
+    return pd.DataFrame(both[["method", "training_ratio", "what", "accuracy"]])
 
 
 def claims(**conditions: str) -> pd.DataFrame:
@@ -471,8 +474,8 @@ def claims(**conditions: str) -> pd.DataFrame:
     """
     table = pd.read_csv(home() / "results/claims.csv", dtype=str, keep_default_na=False, encoding="utf-8")
     for column, value in conditions.items():
-        table = table[table[column] == value]
-    return table
+        table = where(table, table[column] == value)
+    return pd.DataFrame(table)
 
 
 def claim(**conditions: str) -> str:
@@ -539,9 +542,9 @@ def _grid(study: Study, points: int) -> list[float]:
 def _claimed_of(study: Study, method: str) -> str:
     """What was claimed of a method on these data, at the eps of the comparison."""
     known = claims(method=method, norm="linf", eps=study.amount(study.eps()), metric="pgd")
-    for row in known.itertuples():
-        if study.data.startswith(str(row.dataset)):
-            return f"{row.value} % ({row.note})" if row.value else str(row.note)
+    for dataset, value, note in zip(known["dataset"], known["value"], known["note"], strict=True):
+        if study.data.startswith(dataset):
+            return f"{value} % ({note})" if value else note
     return ABSENT
 
 

@@ -37,23 +37,23 @@ def certification_table() -> pd.DataFrame:
     """What it costs to certify one image: a row each certificate."""
     cost = bench("certification-cost")
     rounded = {name: cost[name].map("{:.2g}".format) for name in ("multiply_adds", "seconds_ratio")}
-    cost = cost.assign(method=cost["method"].map(CERTIFIERS), **rounded)
+    cost = cost.assign(method=cost["method"].map(CERTIFIERS.get), **rounded)
     headings = {
         "method": "method",
         "forwards": "forward passes",
         "multiply_adds": "multiply-adds",
         "seconds_ratio": "time / one forward pass",
     }
-    return cost[list(headings)].rename(columns=headings)
+    return pd.DataFrame(cost[list(headings)]).rename(columns=headings)
 
 
 def targets_table(suites: pd.DataFrame) -> pd.DataFrame:
     """Every target of ``bench.csv``, what is compared, and whether it is met."""
-    rows = suites[suites["target"].notna()]
+    rows = suites.dropna(subset=["target"])
     units = rows["unit"].where(rows["unit"] != "ratio", "")
     measured = rows["measured"].map("{:.3g}".format) + " " + units
     shown = rows.assign(measured=measured, target="<= " + rows["target"].map("{:g}".format))
-    return shown[["name", "compared", "setting", "measured", "target", "met"]]
+    return pd.DataFrame(shown[["name", "compared", "setting", "measured", "target", "met"]])
 
 
 def price_table(prices: pd.DataFrame) -> pd.DataFrame:
@@ -67,7 +67,7 @@ def price_table(prices: pd.DataFrame) -> pd.DataFrame:
         "certificate_ratio": "certificate / forward pass",
     }
     named = prices.assign(method=prices["method"].map(method_name))
-    return named[list(headings)].rename(columns=headings).round(2)
+    return pd.DataFrame(named[list(headings)]).rename(columns=headings).round(2)
 
 
 def precision_table(halves: pd.DataFrame) -> pd.DataFrame:
@@ -79,5 +79,5 @@ def precision_table(halves: pd.DataFrame) -> pd.DataFrame:
         "too_much": "radius too large, %",
     }
     groups = halves.groupby(["method", "trained", "climbed"], sort=False)
-    means = groups[list(headings)].mean().mul(100).round(1).reset_index()
+    means = (100 * pd.DataFrame(groups[list(headings)].mean())).round(1).reset_index()
     return means.rename(columns={"climbed": "attack climbs in", **headings})

@@ -101,7 +101,7 @@ def ladder(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> pd.Dat
 
 
 def layer_matrix(layer: nn.Module, image: Tensor) -> Float[Tensor, "out in"]:
-    """The Jacobian of a layer at one image, as a matrix, by automatic differentiation; norms are held to it.
+    """The Jacobian of a layer at one image, as a matrix, by automatic differentiation: what bounds are held to.
 
     Args:
         image: without a batch dimension, of the shape that the layer takes.
