@@ -44,7 +44,7 @@ def tables(root: Path, *, share: int, seed: int) -> list[str]:
     from clustr_core.measuring.attacked import attack_pieces
     from clustr_core.measuring.certified import certificate_pieces
     from clustr_core.measuring.profile import load_profile
-    from clustr_core.measuring.sandwich import sandwich_pieces
+    from clustr_core.measuring.sandwiched import sandwich_pieces
     from clustr_core.training.recipes import run_folder
     from clustr_core.training.run import load_run
 
@@ -98,9 +98,9 @@ def _other_weights(published: Path, weights: Mapping[str, str]) -> Iterator[str]
 
 def _names(run: "Run") -> list[str]:
     """What the rows of a run's heads are called, in the order of their pieces."""
-    from clustr_core.measuring.pieces import heads_of, target_of
+    from clustr_core.measuring.targets import heads_of, name_of
 
-    return [target_of(run, head=head).name for head in heads_of(run)]
+    return [name_of(run, head) for head in heads_of(run)]
 
 
 def _differing(path: Path, again: pd.DataFrame, *, same_machine: bool) -> list[str]:

@@ -102,7 +102,7 @@ def test_the_pixels_of_a_folder_of_images_are_those_of_its_runs(home: Path) -> N
     text = (home / "profiles/quick.yaml").read_text(encoding="utf-8").replace("dataset: digits", "dataset: folder:mine")
     (home / "profiles/mine.yaml").write_text(text, encoding="utf-8")
     profile = load_profile("mine")
-    with pytest.raises(ValueError, match="dataset: expected one of .* or a finished run on it, got 'folder:mine'"):
+    with pytest.raises(ValueError, match=r"dataset: expected one of .* or a finished run on it, got 'folder:mine'"):
         _ = study.read_study(profile).pixels
     folder = study.run_folder(profile.recipes["ce"])
     folder.mkdir(parents=True)
