@@ -285,9 +285,12 @@ def test_precision_is_part_of_the_run(home, capsys):
 
 
 def test_a_diagnosis_is_not_shared_out(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
     assert refused(capsys, command="diagnose") == (
-        "clustr: diagnose: expected one process, since it is not shared out, got 2\n"
+        "clustr: diagnose: expected one process, since processes cannot share it, got 2\n"
     )
 
 
@@ -330,7 +333,8 @@ def test_every_table_has_a_sidecar_with_its_protocol_and_version(certifying, hom
         file.write("attacks:\n  linf: {eps: [0.05], steps: 1, examples: 4, losses: [ce]}\n")
         file.write("examination: {eps: 0.1, examples: 3, steps: 1, restarts: 1, queries: 1}\n")
     if command == "diagnose" and output:
-        pytest.raises(SystemExit, certifies, command, "--output", output, method=method)
+        with pytest.raises(SystemExit):
+            certifies(command, "--output", output, method=method)
         return
     assert certifies(command, *(["--output", output] if output else []), method=method) == 0
     profile, path = load_profile("certifying"), Path(output or f"results/certifying/{kind}-{method}.csv")
