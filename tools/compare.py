@@ -15,6 +15,7 @@ import pandas as pd
 
 from clustr_core.measuring.accuracy import best_bound, certified_accuracy, robust_accuracy
 from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.study import with_interval
 from clustr_core.storage.files import home
 from clustr_core.storage.tables import read_table
 
@@ -60,8 +61,7 @@ def _verdict(mine: pd.DataFrame | None, theirs: pd.DataFrame) -> str:
         largest = (both["value_mine"] - both["value"]).abs().max()
         return f"within the published intervals (largest difference {100 * largest:.1f} points)"
     named = [
-        f"{row['at']}: {100 * row['value_mine']:.1f} instead of {100 * row['value']:.1f} "
-        f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        f"{row['at']}: {100 * row['value_mine']:.1f} instead of {with_interval(row['value'], row['low'], row['high'])}"
         for _, row in outside.iterrows()
     ]
     return "outside the published intervals: " + "; ".join(named)

@@ -102,7 +102,7 @@ def test_the_pixels_of_a_folder_of_images_are_those_of_its_runs(home: Path) -> N
     text = (home / "profiles/quick.yaml").read_text(encoding="utf-8").replace("dataset: digits", "dataset: folder:mine")
     (home / "profiles/mine.yaml").write_text(text, encoding="utf-8")
     profile = load_profile("mine")
-    with pytest.raises(ValueError, match="dataset: expected one of .* or a finished run on it, got 'folder:mine'"):
+    with pytest.raises(ValueError, match=r"dataset: expected one of .* or a finished run on it, got 'folder:mine'"):
         _ = study.read_study(profile).pixels
     folder = study.run_folder(profile.recipes["ce"])
     folder.mkdir(parents=True)
@@ -200,7 +200,7 @@ def test_a_claim_names_a_source_of_the_bibliography() -> None:
 
 def test_no_claim_of_others_stands_in_a_chapters_code() -> None:
     values = {value for value in study.claims()["value"] if "." in value}
-    for source in (ROOT / "notebooks").glob("0*.md"):
+    for source in (ROOT / "notebooks").glob("0[4-8]*.md"):
         code = "\n".join(re.findall(r"^```\{code-cell\}.*?^```$", source.read_text(encoding="utf-8"), re.M | re.S))
         assert not {value for value in values if re.search(rf"(?<![\d.]){re.escape(value)}(?![\d.])", code)}, source
 
