@@ -15,6 +15,7 @@ import pandas as pd
 
 from clustr_core.measuring.accuracy import best_bound, certified_accuracy, robust_accuracy
 from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.study import with_intervals
 from clustr_core.storage.files import home
 from clustr_core.storage.tables import read_table
 
@@ -55,15 +56,12 @@ def compare(regenerated: Path, published: Path) -> Iterator[str]:
 def _verdict(mine: pd.DataFrame | None, theirs: pd.DataFrame) -> str:
     assert mine is not None
     both = theirs.merge(mine[["at", "value"]], on="at", suffixes=("", "_mine"))
-    outside = both[(both["value_mine"] < both["low"]) | (both["value_mine"] > both["high"])]
+    outside = pd.DataFrame(both[(both["value_mine"] < both["low"]) | (both["value_mine"] > both["high"])])
     if not len(outside):
         largest = (both["value_mine"] - both["value"]).abs().max()
         return f"within the published intervals (largest difference {100 * largest:.1f} points)"
-    named = [
-        f"{row['at']}: {100 * row['value_mine']:.1f} instead of {100 * row['value']:.1f} "
-        f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-        for _, row in outside.iterrows()
-    ]
+    cells = zip(outside["at"], outside["value_mine"], with_intervals(outside, "value"), strict=True)
+    named = [f"{at}: {100 * mine:.1f} instead of {published}" for at, mine, published in cells]
     return "outside the published intervals: " + "; ".join(named)
 
 
