@@ -60,7 +60,7 @@ def test_a_model_predicts_the_class_that_its_certificate_speaks_of(one, other, r
     logits = model(images)
     assert logits.dtype == torch.promote_types(torch.promote_types(one, other), torch.float32)
     exact = ClusterClassifier(nn.Flatten(), clusters.to(torch.float64), **RULES[rule]).eval()
-    radius = certify(model, images, lipschitz=1.0)
+    radius = certify(model, images, lipschitz=1.0).radius
     assert radius.dtype == torch.promote_types(one, other)
     sure = radius > 0
     assert sure.sum() > 200
