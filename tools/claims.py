@@ -5,7 +5,7 @@ where it comes from, in a comment before its paragraph, list, table or directive
 sees wherever the page is shown, or a MyST comment, `% COMMENT`. COMMENT is one of
 
     cell: NUMBER = EXPRESSION                       as it is printed; once for each time that it is printed
-    rows: protocols(PROFILE)                        the table that follows holds these rows of `tools.first_page`,
+    rows: protocols(PROFILE)                        the table that follows holds these rows of `measuring.study`,
     rows: certificates(PROFILE)                     and no others
     not from a table: NUMBER, NUMBER: WHY           in the text that follows
     constants of this page: NUMBER, NUMBER: WHY     anywhere on the page
@@ -37,9 +37,10 @@ from typing import NamedTuple
 import pandas as pd
 
 from clustr_core.measuring.accuracy import best_bound, certified_accuracy
+from clustr_core.measuring.study import Study, certified_lines, protocol_lines, read_study, summary
+from clustr_core.storage.files import home
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.storage.tables import read_table
-from tools import first_page
 
 _NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
 _COMMENT = re.compile(
@@ -174,7 +175,7 @@ def _body(page: str) -> Iterator[tuple[int, str]]:
 
 def faults(root: Path) -> list[str]:
     """What is wrong with the published tables, and with the numbers of the prose: "file:line: what is wrong"."""
-    for cached in (_table, _columns, _best):
+    for cached in (_table, _study, _columns, _best):
         cached.cache_clear()
     return [*sidecar_faults(root), *(fault for page in pages(root) for fault in page_faults(root, page))]
 
@@ -234,7 +235,7 @@ def _block_faults(root: Path, block: Block, constants: set[str]) -> Iterator[tup
                     f"expected {number} in the text that follows, got none{' more' * (cells[number] > 1)}",
                 )
         elif comment.kind == "rows":
-            yield from _rows_faults(comment, block)
+            yield from _rows_faults(root, comment, block)
             rows = {number for number, line in block.lines if _in_table(line)}
             tokens = [token for token in tokens if token.line not in rows]
         elif not (listed := _listed(comment)):
@@ -271,7 +272,7 @@ def _in_table(line: str) -> bool:
     return line.startswith("|")
 
 
-def _rows_faults(comment: Comment, block: Block) -> Iterator[tuple[int, str]]:
+def _rows_faults(root: Path, comment: Comment, block: Block) -> Iterator[tuple[int, str]]:
     """A table beside the rows that it is said to hold; the radii of its header beside the profile's."""
     if (match := _ROWS.fullmatch(comment.text)) is None:
         yield (
@@ -280,7 +281,8 @@ def _rows_faults(comment: Comment, block: Block) -> Iterator[tuple[int, str]]:
         )
         return
     kind, name = match["kind"], match["profile"]
-    expected = _lines(kind, name)
+    study = _study(root, name)
+    expected = table_lines(study, kind)
     header, _, *rows = [(n, line) for n, line in block.lines if _in_table(line)] or [(comment.line, ""), (0, "")]
     for line in expected:
         if line not in [row for _, row in rows]:
@@ -289,7 +291,7 @@ def _rows_faults(comment: Comment, block: Block) -> Iterator[tuple[int, str]]:
         if row not in expected:
             yield number, f"expected a line that the rows of {name} give, got {row}"
     printed = [float(Fraction(each)) for each in re.findall(r"\d[\d./]*", header[1])]
-    wanted = _radii(kind, name)
+    wanted = list(study.radii) if kind == "certificates" else []
     if [f"{each:.6f}" for each in printed] != [f"{each:.6f}" for each in wanted]:
         yield header[0], f"expected the radii of {name}, {wanted}, in the header, got {header[1]}"
 
@@ -383,20 +385,22 @@ def _table(root: Path, path: str) -> pd.DataFrame:
 
 
 @cache
+def _study(root: Path, profile: str) -> Study:
+    if home().resolve() != root.resolve():
+        raise ValueError(f"root: expected the book's own, {home()}, got {root}")
+    return read_study(profile, published=True)
+
+
+@cache
 def _columns(root: Path, profile: str) -> pd.DataFrame:
-    return first_page.columns_of(profile)
+    return summary(_study(root, profile))
 
 
 @cache
 def _best(root: Path, profile: str) -> pd.DataFrame:
-    return best_bound(first_page.rows(profile, "certificates"))
+    return best_bound(_study(root, profile).certificates)
 
 
-def _lines(kind: str, profile: str) -> list[str]:
-    """The rows of a table of index.md."""
-    return first_page.certified_lines(profile) if kind == "certificates" else first_page.protocol_lines(profile)
-
-
-def _radii(kind: str, profile: str) -> list[float]:
-    """The radii in the header of a table of index.md."""
-    return first_page.radii_of(profile) if kind == "certificates" else []
+def table_lines(study: Study, kind: str) -> list[str]:
+    """The rows of a table of index.md: "protocols" or "certificates"."""
+    return certified_lines(study) if kind == "certificates" else protocol_lines(study)

@@ -104,12 +104,12 @@ def _measurements(run: "Run", book: Profile) -> Iterator[tuple[str, "list[Cached
     """The kinds of rows that a run has, their pieces, and what each head's rows are called, in the pieces' order."""
     from clustr_core.measuring.attacked import attack_pieces
     from clustr_core.measuring.certified import certificate_pieces
-    from clustr_core.measuring.pieces import heads_of, target_of
-    from clustr_core.measuring.sandwich import sandwich_pieces
+    from clustr_core.measuring.sandwiched import sandwich_pieces
+    from clustr_core.measuring.targets import heads_of, name_of
 
     method = run.recipe.method
     if method in book.attacked:
-        yield "attacks", attack_pieces(run, book), [target_of(run, head=head).name for head in heads_of(run)]
+        yield "attacks", attack_pieces(run, book), [name_of(run, head) for head in heads_of(run)]
     yield "certificates", certificate_pieces(run, book), [method]
     if method in book.lipschitz:
         yield "sandwich", sandwich_pieces(run, book), [method]

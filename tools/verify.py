@@ -1,6 +1,7 @@
 """Do the published numbers hold? Three levels, each with a verdict; the exit status is 1 if one of them fails.
 
     python -m tools.verify [--level claims tables models] [--share 50] [--seed N] [--methods ce clustr]
+    python -m tools.verify --page    prints the tables of index.md as the published rows give them, to be pasted
 
 claims   seconds, no PyTorch: every published table is the one that its sidecar describes, and each measured number
          of index.md, README.md and the chapters agrees with the cell that it names: see `tools.claims`.
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.study import published_profiles, read_study
 from clustr_core.storage.files import home
 from tools import claims, compare
 
@@ -76,7 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--share", type=int, default=50, help="one in so many pieces of each table (50)")
     parser.add_argument("--seed", type=int, default=None, help="of the draw; printed")
     parser.add_argument("--methods", nargs="+", default=[], help="recompute the tables of these alone")
+    parser.add_argument("--page", action="store_true", help="print the tables of index.md instead")
     options = parser.parse_args(arguments)
+    if options.page:
+        for study in (read_study(name, published=True) for name in published_profiles()):
+            for kind in ("protocols", "certificates"):
+                print(f"rows: {kind}({study.name})", *claims.table_lines(study, kind), "", sep="\n")
+        return 0
     root, failed = home().resolve(), False
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     for level in options.level:
