@@ -4,10 +4,12 @@ import re
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from clustr_core.storage.provenance import write_sidecar
-from tools import claims, compare, verify
+from clustr_core.storage.provenance import check_sidecar, write_sidecar
+from clustr_core.storage.tables import read_table, write_table
+from tools import claims, compare, recomputed, verify
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -115,8 +117,67 @@ def test_a_changed_weight_is_seen(copy: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(content)
-    faults = verify.tables(copy, share=10**6, seed=0)
+    faults = recomputed.tables(copy, share=10**6, seed=0)
     assert any("attacks-ce.csv" in fault and "published weights of ce" in fault for fault in faults)
+
+
+def test_rows_computed_again_are_the_published_and_a_changed_one_is_named(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cheapest tables, from their weights; then one row otherwise, its sidecar made to agree."""
+    path = copy / "results/published/quick/certificates-prototypes.csv"
+    assert recomputed.tables(copy, share=10**6, seed=0, methods=["prototypes"]) == []
+    assert f"certificates-prototypes.csv: {len(read_table(path))} rows computed again" in capsys.readouterr().out
+    made = check_sidecar(path)["made"]
+    edit(path, r"True,(\d)", r"False,\1")
+    write_sidecar(path, made)
+    heading, row = recomputed.tables(copy, share=10**6, seed=0, methods=["prototypes"])
+    assert heading == f"certificates-prototypes.csv: 1 of {len(read_table(path))} rows differ"
+    assert "correct False, now True (feature radius" in row
+    assert re.search(r"index \d+: ", row)
+
+
+def with_an_attack(copy: Path) -> tuple[Path, pd.DataFrame]:
+    path = copy / "results/published/quick/attacks-clustr.csv"
+    return path, read_table(path).query("attack == 'pgd' and norm == 'linf' and loss == 'ce'").reset_index(drop=True)
+
+
+def test_an_attacked_image_is_named_with_the_eps_between_which_it_falls(copy: Path) -> None:
+    path, again = with_an_attack(copy)
+    assert recomputed.compared(path, again) == []
+    row = again[(again["eps"] == 0.1) & again["robust"]].index[0]
+    again.loc[row, "robust"] = False
+    heading, line = recomputed.compared(path, again)
+    assert "1 of" in heading
+    assert re.search(r"robust True, now False \(published: robust up to eps 0\.\d+, broken from (0\.\d+|nan)\)", line)
+
+
+def test_elsewhere_few_differences_are_told_and_many_are_a_fault(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, again = with_an_attack(copy)
+    made = check_sidecar(path)["made"]
+    write_sidecar(path, {**made, "processor": "another"})
+    assert any(
+        each.startswith("processor another, here ") for each in recomputed.elsewhere(check_sidecar(path)["made"])
+    )
+    few = again.assign(gradients=again["gradients"] + 1, robust=again["robust"] ^ (again.index == 7))
+    assert recomputed.compared(path, few) == []
+    assert "1 differ" in capsys.readouterr().out
+    assert recomputed.compared(path, again.assign(robust=~again["robust"]))
+    write_sidecar(path, made)
+    assert recomputed.compared(path, few)
+
+
+def test_rows_that_were_never_published_are_a_fault(copy: Path) -> None:
+    path, again = with_an_attack(copy)
+    assert any("0 of them" in fault for fault in recomputed.compared(path, again.assign(index=again["index"] + 10**6)))
+
+
+@pytest.mark.parametrize("level", ["tables", "models"])
+def test_a_method_that_is_not_there_is_refused(level: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main(["--level", level, "--methods", "nobody"]) == 1
+    assert "methods: expected some of ce, pgd-at" in capsys.readouterr().out
 
 
 def test_a_sidecar_without_its_table_is_seen(copy: Path) -> None:
@@ -124,18 +185,69 @@ def test_a_sidecar_without_its_table_is_seen(copy: Path) -> None:
     assert any("attacks-ce.json: expected the table" in fault for fault in claims.sidecar_faults(copy))
 
 
-def test_regenerated_rows_are_told_from_published_ones(copy: Path, tmp_path: Path) -> None:
-    published = copy / "results/published/quick"
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    for name in ("certificates-ce.csv", "certificates-clustr-cert.csv", "certificates-lip-linear.csv"):
-        shutil.copy(published / name, mine / name)
+@pytest.fixture
+def mine(copy: Path) -> Path:
+    """A few regenerated tables: the published ones."""
+    folder = copy / "results/quick"
+    folder.mkdir()
+    for name in ("certificates-ce", "certificates-lip-linear", "certificates-clustr-cert", "sandwich-clustr-cert",
+                 "diagnostics-ce", "ablations-ce"):  # fmt: skip
+        shutil.copy(copy / f"results/published/quick/{name}.csv", folder)
+    return folder
+
+
+def test_regenerated_rows_are_told_from_published_ones(copy: Path, mine: Path) -> None:
     edit(mine / "certificates-lip-linear.csv", "True", "False")
+    every = read_table(mine / "sandwich-clustr-cert.csv")
+    write_table(mine / "sandwich-clustr-cert.csv", every.assign(norm=0.0))
+    edit(mine / "diagnostics-ce.csv", r",False,", ",True,")
+    edit(mine / "ablations-ce.csv", r"0\.\d+", "0.123")
     text = (mine / "certificates-clustr-cert.csv").read_text(encoding="utf-8")
     (mine / "certificates-clustr-cert.csv").write_text(text.replace("True", "False"), encoding="utf-8")
-    said = dict(line.split(": ", 1) for line in compare.compare(mine, published))
-    assert said["certificates-ce.csv"] == "identical"
-    assert said["certificates-lip-linear.csv"].startswith("within the published intervals")
-    assert said["certificates-clustr-cert.csv"].startswith(
-        "outside the published intervals: clustr-cert certified at 0"
+    shutil.copy(mine / "certificates-ce.csv", mine / "certificates-mine.csv")
+    said = {each.table: each for each in compare.compare(mine, copy / "results/published/quick")}
+    verdicts = {
+        "certificates-ce.csv": ("identical", "identical"),
+        "certificates-lip-linear.csv": ("within", "within the published intervals (largest difference"),
+        "certificates-clustr-cert.csv": ("outside", "outside the published intervals: clustr-cert certified at 0: 0.0"),
+        "sandwich-clustr-cert.csv": ("outside", "outside the published intervals: clustr-cert left at 0.14: 0.0"),
+        "diagnostics-ce.csv": ("differs", "rows; other verdicts: ce"),
+        "ablations-ce.csv": ("differs", "differs in 1 of"),
+        "certificates-mine.csv": ("not published", "not published"),
+        "attacks-ce.csv": ("not regenerated", "published, and not regenerated"),
+    }
+    for table, (verdict, words) in verdicts.items():
+        assert said[table].verdict == verdict
+        assert words in said[table].words
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("", "cannot be compared (ValueError"), ("method,bound\nce,exact\n", "cannot be compared (")]
+)
+def test_a_damaged_table_does_not_end_the_comparison(copy: Path, mine: Path, content: str, words: str) -> None:
+    (mine / "certificates-ce.csv").write_text(content, encoding="utf-8")
+    assert any(words in line for line in compare.report(copy / "results", "quick"))
+
+
+def test_methods_that_were_not_measured_again_are_named(copy: Path, mine: Path) -> None:
+    attacks = read_table(copy / "results/published/quick/attacks-ce.csv")
+    write_table(mine / "attacks-ce.csv", attacks.query("method == 'ce'"))
+    lines = [line for line in compare.report(copy / "results", "quick") if "attacks-ce.csv" in line]
+    assert "ce-clusters linf 0.1: missing" in lines[0]
+
+
+def test_the_comparison_ends_with_how_many_there_are(copy: Path, mine: Path) -> None:
+    *_, last = compare.report(copy / "results", "quick")
+    assert last.endswith("a difference is no failure.")
+    published = len(list((copy / "results/published/quick").glob("*.csv")))
+    assert f"{published} tables: 6 identical, {published - 6} not regenerated" in list(
+        compare.report(copy / "results", "quick")
     )
+
+
+def test_a_profile_that_was_never_published_has_nothing_beside_it(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLUSTR_HOME", str(copy))
+    assert compare.main(["--profile", "smoke"]) == 0
+    assert "profile smoke was never published" in capsys.readouterr().out
