@@ -22,7 +22,7 @@ from clustr_core.attacks.minimum_norm import (
     smallest,
     tightened,
 )
-from clustr_core.attacks.result import AttackResult, Model, misclassified
+from clustr_core.attacks.result import AttackResult, Model, predicted
 from clustr_core.attacks.temperature import Rescaled, rescaled
 from clustr_core.measuring.counterexamples import ROUNDING, Counterexample, kept_counterexample, violations
 from clustr_core.measuring.profile import SandwichBudget
@@ -40,11 +40,16 @@ class _Task:
     images: Images
     labels: Int[Tensor, " batch"]
     radius: Float[Tensor, " batch"]
-    correct: Bool[Tensor, " batch"]
+    prediction: Int[Tensor, " batch"]
     indices: Int[Tensor, " batch"]
     budget: SandwichBudget
     cooled: Rescaled
     seed: int
+
+    @property
+    def correct(self) -> Bool[Tensor, " batch"]:
+        """Which images are classified correctly when clean."""
+        return self.prediction == self.labels
 
     @property
     def loss(self) -> AttackLoss:
@@ -136,10 +141,10 @@ def _task(
     if indices.shape != images.shape[:1]:
         raise ValueError(f"indices: expected one for each of {len(images)} images, got shape {list(indices.shape)}")
     images, labels = images.detach(), labels.to(images.device)
-    correct = ~misclassified(model, images, labels)
-    certified = radius.to(images.device).masked_fill(~correct, 0)
+    prediction = predicted(model, images, labels)
+    certified = radius.to(images.device).masked_fill(prediction != labels, 0)
     cooled = rescaled(model, images) if temperature is None else Rescaled(model, temperature)
-    return _Task(model, images, labels, certified, correct, indices, budget, cooled, seed)
+    return _Task(model, images, labels, certified, prediction, indices, budget, cooled, seed)
 
 
 def chosen_attacks(budget: SandwichBudget, attacks: Sequence[str] = ATTACKS) -> tuple[str, ...]:
@@ -180,15 +185,14 @@ def _apgd(task: _Task) -> MinimumNorm:
     with torch.no_grad():
         classes = task.model(task.images[:1]).shape[1]
     parts = [part for part in ("apgd-ce", "apgd-t") if classes >= CLASSES_NEEDED.get(part, 2)]
-    result = AttackResult(task.images.clone(), ~task.correct, task.correct, torch.zeros_like(task.labels))
+    result = AttackResult.before(task.images, task.labels, task.prediction)
     for eps in sorted(task.budget.apgd_eps):
         left = (~result.success).nonzero().squeeze(1)
         if not len(left):
             break
         images, labels = task.images[left], task.labels[left]
         found = autoattack(task.cooled, images, labels, norm="l2", eps=eps, parts=parts, seed=task.seed)
-        result.adversarial[left] = found.adversarial
-        result.success[left] = found.success
+        result.note(left, found.adversarial, found.prediction, found.success)
         result.gradients[left] += found.gradients
     return tightened(task.model, task.images, task.labels, result)
 

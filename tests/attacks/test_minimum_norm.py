@@ -199,7 +199,8 @@ def test_a_found_point_is_drawn_in_by_bisection():
     model, images, labels, _ = linear_problem()
     found = fmn(model, images, labels)
     far = images + 1.3 * (found.adversarial - images)
-    result = AttackResult(far, labelled(model, far) != labels, found.clean_correct, found.gradients)
+    there = labelled(model, far)
+    result = AttackResult(far, there != labels, found.clean_correct, found.gradients, there, labels)
     assert result.success.all()
     again = tightened(model, images, labels, result)
     assert (again.norm / found.norm - 1).abs().max() < 1.3 * 2**-15
