@@ -24,7 +24,7 @@ chapter: $(READY)  ## one chapter with other parameters: make chapter NAME=06-is
 	  --output "_build/chapter/$(NAME).ipynb" $(ARGS)
 
 test-long: $(READY)  ## the random configurations of the certificates, twenty times as many
-	CLUSTR_TEST_CONFIGURATIONS=10000 $(BIN)/python -m pytest tests/test_ladder.py
+	CLUSTR_TEST_CONFIGURATIONS=10000 $(BIN)/python -m pytest tests/certificates/test_ladder.py
 
 test: $(READY)  ## every test: units, properties, notebooks in profile smoke, the book
 	$(BIN)/python -m pytest -n 2 --dist loadscope
