@@ -121,7 +121,7 @@ def paper_pgd(
 
 
 def paper_restart_rule(losses: Float[Tensor, " active"], highest: Float[Tensor, " active"]) -> Bool[Tensor, " active"]:
-    """Which examples keep the image of the restart that has just ended: those whose loss is the highest so far, or equal.
+    """Which examples keep the image of the restart that has just ended: those whose loss is highest so far, or equal.
 
     Departure from good practice: whether either image is misclassified is not asked, so a failure of higher loss takes
     the place of a success. A correct rule keeps any success, and stops there (`attacks.pgd`).
