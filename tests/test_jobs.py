@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from book_copy import ROOT, copy_of_the_book, run
 from disk import contents
 from safetensors import safe_open
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
-from test_pipeline import PARTS, ROOT, run
 
 from clustr_core.measuring.profile import load_profile
 from clustr_core.training.recipes import run_key
@@ -42,12 +41,7 @@ attacks:
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A copy of what the pipeline reads."""
-    for part in (*PARTS, "slurm"):
-        if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "*.ipynb"))
-        else:
-            shutil.copy(ROOT / part, tmp_path / part)
-    return tmp_path
+    return copy_of_the_book(tmp_path)
 
 
 # what a cluster is asked for
@@ -143,7 +137,7 @@ def start(home: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "profile=lost", *config]
         command += ["--keep-incomplete", "--rerun-incomplete", "--keep-going", "--nolock", "--"]
         command += ["results/lost/attacks-ce.csv", "results/lost/attacks-pgd-at.csv"]
-        environment = os.environ | {"CLUSTR_HOME": str(home), "PYTHONPATH": str(home)}
+        environment = os.environ | {"CLUSTR_HOME": str(home), "PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         begun.append(subprocess.Popen(command, cwd=home, env=environment, text=True, start_new_session=True, **pipes))
         return begun[-1]

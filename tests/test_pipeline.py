@@ -1,26 +1,21 @@
-"""The pipeline: chapters run headlessly, profiles are held to them, the DAG is what it should be."""
+"""The pipeline: one small chapter runs headlessly, profiles are held to the chapters, the DAG is what it should be."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import nbformat
 import pytest
+from book_copy import ROOT, copy_of_the_book, execute, run
 
 from clustr_core.measuring.profile import load_profile
 from clustr_core.training.recipes import run_key
 from tools import notebooks, publish
 from tools.execute import chosen_parameters
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCES = notebooks.sources(ROOT)
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
-PARTS = ("clustr_core", "tools", "notebooks", "profiles", "proofs", "myst.yml", "Snakefile", "pyproject.toml")
-
 CHAPTER = """\
 ---
 kernelspec: {display_name: Python 3, language: python, name: python3}
@@ -65,16 +60,10 @@ rows
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the pipeline reads, so that the tree stays untouched; the chapters share its runs."""
-    copy = tmp_path_factory.mktemp("home")
-    for part in PARTS:
-        if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "*.ipynb"))
-        else:
-            shutil.copy(ROOT / part, copy / part)
-    return copy
+    """A copy of what the pipeline reads, so that the tree stays untouched."""
+    return copy_of_the_book(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture
@@ -86,29 +75,6 @@ def one_chapter(home: Path, tmp_path: Path) -> Path:
     for profile in ("smoke", "quick"):
         (tmp_path / f"profiles/{profile}.yaml").write_text("chapters:\n  01-test: {rows: 3}\n")
     return tmp_path
-
-
-def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A module of the project, in a copy of the project."""
-    environment = os.environ | {"CLUSTR_HOME": str(home), "PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=900, check=False)
-
-
-def execute(home: Path, stem: str, profile: str = "smoke") -> subprocess.CompletedProcess[str]:
-    """Run one chapter of a home."""
-    output = f"_build/{profile}/{stem}.ipynb"
-    return run(home, "tools.execute", f"notebooks/{stem}.md", "--profile", profile, "--output", output)
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_every_chapter_runs_in_profile_smoke(home: Path, source: Path) -> None:
-    done = execute(home, source.stem)
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert (home / f"_build/smoke/{source.stem}.ipynb").exists()
-    for label in notebooks.figure_labels(notebooks.read_source(source)):
-        for suffix in (".svg", ".png", ".csv"):
-            assert (home / "figures/smoke" / f"{label}{suffix}").stat().st_size > 0
 
 
 @pytest.mark.parametrize("profile", PROFILES)

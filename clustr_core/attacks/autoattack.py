@@ -1,6 +1,5 @@
 """AutoAttack and the Square attack, as their authors published them, behind the contract of `attacks`."""
 
-import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
@@ -8,12 +7,14 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float, Int
 from pyautoattack import AutoAttack
+from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from clustr_core.attacks.ball import Images, check_inputs, project
+from clustr_core.attacks.ball import Ball, Images, check_counts, check_inputs, project, with_gradients
 from clustr_core.attacks.names import Norm
-from clustr_core.attacks.result import AttackResult, Model, misclassified
+from clustr_core.attacks.result import AttackResult, Model, judged_logits, logits_of, predicted, prepared
+from clustr_core.numerics.checks import check_logits
 
 Version = Literal["standard", "plus"]
 Logits = Float[Tensor, "batch class"]
@@ -27,6 +28,7 @@ CLASSES_NEEDED = {"apgd-dlr": 3, "apgd-t": 4}
 LIBRARY_NORM: dict[str, Literal["Linf", "L2"]] = {"linf": "Linf", "l2": "L2"}
 
 
+@with_gradients
 def autoattack(
     model: Model,
     images: Images,
@@ -45,9 +47,9 @@ def autoattack(
 
     Where the DLR loss starts from a zero gradient, the authors' code says so as a warning of the logger "auto-attack".
     The draws of a part are shared out over its batch, so that an example's fate depends on the examples beside it: the
-    same batches, in the same order, repeat a measurement. The global random state is left as it was, weights get no
-    gradients, and the model's mode is left as it is and should be evaluation. An example that no part breaks keeps its
-    clean image. ``gradients`` counts the input gradients of the parts an example went through: exact for an unbroken
+    same batches, in the same order, repeat a measurement. The global random state is left as it was, and weights get no
+    gradients. The library sees float32 logits, whatever the model's are. An example that no part breaks keeps its clean
+    image. ``gradients`` counts the input gradients of the parts an example went through: exact for an unbroken
     one; for a broken one, those spent until the part that broke it ended. Square spends none.
 
     Args:
@@ -56,18 +58,22 @@ def autoattack(
         parts: a subset of the version's parts, run in the order given; None for all, in the version's order.
         seed: every part starts from it.
     Raises:
+        TypeError: if the model returns no tensor.
         ValueError: if a size is not positive, pixels leave [0, 1] or are not float32, a label is not a class, logits
-            are NaN, a version or part is unknown, or there are too few classes or pixels for one of the parts.
+            are not finite (a mask of -inf is not either), a version or part is unknown, there are too few classes or
+            pixels for one of the parts, or a layer in training mode makes the model depend on chance or on the batch.
         RuntimeError: if a part returned an image outside the ball.
     Warns:
-        UserWarning: if the model returns something else than logits; see `verdicts.not_logits`.
+        UserWarning: if the model returns something else than logits; see `result.not_logits`.
     Source: Croce and Hein 2020 (ICML), the authors' code, with the number of target classes capped at C - 1; Square:
         Andriushchenko et al. 2020; FAB: Croce and Hein 2020.
     """
     chosen = _chosen_parts(version, parts)
-    return _run(model, images, labels, norm=norm, eps=eps, version=version, parts=chosen, seed=seed)
+    check_inputs(images, labels, norm=norm, eps=eps)
+    return _run(model, images, labels, Ball(eps, norm), version, chosen, seed)
 
 
+@with_gradients
 def square(
     model: Model,
     images: Images,
@@ -87,38 +93,31 @@ def square(
     Source: Andriushchenko et al. 2020, in the form AutoAttack uses.
     """
     check_inputs(images, labels, norm=norm, eps=eps)
-    if isinstance(queries, bool) or not isinstance(queries, numbers.Integral) or queries < 1:
-        raise ValueError(f"queries: expected a positive whole number, got {queries}")
-    return _run(
-        model, images, labels, norm=norm, eps=eps, version="standard", parts=("square",), seed=seed, queries=queries
-    )
+    check_counts(queries=queries)
+    return _run(model, images, labels, Ball(eps, norm), "standard", ("square",), seed, queries)
 
 
 def _run(
     model: Model,
     images: Images,
     labels: Tensor,
-    *,
-    norm: Norm,
-    eps: float,
+    ball: Ball,
     version: Version,
     parts: Sequence[str],
     seed: int,
     queries: int | None = None,
 ) -> AttackResult:
-    check_inputs(images, labels, norm=norm, eps=eps)
-    images, labels = images.detach(), labels.to(images.device)
-    classes = _count_classes(model, images)
-    _check_parts(parts, images, classes, norm)
-    success = misclassified(model, images, labels, warn=True)
-    result = AttackResult(images.clone(), success, ~success, torch.zeros_like(labels))
-    counted = _Counted(model)
-    library = _library(counted, images, classes, norm, eps, version, seed)
-    if queries is not None:
-        library.square.n_queries = int(queries)
+    _check_pixels(parts, images, ball.norm)
+    images, labels = prepared(model, images, labels)
+    logits = judged_logits(model, images, labels, warn=True)
+    check_logits(logits, masks=False)
+    _check_classes(parts, logits.shape[1])
+    result = AttackResult.before(images, labels, logits.argmax(dim=1))
+    counted = _Counted(model, logits.shape[1])
+    library = _library(counted, images, ball, version, seed, queries)
     with _random_state_kept(), torch.no_grad():
         for part in parts:
-            _one_part(library, part, counted, model, images, labels, result, eps, norm)
+            _one_part(library, part, counted, model, images, labels, result, ball)
     return result
 
 
@@ -130,19 +129,18 @@ def _one_part(
     images: Images,
     labels: Tensor,
     result: AttackResult,
-    eps: float,
-    norm: Norm,
+    ball: Ball,
 ) -> None:
     """One part on the examples still unbroken; successes are written into the result."""
     active = (~result.success).nonzero().squeeze(1)
     if not len(active):
         return
     origin, goal, before = images[active], labels[active], counted.gradients
-    found = _inside(_perturb(library, part, origin.clone(), goal), origin, eps, norm, part)
-    broken = misclassified(model, found, goal)
+    found = _inside(_perturb(library, part, origin.clone(), goal), origin, ball, part)
+    prediction = predicted(model, found, goal)
+    broken = prediction != goal
     result.gradients[active] += counted.gradients - before
-    result.adversarial[active[broken]] = found[broken]
-    result.success[active[broken]] = True
+    result.note(active[broken], found[broken], prediction[broken], broken[broken])
 
 
 def _perturb(library: AutoAttack, part: str, images: Images, labels: Tensor) -> Images:
@@ -159,44 +157,66 @@ def _perturb(library: AutoAttack, part: str, images: Images, labels: Tensor) -> 
     return library.fab.perturb(images, labels)
 
 
-def _inside(points: Tensor, images: Images, eps: float, norm: Norm, part: str) -> Images:
+def _inside(points: Tensor, images: Images, ball: Ball, part: str) -> Images:
     """Take off what rounding left outside the ball or [0, 1]; more than rounding is an error."""
     points = points.detach()
-    inside = project(points, images, eps, norm)
+    inside = project(points, images, ball.eps, ball.norm)
     moved = (inside - points).abs().amax()
     # written so that NaN fails too
-    if not moved <= 1e-6 + 1e-4 * eps:
-        raise RuntimeError(f"{part}: expected images within {eps} ({norm}) and [0, 1], got one outside by {moved:.3g}")
+    if not moved <= 1e-6 + 1e-4 * ball.eps:
+        got = f"one outside by {moved:.3g}" if moved.isfinite() else "NaN, as logits lead to that are not finite"
+        raise RuntimeError(f"{part}: expected images within {ball.eps} ({ball.norm}) and [0, 1], got {got}")
     return inside
 
 
 def _library(
-    counted: "_Counted", images: Images, classes: int, norm: Norm, eps: float, version: Version, seed: int
+    counted: "_Counted", images: Images, ball: Ball, version: Version, seed: int, queries: int | None
 ) -> AutoAttack:
     """The authors' object, with the parameters of the version and no more targets than there are wrong classes."""
-    library = AutoAttack(counted, norm=LIBRARY_NORM[norm], eps=eps, seed=seed, version=version, device=images.device)
+    norm, device = LIBRARY_NORM[ball.norm], images.device
+    library = AutoAttack(counted, norm=norm, eps=ball.eps, seed=seed, version=version, device=device)
     for part in (library.apgd_targeted, library.fab):
-        part.n_target_classes = min(part.n_target_classes, classes - 1)
+        part.n_target_classes = min(part.n_target_classes, counted.classes - 1)
+    # with all the parameters that the version gave it
+    library.square.__class__ = _Square
+    if queries is not None:
+        library.square.n_queries = int(queries)
     return library
+
+
+class _Square(SquareAttack):
+    """The authors' Square, which may ask about no image at all, as it does where the margins left are exactly 0."""
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Each image over its L2 norm."""
+        return x / (self.lp_norm(x) + 1e-12)
+
+    def lp_norm(self, x: Tensor) -> Tensor:
+        """L2 norm of each image."""
+        return (x**2).flatten(1).sum(-1).sqrt().view(-1, 1, 1, 1)
 
 
 class _Counted(nn.Module):
     """The model as the attacks see it: one node of the graph, whose backward reaches the images only and is counted.
 
-    Logits are handed out as a copy, since Square writes into them.
+    Logits are handed out in float32, in which the library computes, and as a copy, since Square writes into them.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, classes: int) -> None:
         super().__init__()
         # in a tuple, so that it is no submodule: the library's mode switches stay here
         self.inner = (model,)
+        self.classes = classes
         self.gradients = 0
 
     def forward(self, images: Tensor) -> Tensor:
+        if not len(images):
+            # not every model takes a batch of none
+            return images.new_zeros(0, self.classes)
         if torch.is_grad_enabled() and images.requires_grad:
             logits: Tensor = _InputGradient.apply(images, self)  # pyright: ignore[reportAssignmentType]
             return logits
-        return self.inner[0](images).clone()
+        return logits_of(self.inner[0], images).to(torch.float32, copy=True)
 
 
 class _InputGradient(torch.autograd.Function):
@@ -204,22 +224,24 @@ class _InputGradient(torch.autograd.Function):
     def forward(ctx, images: Tensor, counted: _Counted) -> Tensor:
         with torch.enable_grad():
             leaf = images.detach().requires_grad_()
-            logits = counted.inner[0](leaf)
+            logits = logits_of(counted.inner[0], leaf)
         if not logits.requires_grad:
             raise ValueError('model: expected logits with a gradient, got none; only the part "square" needs none')
         ctx.leaf, ctx.logits, ctx.counted = leaf, logits, counted
-        return logits.detach().clone()
+        return logits.detach().to(torch.float32, copy=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.counted.gradients += 1
         # kept, because untargeted FAB goes back through the same logits once for each class
-        (towards_images,) = torch.autograd.grad(ctx.logits, ctx.leaf, gradient, retain_graph=True)
+        above = gradient.to(ctx.logits.dtype)
+        (towards_images,) = torch.autograd.grad(ctx.logits, ctx.leaf, above, retain_graph=True)
         # an infinite one may come from the library's own loss, on an image that it has broken already
         if towards_images.isnan().any() and gradient.isfinite().all():
             raise ValueError("model: expected a finite input gradient, got NaN")
-        return towards_images, None
+        # the library asks for views that only rows in order have; a network with channels last answers otherwise
+        return towards_images.contiguous(), None
 
 
 @contextmanager
@@ -228,14 +250,6 @@ def _random_state_kept() -> Iterator[None]:
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=list(gpus)):
         yield
-
-
-def _count_classes(model: Model, images: Images) -> int:
-    with torch.no_grad():
-        logits = model(images[:1])
-    if logits.dim() != 2:
-        raise ValueError(f"model: expected logits [batch, class], got shape {list(logits.shape)}")
-    return logits.shape[1]
 
 
 def _chosen_parts(version: str, parts: Sequence[str] | None) -> tuple[str, ...]:
@@ -249,19 +263,22 @@ def _chosen_parts(version: str, parts: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def _check_parts(parts: Sequence[str], images: Images, classes: int, norm: Norm) -> None:
+def _check_pixels(parts: Sequence[str], images: Images, norm: Norm) -> None:
     if images.dtype != torch.float32:
         raise ValueError(f"images: expected float32, got {images.dtype}")
-    for part in parts:
-        needed = CLASSES_NEEDED.get(part, 2)
-        if classes < needed:
-            raise ValueError(f'parts: "{part}" needs at least {needed} classes, got a model of {classes}')
     if "square" in parts and norm == "l2" and not _squares_fit(*images.shape[2:]):
         height, width = images.shape[2:]
         raise ValueError(
             'parts: "square" in l2 starts from tiles of side height // 5, which have to fit into the image, '
             f"got {height} x {width} pixels"
         )
+
+
+def _check_classes(parts: Sequence[str], classes: int) -> None:
+    for part in parts:
+        needed = CLASSES_NEEDED.get(part, 2)
+        if classes < needed:
+            raise ValueError(f'parts: "{part}" needs at least {needed} classes, got a model of {classes}')
 
 
 def _squares_fit(height: int, width: int) -> bool:

@@ -3,19 +3,81 @@
 import math
 import numbers
 from collections.abc import Callable, Iterator
-from typing import get_args
+from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from clustr_core.attacks.names import Norm
+from clustr_core.numerics.checks import check_image_shape, check_images, check_labels, check_positive
 from clustr_core.numerics.distances import flat_norm, per_item
 
 Images = Float[Tensor, "batch channel height width"]
 # one radius for all images, or one for each
 Eps = float | Float[Tensor, " batch"]
 Objective = Callable[[Images], Float[Tensor, " batch"]]
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Ball:
+    """Where an attack may look: at most ``eps`` from the image in ``norm``, and in [0, 1].
+
+    Raises:
+        ValueError: if ``norm`` is unknown, or ``eps`` not positive.
+    """
+
+    eps: float
+    norm: Norm
+
+    def __post_init__(self) -> None:
+        """Check both."""
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm: expected one of {get_args(Norm)}, got {self.norm!r}")
+        check_positive(eps=self.eps)
+
+    def check_fits(self, images: Images) -> None:
+        """Raises a ValueError if ``eps`` exceeds the distance of any two images, as 8 in place of 8/255 does."""
+        largest = 1.0 if self.norm == "linf" else math.sqrt(math.prod(images.shape[1:]))
+        if self.eps > largest:
+            raise ValueError(
+                f"eps: expected at most {largest:.4g} in {self.norm} for pixels in [0, 1] (8/255, not 8), "
+                f"got {self.eps}"
+            )
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How an attack moves: ``steps`` of ``step_size`` from a start, ``restarts`` times, the starts drawn from ``seed``.
+
+    Raises:
+        ValueError: if ``step_size`` is not positive, or a count no whole number above 0.
+    """
+
+    step_size: float
+    steps: int
+    restarts: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check the length and the counts."""
+        check_positive(step_size=self.step_size)
+        check_counts(steps=self.steps, restarts=self.restarts)
+
+
+def with_gradients(attack: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """An attack that has the gradients it needs, also where its caller has switched them off."""
+
+    @wraps(attack)
+    def enabled(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        with torch.inference_mode(False), torch.enable_grad():
+            return attack(*args, **kwargs)
+
+    return enabled
 
 
 def pgd_path(
@@ -40,9 +102,7 @@ def pgd_path(
     x = start.detach()
     yield x
     for _ in range(steps):
-        leaf = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(objective(leaf).sum(), leaf)
-        check_gradient(gradient)
+        _, gradient = input_gradient(objective, x)
         x = project(x.add(direction(gradient, norm), alpha=step_size), images, eps, norm)
         yield x
 
@@ -57,7 +117,7 @@ def pgd_endpoint(
     steps: int,
     norm: Norm = "linf",
 ) -> Images:
-    """The last of `iterates`."""
+    """The last point of `pgd_path`."""
     *_, last = pgd_path(objective, images, start, eps=eps, step_size=step_size, steps=steps, norm=norm)
     return last
 
@@ -100,6 +160,26 @@ def _each(eps: Eps, like: Images) -> float | Tensor:
     return per_item(eps, like) if isinstance(eps, Tensor) else eps
 
 
+@with_gradients
+def input_gradient(objective: Objective, points: Images) -> tuple[Float[Tensor, " batch"], Images]:
+    """The objective at some points, and its gradient there.
+
+    Raises:
+        ValueError: if the gradient is not finite.
+    """
+    leaf = as_leaf(points)
+    values = objective(leaf)
+    (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    check_gradient(gradient)
+    return values.detach(), gradient
+
+
+def as_leaf(points: Images) -> Images:
+    """Points that a gradient can be taken at; those made in inference mode are copied, as they cannot."""
+    points = points.clone() if points.is_inference() else points.detach()
+    return points.requires_grad_()
+
+
 def check_gradient(gradient: Tensor) -> None:
     """Refuse an input gradient that is not finite: the sign of NaN is 0, and an attack would stand still unnoticed.
 
@@ -115,7 +195,7 @@ def check_inputs(
     images: Tensor,
     labels: Tensor | None = None,
     *,
-    norm: str,
+    norm: Norm,
     eps: float,
     step_size: float = 1.0,
     steps: int = 1,
@@ -128,29 +208,16 @@ def check_inputs(
             ``norm`` unknown, images are not floating of shape [batch, channel, height, width], labels are not one
             integer an image, or a pixel is outside [0, 1].
     """
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm: expected one of {get_args(Norm)}, got {norm!r}")
-    for name, length in (("eps", eps), ("step_size", step_size)):
-        if isinstance(length, bool | str) or not (length > 0 and math.isfinite(length)):
-            raise ValueError(f"{name}: expected a positive number, got {length!r}")
-    for name, count in (("steps", steps), ("restarts", restarts)):
+    ball, _ = Ball(eps, norm), Walk(step_size, steps, restarts, seed=0)
+    check_image_shape(images)
+    ball.check_fits(images)
+    if labels is not None:
+        check_labels(labels, len(images))
+    check_images(images)
+
+
+def check_counts(**counts: int) -> None:
+    """Raises a ValueError unless every count is a whole number above 0."""
+    for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(f"{name}: expected a positive whole number, got {count}")
-    if images.dim() != 4 or not images.is_floating_point():
-        raise ValueError(
-            "images: expected a floating dtype and shape [batch, channel, height, width], "
-            f"got {images.dtype} of shape {list(images.shape)}"
-        )
-    largest = 1.0 if norm == "linf" else math.sqrt(math.prod(images.shape[1:]))
-    if eps > largest:
-        raise ValueError(
-            f"eps: expected at most {largest:.4g} in {norm} for pixels in [0, 1] (8/255, not 8), got {eps}"
-        )
-    if labels is not None and labels.shape != images.shape[:1]:
-        got = len(labels) if labels.dim() == 1 else f"shape {list(labels.shape)}"
-        raise ValueError(f"labels: expected one for each of {len(images)} images, got {got}")
-    if labels is not None and (labels.is_floating_point() or labels.is_complex()):
-        raise ValueError(f"labels: expected integers, got {labels.dtype}")
-    if not ((images >= 0) & (images <= 1)).all():
-        low, high = images.min().item(), images.max().item()
-        raise ValueError(f"images: expected pixels in [0, 1], got values from {low:.4g} to {high:.4g}")

@@ -6,14 +6,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from clustr_core.attacks.ball import Images, check_inputs
+from clustr_core.attacks.ball import Ball, Images, Walk, check_inputs, with_gradients
 from clustr_core.attacks.gradient import restarted_search
 from clustr_core.attacks.names import Norm
-from clustr_core.attacks.result import AttackResult, misclassified
+from clustr_core.attacks.result import AttackResult, logits_of, predicted, prepared
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.numerics.distances import squared_distances
 
 
+@with_gradients
 def cell_walk(
     model: nn.Module,
     images: Images,
@@ -46,16 +47,15 @@ def cell_walk(
     check_inputs(images, labels, norm=norm, eps=eps, step_size=step_size, steps=steps, restarts=rivals)
     if not isinstance(model, ClusterClassifier | LinearClassifier):
         raise TypeError(f"model: expected a ClusterClassifier or a LinearClassifier, got {type(model).__name__}")
-    images, goals = images.detach(), labels.to(images.device)
-    success = misclassified(model, images, goals)
+    images, goals = prepared(model, images, labels)
+    clean = predicted(model, images, goals)
     progress, cells = _progress(model, images, goals)
 
     def ascend(x: Images, which: Tensor, restart: int) -> tuple[Tensor, Tensor]:
-        return model(x), progress(model.embed(x), which, restart)
+        return logits_of(model, x), progress(model.embed(x), which, restart)
 
-    return restarted_search(
-        model, ascend, images, goals, success, eps, step_size, steps, min(rivals, cells), norm, True, seed
-    )
+    ball, walk = Ball(eps, norm), Walk(step_size, steps, min(rivals, cells), seed)
+    return restarted_search(model, ascend, images, goals, clean, ball, walk)
 
 
 def _progress(

@@ -6,15 +6,28 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from clustr_core.attacks.ball import Images, check_gradient, check_inputs, direction, project, random_point
+from clustr_core.attacks.ball import (
+    Ball,
+    Images,
+    Walk,
+    as_leaf,
+    check_gradient,
+    check_inputs,
+    direction,
+    project,
+    random_point,
+    with_gradients,
+)
 from clustr_core.attacks.losses import AttackLoss, attack_loss
 from clustr_core.attacks.names import Norm
-from clustr_core.attacks.result import AttackResult, Model, check_logits, misclassified
+from clustr_core.attacks.result import AttackResult, Model, logits_of, predicted, prepared
+from clustr_core.numerics.checks import check_logits
 
 # (images, which of the batch they are, restart) -> logits, and the values to be increased
 Ascend = Callable[[Images, Int[Tensor, " active"], int], tuple[Tensor, Tensor]]
 
 
+@with_gradients
 def pgd(
     model: Model,
     images: Images,
@@ -33,8 +46,8 @@ def pgd(
 
     The direction is the gradient's sign ("linf") or the gradient over its L2 norm ("l2"). Every iterate is judged: a
     success is kept, and its example leaves the batch, so that no gradient is spent on an example already broken.
-    Iterates stay in the eps-ball and in [0, 1]. Weights get no gradients; the model's mode is left as it is, and
-    should be evaluation.
+    Iterates stay in the eps-ball and in [0, 1]. Weights get no gradients. Callers may have switched gradients off, and
+    images may have any strides: neither changes a verdict.
 
     Args:
         eps: radius of the ball, in units of pixels in [0, 1].
@@ -45,23 +58,23 @@ def pgd(
             on the others'); else at the image.
         seed: fixes the starts.
     Raises:
-        ValueError: if a size is not positive, pixels leave [0, 1], a label is not a class, or logits or input gradients
-            are NaN.
+        TypeError: if the model returns no tensor.
+        ValueError: if a size is not positive, pixels leave [0, 1], a label is not a class, logits or input gradients
+            are NaN, or a layer in training mode makes the model depend on chance or on the batch.
     Warns:
-        UserWarning: if the model returns something else than logits; see `verdicts.not_logits`.
+        UserWarning: if the model returns something else than logits; see `result.not_logits`.
     Source: Madry et al. 2018, section 2.1; the restarts and the kept success as in Carlini et al. 2019.
     """
     check_inputs(images, labels, norm=norm, eps=eps, step_size=step_size, steps=steps, restarts=restarts)
-    climb, images, goals = attack_loss(loss), images.detach(), labels.to(images.device)
-    success = misclassified(model, images, goals, warn=True)
+    climb, ball, walk = attack_loss(loss), Ball(eps, norm), Walk(step_size, steps, restarts, seed)
+    images, goals = prepared(model, images, labels)
+    clean = predicted(model, images, goals, warn=True)
 
     def ascend(x: Images, which: Tensor, restart: int) -> tuple[Tensor, Tensor]:
-        logits = model(x)
+        logits = logits_of(model, x)
         return logits, climb(logits, goals[which])
 
-    return restarted_search(
-        model, ascend, images, goals, success, eps, step_size, steps, restarts, norm, random_start, seed
-    )
+    return restarted_search(model, ascend, images, goals, clean, ball, walk, random_start=random_start)
 
 
 def fgsm(
@@ -75,7 +88,7 @@ def fgsm(
 ) -> AttackResult:
     """The fast gradient (sign) method: one step of length eps from the image itself.
 
-    Args and Raises as in `pgd`.
+    Args, Raises and Warns as in `pgd`.
     Source: Goodfellow et al. 2015; for "l2" the gradient over its norm.
     """
     return pgd(model, images, labels, eps=eps, step_size=eps, steps=1, norm=norm, loss=loss, random_start=False)
@@ -85,25 +98,22 @@ def restarted_search(
     model: Model,
     ascend: Ascend,
     images: Images,
-    labels: Tensor,
-    success: Tensor,
-    eps: float,
-    step_size: float,
-    steps: int,
-    restarts: int,
-    norm: Norm,
-    random_start: bool,
-    seed: int,
+    labels: Int[Tensor, " batch"],
+    clean_prediction: Int[Tensor, " batch"],
+    ball: Ball,
+    walk: Walk,
+    *,
+    random_start: bool = True,
 ) -> AttackResult:
-    """Restarts of projected ascent, each on what is still unbroken; ``success`` says what is broken when clean."""
-    result = AttackResult(images.clone(), success, ~success, torch.zeros_like(labels))
-    generator = torch.Generator(images.device).manual_seed(seed)
-    for restart in range(restarts):
-        start = random_point(images, eps, norm, generator) if random_start else images
-        active = (~success).nonzero().squeeze(1)
+    """Restarts of projected ascent, each on what is still unbroken."""
+    result = AttackResult.before(images, labels, clean_prediction)
+    generator = torch.Generator(images.device).manual_seed(walk.seed)
+    for restart in range(walk.restarts):
+        start = random_point(images, ball.eps, ball.norm, generator) if random_start else images
+        active = (~result.success).nonzero().squeeze(1)
         if not len(active):
             break
-        _one_run(model, ascend, restart, images, labels, start, active, result, eps, step_size, steps, norm)
+        _one_run(model, ascend, restart, images, labels, start, active, result, ball, walk)
     return result
 
 
@@ -116,20 +126,19 @@ def _one_run(
     start: Images,
     active: Int[Tensor, " active"],
     result: AttackResult,
-    eps: float,
-    step_size: float,
-    steps: int,
-    norm: Norm,
+    ball: Ball,
+    walk: Walk,
 ) -> None:
     """One start on the examples still unbroken; successes are written into the result as they are found."""
     x = start[active]
-    for _ in range(steps):
-        x = x.detach().requires_grad_()
+    for _ in range(walk.steps):
+        x = as_leaf(x)
         logits, values = ascend(x, active, restart)
-        broken = logits.detach().argmax(dim=1) != labels[active]
+        prediction = logits.detach().argmax(dim=1)
+        broken = prediction != labels[active]
         if broken.any():
             check_logits(logits[broken])
-            _keep(result, active[broken], x[broken])
+            result.note(active[broken], x[broken], prediction[broken], broken[broken])
             if broken.all():
                 return
         (gradient,) = torch.autograd.grad(values[~broken].sum(), x)
@@ -138,12 +147,6 @@ def _one_run(
         if broken.any():
             x, gradient, active = x[~broken], gradient[~broken], active[~broken]
         result.gradients[active] += 1
-        x = project(x.add(direction(gradient, norm), alpha=step_size), images[active], eps, norm)
-    broken = misclassified(model, x, labels[active])
-    result.adversarial[active] = x
-    _keep(result, active[broken], x[broken])
-
-
-def _keep(result: AttackResult, where: Tensor, broken: Images) -> None:
-    result.adversarial[where] = broken.detach()
-    result.success[where] = True
+        x = project(x.add(direction(gradient, ball.norm), alpha=walk.step_size), images[active], ball.eps, ball.norm)
+    prediction = predicted(model, x, labels[active])
+    result.note(active, x, prediction, prediction != labels[active])

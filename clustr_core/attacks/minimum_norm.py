@@ -1,7 +1,6 @@
 """Minimum-norm L2 attacks: how near to an image the nearest misclassified one is that a search can find."""
 
 import math
-import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -9,9 +8,28 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from clustr_core.attacks.ball import Images, check_gradient, check_inputs, direction, project, random_point
+from clustr_core.attacks.ball import (
+    Images,
+    as_leaf,
+    check_counts,
+    check_gradient,
+    check_inputs,
+    direction,
+    project,
+    random_point,
+    with_gradients,
+)
 from clustr_core.attacks.losses import AttackLoss, attack_loss, cross_entropy, dlr_loss
-from clustr_core.attacks.result import AttackResult, Model, check_logits, misclassified, warn_unless_logits
+from clustr_core.attacks.result import (
+    AttackResult,
+    Model,
+    judged_logits,
+    logits_of,
+    misclassified,
+    prepared,
+    warn_unless_logits,
+)
+from clustr_core.numerics.checks import check_logits
 from clustr_core.numerics.distances import flat_norm, per_item
 
 # by how much eps shrinks at a misclassified point and grows at any other: the papers' value
@@ -82,6 +100,7 @@ class SearchRule:
     onto: bool = False
 
 
+@with_gradients
 def fmn(
     model: Model,
     images: Images,
@@ -104,7 +123,7 @@ def fmn(
     one wrong class, from the class that is likeliest on the clean image on: the nearest border need not be that of the
     class whose logit is nearest. It starts at a uniform point of the ball of the smallest norm so far (or of the whole
     cube), drawn for the whole batch, so that an example's fate does not depend on the others'. Weights get no
-    gradients; the model's mode is left as it is, and should be evaluation.
+    gradients.
 
     What a run finds is tightened: `HALVINGS` bisections of the segment from the image, which ask only for predictions.
     At the end it is judged once more in the whole batch, where rounding may differ; a point that is not confirmed is
@@ -116,10 +135,12 @@ def fmn(
             function (logits, labels) -> loss of each example. "dlr" compares three classes, and allows one run only.
         seed: fixes the starts.
     Raises:
-        ValueError: if a count is not positive, pixels leave [0, 1], a label is not a class, there is one class only, or
-            logits or input gradients are NaN.
+        TypeError: if the model returns no tensor.
+        ValueError: if a count is not positive, pixels leave [0, 1], a label is not a class, there is one class only,
+            logits or input gradients are NaN, or a layer in training mode makes the model depend on chance or on the
+            batch.
     Warns:
-        UserWarning: if the model returns something else than logits; see `verdicts.not_logits`.
+        UserWarning: if the model returns something else than logits; see `result.not_logits`.
     Source: Pintor et al. 2021, algorithm 1, for L2. Deviations: the bisection; the factor 1 + 0.05 before the border is
         crossed, without which the points come up to a curved border from inside and may never cross it; steps in units
         of eps, where the paper tunes their length to each data set; targeted restarts from random points, where the
@@ -129,6 +150,7 @@ def fmn(
     return _search(model, images, labels, descent, None, steps, restarts, seed)
 
 
+@with_gradients
 def ddn(
     model: Model,
     images: Images,
@@ -156,6 +178,7 @@ def ddn(
     return _search(model, images, labels, descent, first, steps, restarts, seed)
 
 
+@with_gradients
 def pgd_within(
     model: Model,
     images: Images,
@@ -186,6 +209,7 @@ def pgd_within(
     return _search(model, images, labels, descent, radius.to(images), steps, restarts, seed)
 
 
+@with_gradients
 def random_search(
     model: Model,
     images: Images,
@@ -214,9 +238,9 @@ def random_search(
     """
     check_inputs(images, labels, norm="l2", eps=1.0)
     check_radius(radius, images)
-    if isinstance(points, bool) or not isinstance(points, numbers.Integral) or points < 1:
-        raise ValueError(f"points: expected a positive whole number, got {points}")
-    images, labels, reach = images.detach(), labels.to(images.device), radius.to(images)
+    check_counts(points=points)
+    images, labels = prepared(model, images, labels)
+    reach = radius.to(images)
     wrong, _ = _clean(model, images, labels, saturation=False)
     best, shortest = images.clone(), reach.new_zeros(len(images)).masked_fill(~wrong, torch.inf)
     active = (~wrong & (reach > 0)).nonzero().squeeze(1)
@@ -228,6 +252,7 @@ def random_search(
     return _confirmed(model, images, labels, best, wrong, shortest.isfinite(), torch.zeros_like(labels))
 
 
+@with_gradients
 def tightened(model: Model, images: Images, labels: Int[Tensor, " batch"], result: AttackResult) -> MinimumNorm:
     """What an attack with a fixed eps found, as a minimum norm: drawn in by the bisection of `fmn`, and confirmed.
 
@@ -237,7 +262,7 @@ def tightened(model: Model, images: Images, labels: Int[Tensor, " batch"], resul
         ValueError: if pixels leave [0, 1], a label is not a class, or logits are NaN.
     """
     check_inputs(images, labels, norm="l2", eps=1.0)
-    images, labels = images.detach(), labels.to(images.device)
+    images, labels = prepared(model, images, labels)
     wrong = misclassified(model, images, labels)
     lengths = flat_norm(result.adversarial - images).masked_fill(~result.success, torch.inf)
     points, _ = _bisected(model, images, labels, result.adversarial, lengths)
@@ -298,7 +323,7 @@ def _search(
 ) -> MinimumNorm:
     """Restarts of one descent on what is classified correctly, then the bisection; no ``first_eps`` is no bound."""
     check_inputs(images, labels, norm="l2", eps=1.0, steps=steps, restarts=restarts)
-    images, labels = images.detach(), labels.to(images.device)
+    images, labels = prepared(model, images, labels)
     if restarts > 1 and descent.loss is dlr_loss:
         raise ValueError('loss: expected one that two classes suffice for with more than one restart, got "dlr"')
     wrong, rivals = _clean(model, images, labels, saturation=descent.loss is cross_entropy)
@@ -336,7 +361,8 @@ def _one_run(
         values, gradient, broken = _climb(model, x, labels, descent.loss)
         norm = flat_norm(x - images)
         _keep(best, shortest, everyone, x, norm.masked_fill(~broken, torch.inf))
-        distance = values.abs() / flat_norm(gradient).clamp_min(torch.finfo(x.dtype).tiny)
+        # a model's logits may be wider than its images
+        distance = values.abs().to(x.dtype) / flat_norm(gradient).clamp_min(torch.finfo(x.dtype).tiny)
         now = SearchState(eps, norm, broken, shortest, distance, (1 + math.cos(math.pi * step / steps)) / 2)
         eps = descent.radius(now).minimum(farthest)
         x = x + per_item(eps * descent.share(now.cosine), x) * direction(gradient, "l2")
@@ -348,13 +374,13 @@ def _one_run(
 
 def _climb(model: Model, x: Images, labels: Tensor, loss: AttackLoss) -> tuple[Tensor, Images, Tensor]:
     """The loss of each point, its gradient, and whether the point is misclassified."""
-    leaf = x.detach().requires_grad_()
-    logits = model(leaf)
+    leaf = as_leaf(x)
+    logits = logits_of(model, leaf)
     check_logits(logits)
     values = loss(logits, labels)
     (gradient,) = torch.autograd.grad(values.sum(), leaf)
     check_gradient(gradient)
-    return values.detach(), gradient, logits.detach().argmax(dim=1) != labels
+    return values.detach().to(x.dtype), gradient, logits.detach().argmax(dim=1) != labels
 
 
 def _onto_sphere(points: Images, images: Images, eps: Float[Tensor, " batch"]) -> Images:
@@ -409,13 +435,12 @@ def _clean(
     model: Model, images: Images, labels: Tensor, *, saturation: bool
 ) -> tuple[Bool[Tensor, " batch"], Int[Tensor, "batch rival"]]:
     """What is misclassified when clean, and the wrong classes of each image, the likeliest first."""
-    wrong = misclassified(model, images, labels)
-    with torch.no_grad():
-        logits = model(images)
+    logits = judged_logits(model, images, labels)
     if logits.shape[1] < 2:
         raise ValueError(f"model: expected logits of at least two classes, got {logits.shape[1]}")
     warn_unless_logits(logits, saturation=saturation)
     own = torch.nn.functional.one_hot(labels, logits.shape[1]).bool()
+    wrong = logits.argmax(dim=1) != labels
     return wrong, logits.masked_fill(own, -torch.inf).argsort(dim=1, descending=True)[:, :-1]
 
 

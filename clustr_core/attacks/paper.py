@@ -3,14 +3,15 @@
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clustr_core.attacks.ball import Images, check_gradient, check_inputs
+from clustr_core.attacks.ball import Ball, Images, Walk, as_leaf, check_gradient, check_inputs, with_gradients
 from clustr_core.attacks.losses import LOSSES
 from clustr_core.attacks.names import PAPER_RESTARTS, PAPER_STEP_SIZE, PAPER_STEPS
-from clustr_core.attacks.result import AttackResult, Model, check_logits, misclassified
+from clustr_core.attacks.result import AttackResult, Model, logits_of, predicted, prepared
 from clustr_core.models.classifiers import ClusterClassifier
+from clustr_core.numerics.checks import check_logits
 from clustr_core.numerics.distances import squared_distances
 
 
@@ -49,6 +50,7 @@ def paper_surface(model: nn.Module) -> nn.Module:
     return ScoreModel(model) if isinstance(model, ClusterClassifier) else model
 
 
+@with_gradients
 def paper_pgd(
     model: Model,
     images: Images,
@@ -69,8 +71,8 @@ def paper_pgd(
       twice;
     - the random start is uniform in the ball and not clipped, so an image that is wrong at once may lie outside
       [0, 1];
-    - of the restarts the one with the highest loss is kept, right or wrong, so a success can be overwritten by a
-      failure whose loss is higher;
+    - of the restarts the one with the highest loss is kept, right or wrong (`paper_restart_rule`), so a success can be
+      overwritten by a failure whose loss is higher;
     - whether the example was right when clean is not asked: only the image that was kept is judged.
 
     Within a restart an image that is wrong stays where it is, as released. What the released code computes without need
@@ -94,10 +96,11 @@ def paper_pgd(
     check_inputs(images, labels, norm="linf", eps=eps, step_size=step_size, steps=steps, restarts=restarts)
     if loss not in LOSSES:
         raise ValueError(f"loss: expected one of {sorted(LOSSES)}, got {loss!r}")
-    images, labels = images.detach(), labels.to(images.device)
-    clean_correct = ~misclassified(model, images, labels)
+    ball, walk = Ball(eps, "linf"), Walk(step_size, steps, restarts, seed)
+    images, labels = prepared(model, images, labels)
+    clean = predicted(model, images, labels)
     kept, spent = images.clone(), torch.zeros_like(labels)
-    highest = images.new_full((len(images),), -math.inf)
+    highest = torch.full((len(images),), -math.inf, dtype=torch.float64, device=images.device)
     settled = torch.zeros_like(labels, dtype=torch.bool)
     generator = torch.Generator(images.device).manual_seed(seed)
     for _ in range(restarts):
@@ -106,34 +109,49 @@ def paper_pgd(
         if not len(active):
             break
         x = images[active] + eps * (2 * noise[active] - 1)
-        outputs = _walk(model, x, images, labels, active, spent, eps, step_size, steps, loss)
+        outputs = _one_run(model, x, images, labels, active, spent, ball, walk, loss)
         check_logits(outputs)
         values = LOSSES[loss](outputs, labels[active])
-        better = values >= highest[active]
-        kept[active[better]], highest[active[better]] = x[better], values[better]
+        better = paper_restart_rule(values, highest[active])
+        kept[active[better]], highest[active[better]] = x[better], values[better].double()
         wrong = outputs.argmax(dim=1) != labels[active]
         settled[active[better]] = (wrong & (values > _ceiling(loss, outputs.shape[1])))[better]
-    return AttackResult(kept, misclassified(model, kept, labels), clean_correct, spent)
+    prediction = predicted(model, kept, labels)
+    return AttackResult(kept, prediction != labels, clean == labels, spent, prediction, clean)
 
 
-def _walk(
+def paper_restart_rule(losses: Float[Tensor, " active"], highest: Float[Tensor, " active"]) -> Bool[Tensor, " active"]:
+    """Which examples keep the image of the restart that has just ended: those whose loss is highest so far, or equal.
+
+    Departure from good practice: whether either image is misclassified is not asked, so a failure of higher loss takes
+    the place of a success. A correct rule keeps any success, and stops there (`attacks.pgd`).
+
+    Args:
+        losses: of the images at which the restart ended.
+        highest: of the images kept from the restarts before; -infinity before the first.
+    Source: the released evaluation of Alfarra et al. 2021, which follows that of Wong et al. 2020 (fast_adversarial,
+        ``attack_pgd``): ``max_delta[all_loss >= max_loss] = delta.detach()[all_loss >= max_loss]``.
+    """
+    return losses >= highest
+
+
+def _one_run(
     model: Model,
     x: Float[Tensor, "active channel height width"],
     images: Images,
     labels: Tensor,
     active: Tensor,
     spent: Tensor,
-    eps: float,
-    step_size: float,
-    steps: int,
+    ball: Ball,
+    walk: Walk,
     loss: str,
 ) -> Tensor:
     """One restart, moving ``x`` in place; what the model returns at its end."""
     moving = torch.arange(len(x), device=x.device)
     outputs = torch.empty(0)
-    for _ in range(steps):
-        leaf = x[moving].requires_grad_()
-        found = model(leaf)
+    for _ in range(walk.steps):
+        leaf = as_leaf(x[moving])
+        found = logits_of(model, leaf)
         outputs = outputs if outputs.numel() else found.new_empty(len(x), found.shape[1])
         outputs[moving] = found.detach()
         goals = labels[active[moving]]
@@ -145,10 +163,10 @@ def _walk(
         moving = moving[right]
         spent[active[moving]] += 1
         origin = images[active[moving]]
-        offsets = (leaf.detach()[right] + step_size * gradient[right].sign() - origin).clamp(-eps, eps)
-        x[moving] = (origin + offsets).clamp(0, 1)
+        moved = leaf.detach()[right] + walk.step_size * gradient[right].sign()
+        x[moving] = (origin + (moved - origin).clamp(-ball.eps, ball.eps)).clamp(0, 1)
     with torch.no_grad():
-        outputs[moving] = model(x[moving])
+        outputs[moving] = logits_of(model, x[moving])
     return outputs
 
 

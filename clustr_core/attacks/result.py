@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from clustr_core.attacks.ball import Images
+from clustr_core.numerics.checks import check_classes, check_evaluating, check_logits, checked_outputs
 
 Model = nn.Module | Callable[[Images], Tensor]
 
@@ -23,12 +24,30 @@ class AttackResult:
             the clean image.
         clean_correct: whether the clean image was classified correctly.
         gradients: how many input gradients were spent on each example.
+        prediction: the class that the attacked model predicts for ``adversarial``, where the attack judged it.
+        clean_prediction: the class that the attacked model predicts for the clean image.
     """
 
     adversarial: Images
     success: Bool[Tensor, " batch"]
     clean_correct: Bool[Tensor, " batch"]
     gradients: Int[Tensor, " batch"]
+    prediction: Int[Tensor, " batch"]
+    clean_prediction: Int[Tensor, " batch"]
+
+    @classmethod
+    def before(cls, images: Images, labels: Int[Tensor, " batch"], prediction: Int[Tensor, " batch"]) -> "AttackResult":
+        """Where an attack begins: the clean images, of which the misclassified ones are successes already."""
+        correct = prediction == labels
+        return cls(images.clone(), ~correct, correct, torch.zeros_like(labels), prediction.clone(), prediction)
+
+    def note(
+        self, where: Int[Tensor, " some"], points: Images, predicted: Tensor, broken: Bool[Tensor, " some"]
+    ) -> None:
+        """Write down, in place, the points that were judged last of some examples, and which of these are broken."""
+        self.adversarial[where] = points.detach()
+        self.prediction[where] = predicted
+        self.success[where] = broken
 
 
 def not_logits(outputs: Float[Tensor, "batch class"], *, saturation: bool = True) -> str | None:
@@ -58,27 +77,58 @@ def not_logits(outputs: Float[Tensor, "batch class"], *, saturation: bool = True
 def warn_unless_logits(outputs: Float[Tensor, "batch class"], name: str = "model", *, saturation: bool = True) -> None:
     """Say how it was noticed, if a model's outputs do not look like logits."""
     if reason := not_logits(outputs, saturation=saturation):
-        warnings.warn(f"{name}: expected logits, but {reason}", UserWarning, stacklevel=4)
+        warnings.warn(f"{name}: expected logits, but {reason}", UserWarning, stacklevel=5)
 
 
-def misclassified(model: Model, images: Images, labels: Tensor, *, warn: bool = False) -> Bool[Tensor, " batch"]:
-    """Whether each image is misclassified, after checking what the model returns."""
+def logits_of(model: Model, images: Images, name: str = "model") -> Float[Tensor, "batch class"]:
+    """A model's logits, of whose values nothing is asked, in float32 at least.
+
+    Raises:
+        TypeError: if it returns no tensor.
+        ValueError: if there is not one row for each image.
+    """
+    return checked_outputs(model(images), len(images), name)
+
+
+def judged_logits(
+    model: Model, images: Images, labels: Int[Tensor, " batch"], *, warn: bool = False
+) -> Float[Tensor, "batch class"]:
+    """Logits without a graph, after checking that they rank the classes, and that labels are classes of the model.
+
+    Raises:
+        TypeError: as `logits_of`.
+        ValueError: as `logits_of`; if logits are NaN or infinite, or a label is not a class.
+    """
     with torch.no_grad():
-        logits = model(images)
-    if logits.dim() != 2 or len(logits) != len(images):
-        raise ValueError(f"model: expected logits [{len(images)}, class], got shape {list(logits.shape)}")
+        logits = logits_of(model, images)
     check_logits(logits)
     if warn:
         warn_unless_logits(logits)
-    if len(labels) and (labels.min() < 0 or labels.max() >= logits.shape[1]):
-        low, high = int(labels.min()), int(labels.max())
-        raise ValueError(f"labels: expected classes in 0..{logits.shape[1] - 1}, got {low} to {high}")
-    return logits.argmax(dim=1) != labels
+    check_classes(labels, logits.shape[1])
+    return logits
 
 
-def check_logits(logits: Tensor, name: str = "model") -> None:
-    """Refuse NaN, which argmax would call the largest, and rows without a finite largest logit, which rank nothing."""
-    if logits.isnan().any():
-        raise ValueError(f"{name}: expected logits, got NaN")
-    if logits.numel() and not logits.amax(dim=1).isfinite().all():
-        raise ValueError(f"{name}: expected a finite largest logit in each row, got an infinite one")
+def predicted(
+    model: Model, images: Images, labels: Int[Tensor, " batch"], *, warn: bool = False
+) -> Int[Tensor, " batch"]:
+    """The class that a model predicts for each image; checks and errors of `judged_logits`."""
+    return judged_logits(model, images, labels, warn=warn).argmax(dim=1)
+
+
+def misclassified(model: Model, images: Images, labels: Tensor) -> Bool[Tensor, " batch"]:
+    """Whether each image is misclassified; checks and errors of `judged_logits`."""
+    return predicted(model, images, labels) != labels
+
+
+def prepared(model: Model, images: Images, labels: Tensor) -> tuple[Images, Int[Tensor, " batch"]]:
+    """Copies of checked images and labels that an attack can compute with, once the model is known to be evaluating.
+
+    Images lie in memory row by row, whatever their strides were, so that these change no verdict. Labels are int64, on
+    the images' device. Neither is a tensor of inference mode, of which no gradient can be taken.
+
+    Raises:
+        ValueError: as `check_evaluating`.
+    """
+    check_evaluating(model)
+    images = images.detach().clone(memory_format=torch.contiguous_format)
+    return images, labels.detach().to(images.device, torch.int64, copy=True)

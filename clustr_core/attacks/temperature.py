@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clustr_core.attacks.ball import Images
-from clustr_core.attacks.result import Model
+from clustr_core.attacks.result import Model, logits_of
+from clustr_core.numerics.checks import check_evaluating, check_images
 
 # a gap between the two largest logits at which float32 cross-entropy still has a gradient: 1 - p is about e^-5
 SANE_GAP = 5.0
@@ -27,7 +28,7 @@ class Rescaled(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
         """Logits over temperature."""
-        return self.model(images) / self.temperature
+        return logits_of(self.model, images) / self.temperature
 
 
 def rescaled(model: Model, images: Images) -> Rescaled:
@@ -36,7 +37,16 @@ def rescaled(model: Model, images: Images) -> Rescaled:
     Cluster logits lie tens of nats apart, where float32 cross-entropy rounds to 0 and loses its gradient. The gap is
     that of the two largest logits and not the margin of the label, which is negative on a model that is mostly wrong;
     logits closer than that are left alone.
+
+    Raises:
+        TypeError: if the model returns no tensor.
+        ValueError: if pixels leave [0, 1], there is one class only, or the model is not evaluating.
     """
+    check_images(images)
+    check_evaluating(model)
     with torch.no_grad():
-        top = model(images).topk(2, dim=1).values
+        logits = logits_of(model, images.clone(memory_format=torch.contiguous_format))
+    if logits.shape[1] < 2:
+        raise ValueError(f"model: expected logits of at least two classes, got {logits.shape[1]}")
+    top = logits.topk(2, dim=1).values
     return Rescaled(model, max(1.0, float((top[:, 0] - top[:, 1]).median()) / SANE_GAP))

@@ -4,12 +4,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from clustr_core.attacks.ball import Images, check_inputs, pgd_endpoint, random_point
+from clustr_core.attacks.ball import Images, check_inputs, pgd_endpoint, random_point, with_gradients
 from clustr_core.attacks.losses import attack_loss
 from clustr_core.attacks.names import Norm
-from clustr_core.attacks.result import AttackResult, Model, check_logits, misclassified, warn_unless_logits
+from clustr_core.attacks.result import AttackResult, Model, logits_of, predicted, prepared, warn_unless_logits
+from clustr_core.numerics.checks import check_evaluating, check_logits
 
 
+@with_gradients
 def transfer(
     source: Model,
     model: Model,
@@ -32,15 +34,16 @@ def transfer(
     Raises:
         ValueError: as `pgd`; if the source's logits are NaN.
     Warns:
-        UserWarning: if the source returns something else than logits; see `verdicts.not_logits`.
+        UserWarning: if the source returns something else than logits; see `result.not_logits`.
     Source: Papernot et al. 2016; as a check on masked gradients, Athalye et al. 2018.
     """
     check_inputs(images, labels, norm=norm, eps=eps, step_size=step_size, steps=steps, restarts=restarts)
-    climb, images, goals = attack_loss(loss), images.detach(), labels.to(images.device)
+    check_evaluating(source, "source")
+    climb = attack_loss(loss)
+    images, goals = prepared(model, images, labels)
     with torch.no_grad():
-        warn_unless_logits(source(images), "source", saturation=loss == "ce")
-    broken = misclassified(model, images, goals)
-    result = AttackResult(images.clone(), broken, ~broken, torch.zeros_like(goals))
+        warn_unless_logits(logits_of(source, images, "source"), "source", saturation=loss == "ce")
+    result = AttackResult.before(images, goals, predicted(model, images, goals))
     generator = torch.Generator(images.device).manual_seed(seed)
     for _ in range(restarts):
         start = random_point(images, eps, norm, generator)
@@ -53,12 +56,12 @@ def transfer(
             images[active], start[active], eps=eps, step_size=step_size, steps=steps, norm=norm,
         )  # fmt: skip
         result.gradients[active] += steps
-        result.adversarial[active] = x
-        result.success[active] = misclassified(model, x, aims)
+        prediction = predicted(model, x, aims)
+        result.note(active, x, prediction, prediction != aims)
     return result
 
 
 def _logits_of_source(source: Model, images: Images) -> Tensor:
-    logits = source(images)
+    logits = logits_of(source, images, "source")
     check_logits(logits, "source")
     return logits

@@ -11,6 +11,7 @@ from clustr_core.certificates.hard import frame_of, hard_feature_radius, pairwis
 from clustr_core.certificates.lipschitz import (
     check_constants,
     check_evaluation_mode,
+    check_finite_weights,
     computes,
     input_shapes,
     upper_bound,
@@ -18,10 +19,11 @@ from clustr_core.certificates.lipschitz import (
 from clustr_core.certificates.names import HARD_BOUNDS, SOFT_BOUNDS, Bound, HardBound, SoftBound
 from clustr_core.certificates.rounding import rounding_bound
 from clustr_core.certificates.soft import soft_radius
-from clustr_core.models.classifiers import ClusterClassifier, Rule, check_voters, cluster_logits, nearest_logits
+from clustr_core.models.classifiers import ClusterClassifier, Rule, check_voters, cluster_logits
 from clustr_core.models.clusters import Clusters
-from clustr_core.numerics.checks import check_finite
-from clustr_core.numerics.distances import rows_within, squared_distances
+from clustr_core.numerics.checks import check_finite, check_images
+from clustr_core.numerics.chunks import rows_within
+from clustr_core.numerics.distances import squared_distances
 from clustr_core.numerics.kernels import dispatch
 from clustr_core.numerics.rounding import full_precision, given_and_working_dtype, relative_rounding, rounded_down
 
@@ -104,7 +106,7 @@ class Certificate:
     Args:
         prediction: class of each image.
         radius: L2, in pixels of [0, 1], of the open ball around each image.
-        bound: the bound that gave it; "exact, soft-dual" where each image has the larger of the two.
+        bound: the bound that gave it; "max(exact, soft-dual)" where each image has the larger of the two.
         lipschitz: the encoder's Lipschitz constant that was used.
         rounding: how far a computed embedding may be from the exact one; twice that was taken off each radius, before
             it was divided by ``lipschitz``.
@@ -146,10 +148,7 @@ def certify(
     if not isinstance(model, ClusterClassifier):
         raise TypeError(f"model: expected a ClusterClassifier, got {type(model).__name__}, which has no certificate")
     _check_model(model)
-    if not ((images >= 0) & (images <= 1)).all():
-        raise ValueError(f"images: expected pixels in [0, 1], got {images.min():.4g} to {images.max():.4g}")
-    if images.dim() != 4:
-        raise ValueError(f"images: expected shape [batch, channel, height, width], got {list(images.shape)}")
+    check_images(images)
     channels, height, width = images.shape[1:]
     with torch.no_grad(), full_precision(images.device):
         shapes = input_shapes(model.encoder, (channels, height, width), like=images)
@@ -157,33 +156,32 @@ def certify(
             lipschitz = upper_bound(model.encoder, shapes)
         error = rounding_bound(model.encoder, (channels, height, width), shapes)
         embeddings = model.embed(images)
-        prediction = _predicted(model, embeddings)
+        prediction = model.classify(embeddings).argmax(dim=1)
     options = {"lipschitz": lipschitz, "embedding_error": error, "rule": model.rule, "neighbours": model.neighbours}
     bounds: list[Bound] = [bound] if bound is not None else _best_bounds(model)
     radii = [certified_radius(embeddings, model.clusters, bound=each, **options) for each in bounds]
-    return Certificate(prediction, torch.stack(radii).amax(dim=0), ", ".join(bounds), lipschitz, error)
+    name = bounds[0] if len(bounds) == 1 else f"max({', '.join(bounds)})"
+    return Certificate(prediction, torch.stack(radii).amax(dim=0), name, float(lipschitz), error)
 
 
 def _check_model(model: ClusterClassifier) -> None:
     """Refuse a model that does not compute what is certified: by training mode, or by something put in its place."""
-    embeds = type(model).embed is ClusterClassifier.embed and "embed" not in vars(model)
-    if not (embeds and computes(model, ClusterClassifier)):
+    parts = ("embed", "classify")
+    own = any(
+        getattr(type(model), part) is not getattr(ClusterClassifier, part) or part in vars(model) for part in parts
+    )
+    if own or not computes(model, ClusterClassifier):
         raise TypeError(
-            f"model: expected one that computes what ClusterClassifier does, got {type(model).__name__} with a forward "
-            "or an embed of its own, or a hook, which the certificate would not see"
+            f"model: expected one that computes what ClusterClassifier does, got {type(model).__name__} with a "
+            "forward, an embed or a classify of its own, or a hook, which no certificate sees"
         )
     check_evaluation_mode(model)
+    check_finite_weights(model.encoder)
 
 
 def _best_bounds(model: ClusterClassifier) -> list[Bound]:
     """Those of which the largest is the best that is valid for the model."""
     return ["exact", "soft-dual"] if model.rule == "soft" and model.neighbours is None else ["exact"]
-
-
-def _predicted(model: ClusterClassifier, embeddings: Float[Tensor, "batch dim"]) -> Int[Tensor, " batch"]:
-    if model.rule == "nearest":
-        return nearest_logits(embeddings, model.clusters).argmax(dim=1)
-    return cluster_logits(embeddings, model.clusters, neighbours=model.neighbours).argmax(dim=1)
 
 
 def radius_from_magnet_loss(

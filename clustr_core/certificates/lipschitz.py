@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _SpectralNorm
 from tqdm.auto import tqdm
 
 from clustr_core.certificates.convolution import blocks_norm, convolution_norm
@@ -26,6 +25,7 @@ from clustr_core.models.one_lipschitz import (
     SLLConv2d,
     SLLLinear,
 )
+from clustr_core.numerics.checks import check_evaluating
 from clustr_core.numerics.distances import flat_norm, per_item
 from clustr_core.numerics.rounding import full_precision
 
@@ -75,12 +75,14 @@ def lipschitz_upper_bound(encoder: nn.Module, image_shape: ImageShape) -> float:
             those that `register_lipschitz` was told of.
         image_shape: (channels, height, width); the norm of a convolution depends on the size it is applied to.
     Raises:
-        ValueError: for a layer in training mode that depends on the whole batch or on chance (`check_evaluation_mode`).
+        ValueError: for a layer in training mode that depends on the whole batch or on chance (`check_evaluation_mode`),
+            and for a weight that is not finite.
         TypeError: for a layer without a known bound.
     Source: Tsuzuku et al. 2018 (product bound); Sedghi et al. 2019 (convolution by FFT), with the zero padding
         turned into a bound as `convolution_norm` says.
     """
     check_evaluation_mode(encoder)
+    check_finite_weights(encoder)
     with torch.no_grad(), full_precision(example_of(encoder).device):
         return upper_bound(encoder, input_shapes(encoder, image_shape))
 
@@ -92,30 +94,28 @@ def upper_bound(encoder: nn.Module, shapes: Shapes) -> float:
 
 
 def check_evaluation_mode(encoder: nn.Module) -> None:
-    """Refuse layers in training mode whose output depends on the whole batch, on chance, or on earlier calls.
+    """Refuse layers in training mode whose output may depend on the whole batch, on chance, or on earlier calls.
 
-    A layer of one's own is refused in training mode too: what it does there is not what was registered.
+    A layer of one's own is refused in training mode whatever it does: its rule holds in evaluation mode.
 
     Raises:
         ValueError: if there is any; it is named.
     """
+    check_evaluating(encoder, "encoder")
     for module in encoder.modules():
-        if module.training and (reason := _unfit_in_training(module)):
-            raise ValueError(f"encoder: expected evaluation mode, got {reason} in training mode")
+        if module.training and type(module) in OWN_LAYERS:
+            raise ValueError(f"encoder: expected evaluation mode, got {type(module).__name__} in training mode")
 
 
-def _unfit_in_training(module: nn.Module) -> str | None:
-    """What makes a layer in training mode no function of one image; None where nothing does."""
-    name = type(module).__name__
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "batch norm"
-    dropping = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-    inside = isinstance(module, nn.RNNBase | nn.MultiheadAttention) and module.dropout > 0
-    if dropping or inside or isinstance(module, nn.RReLU):
-        return f"{name}, which is random,"
-    if isinstance(module, _SpectralNorm) or type(module) in OWN_LAYERS:
-        return name
-    return None
+def check_finite_weights(encoder: nn.Module) -> None:
+    """Refuse weights that are NaN or infinite, of which a norm says nothing.
+
+    Raises:
+        ValueError: if there are any, with the name of the first.
+    """
+    for name, weight in encoder.state_dict().items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(f"encoder: expected finite weights, got NaN or infinity in {name}")
 
 
 def lipschitz_lower_bound(

@@ -13,6 +13,7 @@ from clustr_core.certificates.lipschitz import (
     Shapes,
     batch_norm_scale,
     check_evaluation_mode,
+    check_finite_weights,
     computes,
     example_of,
     grouped_weight,
@@ -71,11 +72,12 @@ def embedding_error(encoder: nn.Module, image_shape: ImageShape) -> float:
             their rounding.
     Raises:
         TypeError: for an encoder with a layer without such a bound.
-        ValueError: if the dtype has so few digits that a sum may lose all of them, or a layer is in training mode that
-            depends on the whole batch or on chance then.
+        ValueError: if the dtype has so few digits that a sum may lose all of them, a weight is not finite, or a layer
+            in training mode depends on the whole batch or on chance.
     Source: Higham 2002, chapter 3, theorem 3.1 and equation 3.13.
     """
     check_evaluation_mode(encoder)
+    check_finite_weights(encoder)
     with torch.no_grad(), full_precision(example_of(encoder).device):
         return rounding_bound(encoder, image_shape, input_shapes(encoder, image_shape))
 

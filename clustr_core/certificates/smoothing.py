@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clustr_core.attacks.ball import Images
-from clustr_core.attacks.result import Model, check_logits
+from clustr_core.attacks.result import Model
+from clustr_core.numerics.checks import check_logits
 
 ABSTAIN = -1
 BATCH = 256

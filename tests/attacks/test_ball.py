@@ -127,7 +127,7 @@ def test_an_eps_in_bytes_is_noticed(norm, shape, largest, said):
 
 
 @pytest.mark.parametrize("norm", ["l1", "Linf", ""])
-def test_an_unknown_norm_is_refused(norm):
+def test_an_unknown_norm_is_refused(as_installed, norm):
     with pytest.raises(ValueError, match=rf"norm: expected one of \('linf', 'l2'\), got '{norm}'"):
         check_inputs(some_images(2), norm=norm, eps=0.1)
 
@@ -138,7 +138,7 @@ def test_an_unknown_norm_is_refused(norm):
         (some_images(2) + 0.6, r"images: expected pixels in \[0, 1\], got values from 0\.9\d+ to 1\.\d+"),
         (some_images(2) - 0.6, r"images: expected pixels in \[0, 1\], got values from -0\.\d+ to 0\.0\d+"),
         (255 * some_images(2), r"images: expected pixels in \[0, 1\]"),
-        (torch.full((2, *SHAPE), math.nan), r"images: expected pixels in \[0, 1\], got values from nan to nan"),
+        (torch.full((2, *SHAPE), math.nan), r"images: expected pixels in \[0, 1\], got NaN"),
     ],
 )
 def test_images_outside_the_pixel_range_are_refused(images, message):

@@ -10,8 +10,9 @@ from toy_models import SHAPE, Linear, labelled, some_images
 from clustr_core.attacks.autoattack import autoattack, square
 from clustr_core.attacks.cells import cell_walk
 from clustr_core.attacks.gradient import fgsm, pgd
-from clustr_core.attacks.result import check_logits, misclassified, not_logits, warn_unless_logits
+from clustr_core.attacks.result import misclassified, not_logits, warn_unless_logits
 from clustr_core.attacks.transfer import transfer
+from clustr_core.numerics.checks import check_logits
 
 PROBABILITIES = "all outputs lie in [0, 1] and each row sums to one: they look like probabilities"
 SCORES = "all outputs lie in [0, 1]: they look like scores"

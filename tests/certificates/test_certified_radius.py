@@ -15,7 +15,7 @@ from clustr_core.certificates.soft import _Between
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
 from clustr_core.models.clusters import Clusters
 from clustr_core.models.encoders import build_encoder
-from clustr_core.numerics import distances
+from clustr_core.numerics import chunks
 from clustr_core.theory import oracle
 from clustr_core.theory.examples import (
     hard_radius_soft_rule_example,
@@ -301,9 +301,15 @@ def test_certify_takes_rule_neighbours_and_constant_from_the_model(rule, neighbo
     expected = certified_radius(
         model.embed(images), model.clusters, lipschitz=2.0, rule=rule, neighbours=neighbours, bound="exact"
     )
-    torch.testing.assert_close(certify(model, images, bound="exact").radius, expected, rtol=1e-8, atol=0)
-    assert (certify(model, images).radius >= expected * (1 - 1e-8)).all()
-    assert not certify(model, images).radius.requires_grad
+    exact, best = certify(model, images, bound="exact"), certify(model, images)
+    torch.testing.assert_close(exact.radius, expected, rtol=1e-8, atol=0)
+    assert (best.radius >= expected * (1 - 1e-8)).all()
+    assert torch.equal(best.prediction, model(images).argmax(dim=1))
+    assert exact.lipschitz == pytest.approx(2.0)
+    assert 0 < exact.rounding < 1e-10
+    voting = rule == "soft" and neighbours is None
+    assert (exact.bound, best.bound) == ("exact", "max(exact, soft-dual)" if voting else "exact")
+    assert not best.radius.requires_grad
     given_constant = certify(model, images, lipschitz=4.0, bound="nearest").radius
     halved = certified_radius(
         model.embed(images), model.clusters, lipschitz=4.0, rule=rule, neighbours=neighbours, bound="nearest"
@@ -492,7 +498,7 @@ def test_a_table_of_embeddings_and_clusters_is_never_whole(monkeypatch):
         sizes.append(product(*arguments, **options).numel())
         return product(*arguments, **options)
 
-    monkeypatch.setattr(distances, "CHUNK_BYTES", 4 * 40 * 50)
+    monkeypatch.setattr(chunks, "TABLE_BYTES", 4 * 40 * 50)
     monkeypatch.setattr(torch, "addmm", noted)
     for bound in BOUNDS:
         torch.testing.assert_close(certified_radius(z, clusters, bound=bound), expected[bound], rtol=1e-5, atol=1e-6)
@@ -621,7 +627,7 @@ def test_soft_bounds_multiply_the_centroids_with_each_other_once(monkeypatch):
     z, made, of = torch.randn(300, 8), [], _Between.of
     monkeypatch.setattr(_Between, "of", lambda given: made.append(given) or of(given))
     expected = certified_radius(z, clusters, bound="soft-lse", rule="soft")
-    monkeypatch.setattr(distances, "CHUNK_BYTES", 8 * 40 * 10 * 20)
+    monkeypatch.setattr(chunks, "TABLE_BYTES", 8 * 40 * 10 * 20)
     torch.testing.assert_close(certified_radius(z, clusters, bound="soft-lse", rule="soft"), expected)
     assert len(made) == 2
 

@@ -117,6 +117,17 @@ def test_nothing_and_no_number(all_large):
             convolution_norm(torch.full((3, 3, 3, 3), bad), (4, 4), (1, 1))
 
 
+def test_hard_weights_are_proven_too(monkeypatch):
+    """All blocks alike, so that every one is a rival; one channel that is far from the others."""
+    alike = torch.zeros(128, 64, 3, 3, dtype=torch.float64)
+    alike[:, :, 1, 1] = torch.randn(128, 64, generator=seeded(0), dtype=torch.float64)
+    scaled = torch.randn(128, 64, 3, 3, generator=seeded(1), dtype=torch.float64)
+    scaled[0] *= 1e12
+    for weight in (alike, scaled, scaled * 1e-200):
+        computed, proven = both(monkeypatch, weight, (4, 4), (1, 1))
+        assert computed * (1 - 1e-14) <= proven <= computed * (1 + 1e-8)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_norm_of_absolute_weights_is_that_of_their_sums(name):
     shape, *where = CASES[name]

@@ -217,8 +217,21 @@ def test_single_precision_encoders_are_bounded_in_double():
 
 def test_training_mode_is_refused():
     encoder, shape = encoders()["resnet18"]
-    with pytest.raises(ValueError, match="evaluation mode, got batch norm in training mode"):
+    with pytest.raises(ValueError, match=r"evaluation mode, got BatchNorm2d \"bn1\" in training mode"):
         lipschitz_upper_bound(encoder.train(), shape)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["small-cnn", "lip-mlp", "lip-cnn"])
+def test_weights_that_are_not_finite_are_refused_by_name(name, bad):
+    """A maximum in Python drops a NaN: max(1.0, nan) is 1."""
+    torch.manual_seed(0)
+    encoder = build_encoder(name, (1, 8, 8), width=16).eval()
+    where, weight = next((where, weight) for where, weight in encoder.named_parameters() if weight.dim() > 1)
+    with torch.no_grad():
+        weight[0, 0] = bad
+    with pytest.raises(ValueError, match=f"encoder: expected finite weights, got NaN or infinity in {where}"):
+        lipschitz_upper_bound(encoder, (1, 8, 8))
 
 
 class Doubled(nn.ReLU):

@@ -390,14 +390,14 @@ def test_dropout_that_is_off_is_the_identity(kind):
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        *[(kind(0.5), f"{kind.__name__}, which is random,") for kind in DROPOUTS],
-        (nn.RReLU(), "RReLU, which is random,"),
-        (nn.MultiheadAttention(4, 2, dropout=0.1), "MultiheadAttention, which is random,"),
-        (nn.BatchNorm2d(2), "batch norm"),
-        (nn.SyncBatchNorm(2), "batch norm"),
+        *[(kind(0.5), kind.__name__) for kind in DROPOUTS],
+        (nn.RReLU(), "RReLU"),
+        (nn.MultiheadAttention(4, 2, dropout=0.1), "MultiheadAttention"),
+        (nn.BatchNorm2d(2), "BatchNorm2d"),
+        (nn.SyncBatchNorm(2), "SyncBatchNorm"),
         (nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 2, 1)), "_SpectralNorm"),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("deep", [False, True])
 def test_a_layer_that_is_no_function_of_one_image_is_refused(layer, words, deep):
@@ -410,7 +410,9 @@ def test_a_layer_that_is_no_function_of_one_image_is_refused(layer, words, deep)
         lambda: lipschitz_upper_bound(model.encoder, (1, 8, 8)),
         lambda: embedding_error(model.encoder, (1, 8, 8)),
     ):
-        with pytest.raises(ValueError, match=f"encoder: expected evaluation mode, got {words} in training mode"):
+        with pytest.raises(
+            ValueError, match=f'encoder: expected evaluation mode, got {words} "[^"]*" in training mode'
+        ):
             call()
 
 
