@@ -24,7 +24,7 @@ chapter: $(READY)  ## one chapter with other parameters: make chapter NAME=06-is
 	  --output "_build/chapter/$(NAME).ipynb" $(ARGS)
 
 test-long: $(READY)  ## the random configurations of the certificates, twenty times as many
-	CLUSTR_TEST_CONFIGURATIONS=10000 $(BIN)/python -m pytest tests/test_ladder.py
+	CLUSTR_TEST_CONFIGURATIONS=10000 $(BIN)/python -m pytest tests/certificates/test_ladder.py
 
 test: $(READY)  ## every test: units, properties, notebooks in profile smoke, the book
 	$(BIN)/python -m pytest -n 2 --dist loadscope
@@ -34,7 +34,7 @@ test-fast: $(READY)  ## the inner loop, under two minutes: numerics, storage, mo
 	  tests/models/test_clusters.py tests/models/test_classifiers.py tests/training/test_sampling.py \
 	  tests/training/test_recipes.py tests/attacks/test_ball.py tests/certificates/test_ladder.py
 
-verify: $(READY)  ## every number of index.md's tables, every published table with its sidecar, every twin's rows
+verify: $(READY)  ## every number of the text against its table, every table against its sidecar, a share of the rows again
 	$(BIN)/python -m tools.verify
 
 bench: $(READY)  ## everything that is timed, beside its targets (nothing else should be running): results/bench/

@@ -8,7 +8,6 @@
 # of pieces that are kept beside the run in the same way.
 import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(workflow.basedir))
@@ -35,15 +34,7 @@ TOOLS = ["tools/execute.py", "tools/notebooks.py"]
 
 METHOD_OF = {run_key(recipe): method for method, recipe in PROFILE.recipes.items()}
 RUN_OF = {method: f"runs/{key}/run.json" for key, method in METHOD_OF.items()}
-# which methods each kind of table covers
-KINDS = {
-    "attacks": PROFILE.attacked,
-    "certificates": [*PROFILE.recipes, "prototypes"] if PROFILE.recipes else [],
-    "diagnostics": PROFILE.ordinary,
-    "ablations": PROFILE.ordinary,
-    "sandwich": PROFILE.lipschitz,
-}
-TABLES = [f"results/{NAME}/{kind}-{method}.csv" for kind, methods in KINDS.items() for method in methods]
+TABLES = [f"results/{NAME}/{kind}-{method}.csv" for kind, methods in PROFILE.measured.items() for method in methods]
 # the runs from which attacks are transferred
 SOURCES = sorted({RUN_OF[each.source] for each in PROFILE.attacks.values() if each.attack == "transfer"})
 # prototypes are certified without a run: what their table depends on is code
@@ -107,7 +98,7 @@ rule attack:
         f"results/{NAME}/attacks-{{method}}.csv",
     params:
         version=VERSIONS["attack"],
-        protocols={name: asdict(protocol) for name, protocol in PROFILE.attacks.items()},
+        protocol=PROFILE.protocol("attacks"),
     threads: PROCESSES
     resources:
         **needs(mem_mb=16000, runtime=1440),
@@ -124,7 +115,7 @@ rule diagnose:
         f"results/{NAME}/ablations-{{method}}.csv",
     params:
         version=VERSIONS["diagnostics"],
-        examination=asdict(PROFILE.examination) if PROFILE.examination else None,
+        protocol=PROFILE.protocol("diagnostics"),
     threads: 1
     resources:
         **needs(mem_mb=8000, runtime=480, processes=1),
@@ -139,9 +130,8 @@ rule certify:
         f"results/{NAME}/certificates-{{method}}.csv",
     params:
         version=VERSIONS["certificate"],
-        examples=PROFILE.certified_examples,
+        protocol=PROFILE.protocol("certificates"),
         dataset=sorted({recipe.dataset for recipe in PROFILE.recipes.values()}),
-        smoothing=asdict(PROFILE.smoothing) if PROFILE.smoothing else None,
     threads: PROCESSES
     resources:
         **needs(mem_mb=8000, runtime=480),
@@ -152,11 +142,13 @@ rule certify:
 rule sandwich:
     input:
         lambda wildcards: RUN_OF[wildcards.method],
+        # the radii within which the attacks search
+        f"results/{NAME}/certificates-{{method}}.csv",
     output:
         f"results/{NAME}/sandwich-{{method}}.csv",
     params:
         version=VERSIONS["sandwich"],
-        budget=asdict(PROFILE.sandwich) if PROFILE.sandwich else None,
+        protocol=PROFILE.protocol("sandwich"),
     threads: PROCESSES
     resources:
         **needs(mem_mb=8000, runtime=1440),

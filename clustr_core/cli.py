@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,10 +20,12 @@ from clustr_core.measuring import diagnostics
 from clustr_core.measuring.accuracy import both_protocols, robust_accuracy_by_loss
 from clustr_core.measuring.attacked import attack_pieces, attacks_of, measure, measure_pieces
 from clustr_core.measuring.certified import certificate_pieces, certificates_of, prototype_certificates
-from clustr_core.measuring.examination import ablations_of, diagnostics_of
-from clustr_core.measuring.pieces import AttackTarget, CachedRows, Share, fill_cache
+from clustr_core.measuring.counterexamples import CertificateBroken
+from clustr_core.measuring.examination import examined
+from clustr_core.measuring.pieces import CachedRows, Share, fill_cache
 from clustr_core.measuring.profile import Examination, Profile, load_profile
-from clustr_core.measuring.sandwich import CertificateBroken, sandwich_of, sandwich_pieces
+from clustr_core.measuring.sandwiched import sandwich_of, sandwich_pieces
+from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.models.official import NUM_CLASSES, load_official
 from clustr_core.storage.files import digest, home
@@ -33,7 +35,7 @@ from clustr_core.training.fields import read_yaml
 from clustr_core.training.loop import fit
 from clustr_core.training.processes import count, device_here, is_first
 from clustr_core.training.recipes import CERTIFIABLE, METHODS, Precision, Recipe, override, run_folder
-from clustr_core.training.run import DONE, Run, load_run
+from clustr_core.training.run import DONE, Run
 
 EPILOG = """\
 examples:
@@ -43,19 +45,21 @@ examples:
   clustr attack  --profile quick --method clustr       writes results/quick/attacks-clustr.csv
   clustr diagnose --profile quick --method clustr      writes results/quick/diagnostics-clustr.csv, ablations-clustr.csv
   clustr certify --profile quick --method clustr-cert  writes results/quick/certificates-clustr-cert.csv
-  clustr certify --profile quick --method prototypes   the floor: nearest prototypes on raw pixels, no training
-  clustr sandwich --profile quick --method clustr-cert searches for what breaks a certificate; fails if it finds it
+  clustr certify --profile quick --method prototypes   certifies nearest prototypes on raw pixels, without training
+  clustr sandwich --profile quick --method clustr-cert searches for counterexamples; fails if it finds one
   clustr attack  --official model_best.pth --dataset cifar10 --examples 256
-                                                       the authors' released model, in both protocols
+                                                       attacks the authors' released model under both protocols
 
-several processes, each with its GPU or CPU, share a training, an attack, a certificate or a sandwich; so do jobs that
-know nothing of each other (a later call without --shard puts their rows together):
+A profile (profiles/NAME.yaml) names the dataset, the recipe of each method, and the attacks. The folder runs/ holds one
+folder per run; its name is made of the recipe and the version of the training. A finished run is loaded. If a command
+is killed, run it again: it resumes. Beside every table X.csv, X.json says how the table was made.
+
+Several processes, each with its own GPU or CPU, share a training, an attack, a certificate or a sandwich:
   torchrun --nproc_per_node 8 -m clustr_core.cli train --profile paper --method clustr
-  clustr attack  --profile paper --method clustr --shard 3/20  (once the run is there)
+Independent jobs share a measurement of a finished run; a later call without --shard writes the table:
+  clustr attack  --profile paper --method clustr --shard 3/20
 
-A profile (profiles/NAME.yaml) names the dataset, the methods' recipes and the attacks. A run lies in runs/, under a
-name made of its recipe and of the version of the training: a finished one is loaded, a killed one resumes.
-Figures come only from the notebooks: make figures PROFILE=quick.
+Figures come from the notebooks alone: make figures PROFILE=quick.
 """
 
 
@@ -74,19 +78,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("auto-attack").setLevel(logging.WARNING)
     try:
-        # of several processes one speaks for all; an error is any one's to report
+        # the first process speaks for all; any process reports its own error
         spoken = contextlib.nullcontext() if is_first() else contextlib.redirect_stdout(io.StringIO())
         if options.threads is not None:
             _set_threads(options.threads)
-        # what is asked of a share is looked at before any work is done for it
-        if getattr(options, "shard", None) is not None and options.output is not None:
-            raise ValueError(f"--output: expected none with --shard, which writes no table, got {options.output}")
+        _check_output(options)
         with spoken:
             options.command(options)
     except (ValueError, TypeError, OSError, CertificateBroken) as error:
         print("clustr:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    """Refuse an --output that could not be written as asked, before any work is done for it."""
+    given = getattr(options, "output", None)
+    if given is None:
+        return
+    if options.shard is not None:
+        raise ValueError(f"--output: expected none with --shard, which writes no table, got {given}")
+    if Path(given).suffix != ".csv":
+        raise ValueError(f"--output: expected a file name that ends in .csv, since X.json lies beside it, got {given}")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -109,7 +122,7 @@ def _attack(options: argparse.Namespace) -> None:
         _compute_share(attack_pieces(run, profile, device=device), options, device)
         return
     table = attacks_of(run, profile, device=device)
-    _write(table, profile, options, "attacks")
+    _write(table, profile, options, "attacks", run)
     _print_protocols(table)
 
 
@@ -121,41 +134,50 @@ def _attack_official(options: argparse.Namespace) -> None:
         raise ValueError(f"--set: expected none with --official, which has no recipe, got {options.set}")
     if options.examples is not None and options.examples < 1:
         raise ValueError(f"--examples: expected a positive number, got {options.examples}")
-    device = _device(options)
-    subject = _official_subject(Path(options.official), options.dataset, device)
-    profile, dataset = load_profile(options.profile or "paper"), data.load_dataset(options.dataset)
-    protocols = [replace(each, examples=options.examples or each.examples) for each in profile.attacks.values()]
-    protocols = [each for each in protocols if each.attack != "transfer"]
+    device, path = _device(options), Path(options.official)
+    target = _official_target(path, options.dataset, device)
+    profile = load_profile(options.profile or "paper")
+    protocols = {
+        name: replace(each, examples=options.examples or each.examples)
+        for name, each in profile.attacks.items()
+        if each.attack != "transfer"
+    }
     if options.shard is not None:
-        pieces = [piece for each in protocols for piece in measure_pieces(subject, each, dataset)]
+        pieces = [piece for each in protocols.values() for piece in measure_pieces(target, each)]
         _compute_share(pieces, options, device)
         return
-    tables = [measure(subject, each, dataset) for each in protocols]
-    table = pd.concat(tables, ignore_index=True).assign(method=subject.name)
-    _write_at(Path(options.output or subject.tables.parent / "attacks.csv"), table)
+    tables = [measure(target, each) for each in protocols.values()]
+    table = pd.concat(tables, ignore_index=True).assign(method=target.name)
+    _write_at(Path(options.output or target.tables.parent / "attacks.csv"), table, {
+        **_made(profile, options, "attacks"),
+        "protocol": {name: asdict(each) for name, each in protocols.items()},
+        "method": target.name, "dataset": options.dataset, "run": None, "seed": None,
+        "weights_sha256": digest(path.read_bytes()),
+    })  # fmt: skip
     _print_protocols(table)
 
 
-def _official_subject(path: Path, dataset: str, device: torch.device) -> AttackTarget:
+def _official_target(path: Path, dataset: str, device: torch.device) -> AttackTarget:
     """The file's model; its rows are kept under a digest of the file."""
     model = load_official(path, dataset=dataset).to(device)
     identity = digest(path.read_bytes(), dataset)
     tables = home() / "runs" / f"official-{dataset}-{identity[:10]}" / "tables"
-    return AttackTarget(path.stem, lambda: model, identity, tables, device=device)
+    return AttackTarget(path.stem, lambda: model, identity, tables, data.load_dataset(dataset), device)
 
 
 def _diagnose(options: argparse.Namespace) -> None:
     if count() > 1:
-        raise ValueError(f"diagnose: expected one process, since it is not shared out, got {count()}")
+        raise ValueError(f"diagnose: expected one process, since processes cannot share it, got {count()}")
     profile, run = load_profile(options.profile or "quick"), _run(options)
-    table = diagnostics_of(run, profile, device=_device(options))
-    _write(table, profile, options, "diagnostics")
-    _write(ablations_of(run, profile, device=_device(options)), profile, options, "ablations")
+    found = examined(run, profile, device=_device(options))
+    table = found.diagnostics()
+    _write(table, profile, options, "diagnostics", run)
+    _write(found.ablations(), profile, options, "ablations", run)
     shown = table[["method", "check", "value", "threshold", "flagged"]]
     print(shown.to_string(index=False, float_format="%.3g"))
     for method, rows in table.groupby("method", sort=False):
-        verdict = "not to be believed" if diagnostics.verdict(pd.DataFrame(rows)) else "nothing speaks of masking"
-        print(f"{_protocol_name(profile.examination)} of {method}: {verdict}")
+        verdict = "is not to be trusted" if diagnostics.verdict(pd.DataFrame(rows)) else "shows no sign of masking"
+        print(f"{_protocol_name(profile.examination)} of {method} {verdict}")
 
 
 def _protocol_name(asked: Examination | None) -> str:
@@ -181,17 +203,17 @@ def _certify(options: argparse.Namespace) -> None:
             raise ValueError(f"--set: expected none with prototypes, which have no recipe, got {options.set}")
         if options.shard is not None:
             raise ValueError("--shard: expected none with prototypes, which are certified at once")
-        # at once, by one: the others have nothing to add
+        # one process certifies them: they take no time
         if not is_first():
             return
-        table = prototype_certificates(profile)
+        run, table = None, prototype_certificates(profile)
     else:
         run, device = _run(options), _device(options)
         if options.shard is not None:
             _compute_share(certificate_pieces(run, profile, device=device), options, device)
             return
         table = certificates_of(run, profile, device=device)
-    _write(table, profile, options, "certificates")
+    _write(table, profile, options, "certificates", run)
     numbers = ["correct", "feature_radius", "radius", "lipschitz", "lipschitz_lower_bound"]
     print(pd.DataFrame(table.groupby("bound")[numbers].mean()).to_string(float_format="%.4g"))
 
@@ -203,13 +225,13 @@ def _sandwich(options: argparse.Namespace) -> None:
             f"--method: expected one of {', '.join(profile.lipschitz)}, which certify, got {recipe.method}"
         )
     run, device = _run(options), _device(options)
-    # a certificate in float64 is held against a model in float32, which TF32 is not
+    # the attacked model must compute in float32, as its certificate assumes: TF32 is coarser
     torch.backends.cudnn.allow_tf32 = False
     if options.shard is not None:
         _compute_share(sandwich_pieces(run, profile, device=device), options, device)
         return
     table = sandwich_of(run, profile, device=device)
-    _write(table, profile, options, "sandwich")
+    _write(table, profile, options, "sandwich", run)
     correct = table.loc[table["correct"]]
     nearest = correct.assign(ratio=correct["radius"] / correct["norm"])
     print(
@@ -222,22 +244,22 @@ def _sandwich(options: argparse.Namespace) -> None:
 
 def _compute_share(pieces: Sequence[CachedRows], options: argparse.Namespace, device: torch.device) -> None:
     """Keep the rows of a share of a measurement; no table is written until a call without --shard finds them all."""
-    index, count = options.shard
-    fill_cache(pieces, device=device, share=options.shard, title=f"share {index} of {count}")
-    print(f"share {index} of {count}: {len(pieces[index - 1 :: count])} of {len(pieces)} pieces are kept")
+    index, shares = options.shard
+    fill_cache(pieces, device=device, share=options.shard, title=f"share {index} of {shares}")
+    print(f"share {index} of {shares}: {len(pieces[index - 1 :: shares])} of {len(pieces)} pieces are kept")
 
 
 def _share(text: str) -> Share:
     """I/N of the command line."""
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+    index, _, shares = text.partition("/")
+    if not (index.isdecimal() and shares.isdecimal() and 1 <= int(index) <= int(shares)):
         raise argparse.ArgumentTypeError(f"expected I/N with I in 1..N, got {text!r}")
-    return int(index), int(count)
+    return int(index), int(shares)
 
 
 def _run(options: argparse.Namespace) -> Run:
     recipe = _recipe(options)
-    # jobs that know nothing of each other would each train it
+    # independent jobs would each train the run
     if getattr(options, "shard", None) is not None and not (done := run_folder(recipe) / DONE).exists():
         raise ValueError(f"--shard: expected a finished run, got no {os.path.relpath(done)}; run clustr train first")
     return fit(recipe, device=_device(options))
@@ -260,6 +282,8 @@ def _changes(pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--set: expected NAME=VALUE, got {pair!r}")
+        if name in changes:
+            raise ValueError(f"--set: expected each field once, got {name} twice")
         try:
             changes[name] = read_yaml(value, name)
         except ValueError as error:
@@ -275,42 +299,37 @@ def _device(options: argparse.Namespace) -> torch.device:
         raise ValueError(f"--device: expected one that works here, such as cpu, got {given!r} ({error})") from error
 
 
-def _set_threads(count: int) -> None:
-    if count < 1:
-        raise ValueError(f"--threads: expected at least 1, got {count}")
-    torch.set_num_threads(count)
+def _set_threads(threads: int) -> None:
+    if threads < 1:
+        raise ValueError(f"--threads: expected at least 1, got {threads}")
+    torch.set_num_threads(threads)
 
 
-def _write(table: pd.DataFrame, profile: Profile, options: argparse.Namespace, kind: str) -> None:
-    """The profile's own table; with --set it is another run's, and goes beside that run instead."""
-    if given := getattr(options, "output", None):
-        _write_at(Path(given), table)
-        return
-    folder = run_folder(_recipe(options)) if options.set else home() / "results" / profile.name
-    path = folder / f"{kind}-{options.method}.csv"
-    _write_at(path, table)
-    if is_first():
-        write_sidecar(path, _made(profile, options, kind))
+def _write(table: pd.DataFrame, profile: Profile, options: argparse.Namespace, kind: str, run: Run | None) -> None:
+    """A table of the profile; with --set it is another run's, and lies beside that run."""
+    of_run = {"run": None, "weights_sha256": None, "seed": None}
+    if run is not None:
+        of_run = {"run": run.path.name, "weights_sha256": run.weights_sha256, "seed": run.recipe.seed}
+    folder = run.path if run is not None and options.set else home() / "results" / profile.name
+    path = Path(getattr(options, "output", None) or folder / f"{kind}-{options.method}.csv")
+    _write_at(path, table, _made(profile, options, kind) | {"method": options.method} | of_run)
 
 
 def _made(profile: Profile, options: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """What decides the rows of a table, beside the code: for its sidecar."""
-    about = {
+    """What decides the rows of a table, whatever the model: for its sidecar."""
+    return {
         **environment(str(_device(options))),
         "profile": {"name": profile.name, "sha256": profile.sha256},
+        "protocol": profile.protocol(kind),
         "version": VERSIONS[_KIND_OF_TABLE[kind]],
-        "method": options.method,
     }
-    if options.method not in profile.recipes:
-        return about | {"run": None, "weights_sha256": None, "seed": None}
-    recipe = _recipe(options)
-    run = load_run(run_folder(recipe))
-    return about | {"run": run.path.name, "weights_sha256": run.weights_sha256, "seed": recipe.seed}
 
 
-def _write_at(path: Path, table: pd.DataFrame) -> None:
+def _write_at(path: Path, table: pd.DataFrame, made: dict[str, Any]) -> None:
+    """Write a table and, beside it, the sidecar that says how it was made."""
     if is_first():
         write_table(path, table)
+        write_sidecar(path, made)
     print(f"wrote {os.path.relpath(path)} ({len(table)} rows)")
 
 
@@ -324,26 +343,35 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, command, summary in (
         ("train", _train, "train a method by its recipe, or load the finished run"),
-        ("attack", _attack, "every attack of the profile; writes one row per image, attack and eps"),
-        ("diagnose", _diagnose, "is the paper's evaluation of this model masked? writes one row per check"),
-        ("certify", _certify, "certified radii and Lipschitz bounds; writes one row per image and bound"),
-        ("sandwich", _sandwich, "search for the nearest misclassified images; fails if one lies in a certified ball"),
+        ("attack", _attack, "run every attack of the profile; write one row per image, attack, loss and eps"),
+        ("diagnose", _diagnose, "check whether the paper's evaluation of a method is masked; write one row per check"),
+        ("certify", _certify, "compute certified radii and Lipschitz bounds; write one row per image and bound"),
+        ("sandwich", _sandwich, "search for the nearest misclassified images; fail if one lies in a certified ball"),
     ):
         sub = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
         sub.set_defaults(command=command)
-        sub.add_argument("--profile", help="profiles/NAME.yaml, or a YAML file (default: quick)")
+        sub.add_argument("--profile", help="NAME of profiles/NAME.yaml, or the path of a YAML file (default: quick)")
         sub.add_argument("--method", required=name != "attack", help=f"one of {', '.join(METHODS)}")
         sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a recipe's field")
         sub.add_argument("--precision", choices=get_args(Precision), help="short for --set precision=...")
         sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
-        sub.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+        sub.add_argument("--threads", type=int, help="number of CPU threads (default: PyTorch's choice)")
         if name == "attack":
-            sub.add_argument("--official", metavar="FILE", help="a released model instead of a method (profile: paper)")
-            sub.add_argument("--dataset", help="of the released model: cifar10, cifar100 or svhn")
-            sub.add_argument("--examples", type=int, help="with --official: that many test images")
+            sub.add_argument(
+                "--official",
+                metavar="FILE",
+                help="attack a released model, not a method (default profile: paper)",
+            )
+            sub.add_argument("--dataset", help="the released model's dataset: cifar10, cifar100 or svhn")
+            sub.add_argument("--examples", type=int, help="number of test images, with --official only")
         if name in ("attack", "certify", "sandwich"):
-            sub.add_argument("--output", help="where to write the table")
-            sub.add_argument("--shard", type=_share, metavar="I/N", help="compute that share of the rows and no table")
+            sub.add_argument("--output", metavar="FILE.csv", help="write the table there, and FILE.json beside it")
+            sub.add_argument(
+                "--shard",
+                type=_share,
+                metavar="I/N",
+                help="compute the I-th of N shares of the rows; write no table",
+            )
     return parser
 
 

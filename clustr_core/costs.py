@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -167,6 +168,22 @@ def growth_slope(sizes: Sequence[float], times: Sequence[float]) -> float:
     if len(set(x.tolist())) < 2 or x.shape != y.shape or not (x > 0).all() or not (y > 0).all():
         raise ValueError(f"sizes, times: expected two or more positive pairs, got {list(sizes)} and {list(times)}")
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def slopes_table(growth: pd.DataFrame) -> pd.DataFrame:
+    """`growth_slope` of each kind of work against each size that was changed.
+
+    Args:
+        growth: columns ``what parameter size seconds``, as `make bench` writes them.
+    Returns:
+        a row each kind of work, a column each parameter, two decimals.
+    """
+    slopes = [
+        (*keys, round(growth_slope(rows["size"].tolist(), rows["seconds"].tolist()), 2))  # pyright: ignore
+        for keys, rows in growth.groupby(["what", "parameter"], sort=False)
+    ]
+    table = pd.DataFrame(slopes, columns=["what", "grows with", "slope"])
+    return table.pivot(index="what", columns="grows with", values="slope").rename_axis(None, axis=1).reset_index()
 
 
 # --- networks ---
@@ -415,6 +432,22 @@ class Part:
     bytes: float
     sent: float
     seconds: float
+
+
+def plan_table(studies: Sequence[Study], machines: Sequence[Machine], devices: Sequence[int]) -> pd.DataFrame:
+    """`plan` of each study on each number of each machine.
+
+    Returns:
+        columns ``study k machine devices part hours flops``.
+    """
+    rows = [
+        (study.name, study.per_class, machine.name, count, part.name, part.seconds / 3600, part.flops)
+        for study in studies
+        for machine in machines
+        for count in devices
+        for part in plan(study, replace(machine, devices=count))
+    ]
+    return pd.DataFrame(rows, columns=["study", "k", "machine", "devices", "part", "hours", "flops"])
 
 
 def plan(study: Study, machine: Machine) -> list[Part]:

@@ -1,10 +1,12 @@
 """Datasets as uint8 tensors in memory; batches and augmentation as whole-tensor operations."""
 
-import errno
 import hashlib
+import math
 import os
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clustr_core.storage.files import digest, home, written_whole
+from clustr_core.storage.files import digest, expanded, home, written_whole
 
 ImageBytes = UInt8[Tensor, "batch channel height width"]
 CACHE_FOLDER = ".cache"
+_CACHED = {"train_images", "train_labels", "test_images", "test_labels"}
 SPLIT_SEED = 111
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 GREY_MODES = ("L", "1")
@@ -139,14 +142,14 @@ def load_dataset(name: str, root: str | Path | None = None) -> Dataset:
         OSError: for a missing folder, or an archive that cannot be downloaded or is damaged.
     """
     if name.startswith("folder:"):
-        return _load_folder(name, Path(name.removeprefix("folder:")).expanduser(), _data_root(root))
+        return _load_folder(name, expanded(name.removeprefix("folder:")), _data_root(root))
     if name not in _LOADERS:
         raise ValueError(f"name: expected one of {sorted(_LOADERS)} or folder:PATH, got {name!r}")
     return _LOADERS[name](_data_root(root))
 
 
 def _data_root(root: str | Path | None) -> Path:
-    return Path(root or os.environ.get("CLUSTR_DATA") or home() / "data").expanduser()
+    return expanded(root or os.environ.get("CLUSTR_DATA") or home() / "data")
 
 
 def to_float(images: ImageBytes) -> Float[Tensor, "batch channel height width"]:
@@ -262,8 +265,12 @@ def _load_folder(name: str, given: Path, root: Path) -> Dataset:
     cache = root / CACHE_FOLDER / f"images-{digest(os.fsencode(folder.resolve()))[:16]}.safetensors"
     tensors = _read_cache(cache, fingerprint)
     if tensors is None:
+        # said before the images are decoded, which may take long
+        kept = _can_be_written(cache)
         tensors = _decode(files)
-        _write_cache(cache, tensors, fingerprint)
+        if kept:
+            with written_whole(cache) as temporary:
+                save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
     return Dataset(name, **tensors, class_names=names)  # pyright: ignore[reportArgumentType]
 
 
@@ -316,38 +323,37 @@ def _fingerprint(folder: Path, paths: list[Path]) -> str:
     return digest(*parts)
 
 
-def _write_cache(cache: Path, tensors: dict[str, Tensor], fingerprint: str) -> None:
-    """Keep the decoded images; where nothing may be written they are decoded each time, with a warning."""
+def _can_be_written(cache: Path) -> bool:
+    """Whether decoded images can be kept; where not they are decoded each time, with a warning."""
     try:
-        with written_whole(cache) as temporary:
-            save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache.parent):
+            return True
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        warnings.warn(f"folder: decoded images are not kept, {cache} cannot be written ({error})", stacklevel=2)
+        warnings.warn(f"folder: decoded images are not kept, {cache} cannot be written ({error})", stacklevel=3)
+        return False
 
 
 def _read_cache(cache: Path, fingerprint: str) -> dict[str, Tensor] | None:
+    """The decoded images of these files, or None; what cannot be read is as good as none."""
     from safetensors import safe_open
 
-    if not cache.exists():
-        return None
     try:
         with safe_open(cache, framework="pt") as file:
             known = (file.metadata() or {}).get("fingerprint")
-        return load_file(cache) if known == fingerprint else None
-    except SafetensorError:
+        tensors = load_file(cache) if known == fingerprint else {}
+    except (SafetensorError, OSError):
         return None
+    return tensors if set(tensors) == _CACHED else None
 
 
 def _decode(files: dict[str, list[tuple[Path, int]]]) -> dict[str, Tensor]:
     everything = [path for part in files.values() for path, _ in part]
-    first = _open_image(everything[0])
-    grey = first.mode in GREY_MODES
-    size, tensors = first.size, {}
+    with _decoding(everything[0]) as image:
+        grey, size, tensors = image.mode in GREY_MODES, image.size, {}
     with tqdm(total=len(everything), desc="decoding images", unit="image") as bar:
         for part, entries in files.items():
-            pixels = np.empty((len(entries), 1 if grey else 3, size[1], size[0]), dtype=np.uint8)
+            pixels = _room_for((len(entries), 1 if grey else 3, size[1], size[0]))
             for row, (path, _) in enumerate(entries):
                 pixels[row] = _read_pixels(path, size, grey)
                 bar.update()
@@ -356,29 +362,42 @@ def _decode(files: dict[str, list[tuple[Path, int]]]) -> dict[str, Tensor]:
     return tensors
 
 
-def _open_image(path: Path) -> Image.Image:
-    """A decoded image; Pillow's plugins raise errors of many kinds, none of which names the file."""
+def _room_for(shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        return np.empty(shape, dtype=np.uint8)
+    except MemoryError as error:
+        raise ValueError(f"folder: expected images that fit into memory, got {math.prod(shape):,} bytes") from error
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[Image.Image]:
+    """A decoded image; Pillow raises errors of many kinds, in decoding and converting, none of which names the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 image.load()
+                yield image
     except Exception as error:
+        if isinstance(error, _NotUsable):
+            raise ValueError(f"folder: expected {error} in {path}") from None
         raise ValueError(
             f"folder: expected an image ({', '.join(IMAGE_FORMATS)}), got an unreadable file {path} ({error})"
         ) from error
-    return image
+
+
+class _NotUsable(Exception):
+    """What was expected of an image, and what came."""
 
 
 def _read_pixels(path: Path, size: tuple[int, int], grey: bool) -> np.ndarray:
-    image = _open_image(path)
-    if image.size != size:
-        raise ValueError(f"folder: expected every image to be {size[0]} x {size[1]} pixels, got {image.size} in {path}")
-    modes = GREY_MODES if grey else GREY_MODES + COLOUR_MODES
-    if image.mode not in modes:
-        raise ValueError(f"folder: expected 8-bit images of one of the modes {modes}, got {image.mode!r} in {path}")
-    if "transparency" in image.info:
+    with _decoding(path) as image:
+        if image.size != size:
+            raise _NotUsable(f"every image to be {size[0]} x {size[1]} pixels, got {image.size}")
+        modes = GREY_MODES if grey else GREY_MODES + COLOUR_MODES
+        if image.mode not in modes:
+            raise _NotUsable(f"8-bit images of one of the modes {modes}, got {image.mode!r}")
         # Pillow warns unless alpha is dropped in two steps
-        image = image.convert("RGBA")
-    pixels = np.asarray(image.convert("L" if grey else "RGB"))
+        opaque = image.convert("RGBA") if "transparency" in image.info else image
+        pixels = np.asarray(opaque.convert("L" if grey else "RGB"))
     return pixels[None] if grey else pixels.transpose(2, 0, 1)

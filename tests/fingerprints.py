@@ -24,14 +24,15 @@ from safetensors.torch import load_file
 
 from clustr_core import data
 from clustr_core.attacks.losses import margin_loss
+from clustr_core.attacks.temperature import rescaled
 from clustr_core.measuring import embeddings
 from clustr_core.measuring.attacked import attacks_of, run_attack
 from clustr_core.measuring.certified import certificates_of, prototype_certificates
 from clustr_core.measuring.embeddings import embedding_table, formation_table, geometry_table
 from clustr_core.measuring.examination import ablations_of, diagnostics_of
-from clustr_core.measuring.pieces import target_of
 from clustr_core.measuring.profile import Examination, Profile, Protocol, SandwichBudget, SmoothingBudget, load_profile
-from clustr_core.measuring.sandwich import sandwich_of
+from clustr_core.measuring.sandwiched import sandwich_of
+from clustr_core.measuring.targets import target_of
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.storage.files import digest
 from clustr_core.training.loop import fit
@@ -164,14 +165,15 @@ def small_profile(**parts) -> Profile:
 def attacked(method: str, protocol: Protocol, runs: dict[str, Run]) -> dict[str, float]:
     """The rows of an attack, and where it ends."""
     run, dataset = runs[method], digits()
-    source = runs["ce"] if protocol.attack == "transfer" else None
+    source = runs["ce"].model() if protocol.attack == "transfer" else None
     profile = replace(small_profile(), attacks={"it": protocol})
     rows = attacks_of(run, profile, dataset=dataset, progress=False)
     found = {"robust": float(rows["robust"].sum()), "gradients": float(rows["gradients"].mean())}
     images, labels = data.to_float(dataset.test_images[:64]), dataset.test_labels[:64]
-    target = target_of(run, source=source)
+    target = target_of(run, dataset)
+    cooled = rescaled(target.model, images)
     for loss in protocol.climbed:
-        options = {"eps": protocol.eps[0], "loss": loss, "sample": images, "source": target.source}
+        options = {"eps": protocol.eps[0], "loss": loss, "cooled": cooled, "source": source}
         # of another seed than the rows, and whether it succeeds or not
         ends = run_attack(target.model, images, labels, replace(protocol, seed=1), **options).adversarial
         with torch.no_grad():

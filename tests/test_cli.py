@@ -11,12 +11,17 @@ import pytest
 import torch
 from disk import contents, files_of_at_most
 
-from clustr_core.cli import main
-from clustr_core.measuring import attacked, sandwich
+from clustr_core import cli, data
+from clustr_core.cli import _KIND_OF_TABLE, main
+from clustr_core.measuring import certified as certified_module
 from clustr_core.measuring import pieces as pieces_module
 from clustr_core.measuring.certified import certificate_rows
 from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.versions import VERSIONS
+from clustr_core.storage.files import digest
+from clustr_core.storage.provenance import check_sidecar
 from clustr_core.training.recipes import METHODS, override, run_folder
+from clustr_core.training.run import load_run
 
 PROFILE = """\
 shared: {dataset: digits, width: 4, train_examples: 150}
@@ -173,7 +178,7 @@ def test_a_sandwich_needs_a_budget(certifying, home, capsys):
 
 def test_a_broken_certificate_is_one_line_and_status_2(certifying, home, capsys, monkeypatch):
     real = certificate_rows
-    monkeypatch.setattr(sandwich, "certificate_rows", lambda *a: real(*a).assign(radius=10.0))
+    monkeypatch.setattr(certified_module, "certificate_rows", lambda *a: real(*a).assign(radius=10.0))
     assert certifies("train") == 0
     capsys.readouterr()
     assert certifies("sandwich") == 2
@@ -185,7 +190,7 @@ def test_a_broken_certificate_is_one_line_and_status_2(certifying, home, capsys,
     assert len(kept) == 1
     assert kept[0].name in said
     assert contents(home / "results") == {}
-    assert not list(home.glob("runs/*/tables/*"))
+    assert not list(home.glob("runs/*/tables/sandwich-*"))
 
 
 def test_a_sandwich_of_a_changed_recipe_lies_beside_its_run(certifying, home):
@@ -205,10 +210,11 @@ def test_jobs_that_know_nothing_of_each_other_take_shares(certifying, home, caps
     lines = "attacks:\n  linf: {norm: linf, eps: [0.05, 0.1], steps: 2, examples: 15, losses: [ce, margin]}\n"
     with (home / "profiles/certifying.yaml").open("a") as file:
         file.write(lines)
-    for module in (attacked, pieces_module, sandwich):
-        monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(pieces_module, "CHUNK", 4)
     assert certifies(command) == 0
-    pieces = {path.name: path.read_bytes() for path in home.glob("runs/*/tables/*.csv")}
+    # a sandwich makes the certificates that it needs as well
+    kept = f"runs/*/tables/{_KIND_OF_TABLE[kind]}-*.csv"
+    pieces = {path.name: path.read_bytes() for path in home.glob(kept)}
     table = (certifying / f"{kind}-clustr-cert.csv").read_bytes()
     for path in [*home.glob("runs/*/tables/*.csv"), certifying / f"{kind}-clustr-cert.csv"]:
         path.unlink()
@@ -216,15 +222,15 @@ def test_jobs_that_know_nothing_of_each_other_take_shares(certifying, home, caps
     made = []
     for index in (2, 1, 3):
         assert certifies(command, "--shard", f"{index}/3") == 0
-        there = {path.name for path in home.glob("runs/*/tables/*.csv")}
+        there = {path.name for path in home.glob(kept)}
         made.append(len(there) - sum(made))
         assert f"share {index} of 3: {made[-1]} of {len(pieces)} pieces are kept" in capsys.readouterr().out
         assert not (certifying / f"{kind}-clustr-cert.csv").exists()
     # shares are even, together they are all, and the last call only puts them together
     assert max(made) - min(made) <= 1
-    before = {path: path.stat().st_mtime_ns for path in home.glob("runs/*/tables/*.csv")}
+    before = {path: path.stat().st_mtime_ns for path in home.glob(kept)}
     assert certifies(command) == 0
-    assert {path: path.stat().st_mtime_ns for path in home.glob("runs/*/tables/*.csv")} == before
+    assert {path: path.stat().st_mtime_ns for path in home.glob(kept)} == before
     assert {path.name: path.read_bytes() for path in before} == pieces
     assert (certifying / f"{kind}-clustr-cert.csv").read_bytes() == table
 
@@ -279,9 +285,12 @@ def test_precision_is_part_of_the_run(home, capsys):
 
 
 def test_a_diagnosis_is_not_shared_out(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
     assert refused(capsys, command="diagnose") == (
-        "clustr: diagnose: expected one process, since it is not shared out, got 2\n"
+        "clustr: diagnose: expected one process, since processes cannot share it, got 2\n"
     )
 
 
@@ -305,6 +314,115 @@ def test_a_table_may_go_elsewhere(home):
     assert clustr("certify", "--output", str(home / "mine/table.csv")) == 0
     assert len(pd.read_csv(home / "mine/table.csv")) == 60
     assert not (home / "results").exists()
+
+
+@pytest.mark.parametrize("output", [None, "mine/table.csv"])
+@pytest.mark.parametrize(
+    ("command", "kind", "method"),
+    [
+        ("attack", "attacks", "ce"),
+        ("certify", "certificates", "ce"),
+        ("certify", "certificates", "prototypes"),
+        ("sandwich", "sandwich", "clustr-cert"),
+        ("diagnose", "diagnostics", "ce"),
+        ("diagnose", "ablations", "ce"),
+    ],
+)
+def test_every_table_has_a_sidecar_with_its_protocol_and_version(certifying, home, command, kind, method, output):
+    with (home / "profiles/certifying.yaml").open("a", encoding="utf-8") as file:
+        file.write("attacks:\n  linf: {eps: [0.05], steps: 1, examples: 4, losses: [ce]}\n")
+        file.write("examination: {eps: 0.1, examples: 3, steps: 1, restarts: 1, queries: 1}\n")
+    if command == "diagnose" and output:
+        with pytest.raises(SystemExit):
+            certifies(command, "--output", output, method=method)
+        return
+    assert certifies(command, *(["--output", output] if output else []), method=method) == 0
+    profile, path = load_profile("certifying"), Path(output or f"results/certifying/{kind}-{method}.csv")
+    made = check_sidecar(path)["made"]
+    assert made["version"] == VERSIONS[_KIND_OF_TABLE[kind]]
+    assert made["protocol"] == json.loads(json.dumps(profile.protocol(kind)))
+    assert (made["method"], made["profile"]) == (method, {"name": "certifying", "sha256": profile.sha256})
+    run = None if method == "prototypes" else load_run(run_folder(profile.recipes[method]))
+    assert made["run"] == (run and run.path.name)
+    assert made["weights_sha256"] == (run and run.weights_sha256)
+
+
+@pytest.mark.parametrize("output", ["table", "table.json", "mine/table.txt"])
+def test_an_output_that_its_sidecar_would_overwrite_is_refused_before_any_work(home, capsys, output):
+    message = refused(capsys, "--output", output, command="certify")
+    expected = "--output: expected a file name that ends in .csv, since X.json lies beside it, got"
+    assert message == f"clustr: {expected} {output}\n"
+    assert contents(home / "runs") == {}
+
+
+def test_a_released_model_has_a_table_with_a_sidecar(home, monkeypatch):
+    profile = "attacks:\n  linf: {eps: [0.05], steps: 1, examples: 9, losses: [ce]}\n"
+    (home / "profiles/one.yaml").write_text(profile, encoding="utf-8")
+    (home / "model_best.pth").write_bytes(b"released")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+    digits = data.load_dataset("digits")
+    monkeypatch.setattr(cli, "load_official", lambda path, dataset: network)
+    monkeypatch.setattr(data, "load_dataset", lambda name: digits)
+    given = ["--official", "model_best.pth", "--dataset", "cifar10", "--examples", "4", "--device", "cpu"]
+    assert main(["attack", *given, "--profile", "one"]) == 0
+    (path,) = home.glob("runs/official-*/attacks.csv")
+    assert len(pd.read_csv(path)) == 4
+    made = check_sidecar(path)["made"]
+    # as it was run, not as the profile says
+    assert made["protocol"]["linf"]["examples"] == 4
+    assert (made["method"], made["dataset"], made["version"]) == ("model_best", "cifar10", VERSIONS["attack"])
+    assert made["weights_sha256"] == digest(b"released")
+
+
+@pytest.mark.parametrize("command", ["train", "attack", "diagnose", "certify", "sandwich"])
+def test_variables_of_torchrun_that_were_left_behind_are_one_line_of_every_command(home, capsys, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    message = refused(capsys, command=command)
+    assert message.startswith("clustr: environment: expected all that torchrun sets, got WORLD_SIZE=2 without LOCAL_")
+    assert contents(home / "runs") == contents(home / "results") == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("epochs=010", None),
+        ("epochs=1:30", "ce: epochs: expected a number or a fraction, got '1:30'"),
+        ("epochs=1_0", "ce: epochs: expected a number or a fraction, got '1_0'"),
+        ("epochs=1.5", "ce: epochs: expected a whole number, got 1.5"),
+    ],
+)
+def test_numbers_after_set_are_decimal(home, capsys, given, said):
+    if said is None:
+        assert cli._changes([given]) == {"epochs": 10}
+        return
+    assert refused(capsys, "--set", given).startswith(f"clustr: {said}")
+
+
+def test_a_field_is_changed_once(home, capsys):
+    message = refused(capsys, "--set", "epochs=1", "--set", "epochs=2")
+    assert message == "clustr: --set: expected each field once, got epochs twice\n"
+
+
+def test_a_fraction_in_a_chapter_is_a_number(home):
+    lines = "chapters:\n  04-pgd: {pictured_eps: 8/255, grid: [2/255, 0.1], name: a/b}\n"
+    (home / "profiles/chapters.yaml").write_text(lines, encoding="utf-8")
+    found = load_profile("chapters").chapters["04-pgd"]
+    assert found == {"pictured_eps": 8 / 255, "grid": [2 / 255, 0.1], "name": "a/b"}
+
+
+@pytest.mark.parametrize("command", ["attack", "certify", "sandwich"])
+def test_a_damaged_piece_is_one_line_that_names_it(certifying, home, capsys, command):
+    with (home / "profiles/certifying.yaml").open("a", encoding="utf-8") as file:
+        file.write("attacks:\n  linf: {eps: [0.05], steps: 1, examples: 4, losses: [ce]}\n")
+    assert certifies(command) == 0
+    kept = next(home.glob(f"runs/*/tables/{command.replace('certify', 'certificate')}-*.csv"))
+    kept.write_bytes(kept.read_bytes()[:-2])
+    capsys.readouterr()
+    assert certifies(command) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clustr: ")]
+    assert kept.name in said
+    assert "got a damaged file with" in said
 
 
 def test_threads_are_set():

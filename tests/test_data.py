@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import struct
 import zlib
 from dataclasses import replace
@@ -13,9 +14,11 @@ import pytest
 import torch
 from disk import files_of_at_most
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
-from clustr_core import data
+from clustr_core import cli, data
 
 
 @pytest.fixture(scope="module")
@@ -260,13 +263,32 @@ def test_nothing_is_written_beside_the_images(folder, root):
     assert len(caches(root)) == 1
 
 
-def test_where_nothing_can_be_written_images_are_decoded_with_a_warning(folder, root, monkeypatch):
-    def refuse(path):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+def read_only(root, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
 
-    monkeypatch.setattr(data, "written_whole", refuse)
-    with pytest.warns(UserWarning, match=f"decoded images are not kept, {root}.* cannot be written"):
-        assert len(load(folder).train_images) == 4
+    monkeypatch.setattr(data.tempfile, "TemporaryFile", refuse)
+
+
+def a_file_in_the_way(root, monkeypatch):
+    (root / data.CACHE_FOLDER).touch()
+
+
+def no_place(root, monkeypatch):
+    monkeypatch.setenv("CLUSTR_DATA", "/proc/none/of/it")
+
+
+@pytest.mark.parametrize("spoilt", [read_only, a_file_in_the_way, no_place])
+def test_where_nothing_can_be_written_a_warning_comes_before_the_images_are_decoded(folder, root, monkeypatch, spoilt):
+    spoilt(root, monkeypatch)
+    events, decode = [], data._decode
+    monkeypatch.setattr(data, "_decode", lambda files: (events.append("decoded"), decode(files))[1])
+    monkeypatch.setattr(data.warnings, "warn", lambda text, stacklevel: events.append(text))
+    assert len(load(folder).train_images) == 4
+    warning, decoded = events
+    assert re.match(r"folder: decoded images are not kept, .*images-.* cannot be written \(.*\)", warning)
+    assert decoded == "decoded"
+    assert not caches(root)
 
 
 def test_a_relative_folder_is_found_in_the_books_root(folder, monkeypatch, tmp_path_factory):
@@ -358,6 +380,60 @@ def test_a_truncated_cache_is_made_again(folder, root, keep):
     cache.write_bytes(whole[:keep])
     assert torch.equal(load(folder).train_images, first.train_images)
     assert cache.read_bytes() == whole
+
+
+def lock(cache, monkeypatch):
+    def refuse(*given, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(cache))
+
+    monkeypatch.setattr(data, "load_file", refuse)
+
+
+def drop_a_part(cache, monkeypatch):
+    with safe_open(cache, framework="pt") as file:
+        kept = file.metadata()
+    tensors = load_file(cache)
+    del tensors["test_labels"]
+    save_file(tensors, cache, metadata=kept)
+
+
+@pytest.mark.parametrize("spoilt", [lock, drop_a_part])
+def test_a_cache_that_cannot_be_read_is_as_good_as_none(folder, root, monkeypatch, spoilt):
+    first = load(folder)
+    spoilt(*caches(root), monkeypatch)
+    assert torch.equal(load(folder).test_labels, first.test_labels)
+
+
+def test_images_that_no_memory_can_hold_are_named(folder, monkeypatch):
+    def full(shape, dtype):
+        raise MemoryError
+
+    monkeypatch.setattr(data.np, "empty", full)
+    with pytest.raises(ValueError, match="folder: expected images that fit into memory, got 360 bytes"):
+        load(folder)
+
+
+def test_an_image_that_cannot_be_converted_is_named(folder, monkeypatch):
+    def refuse(image, mode):
+        raise OverflowError("no such colour")
+
+    monkeypatch.setattr(Image.Image, "convert", refuse)
+    with pytest.raises(ValueError, match=r"got an unreadable file .*train/cat/a\.png \(no such colour\)"):
+        load(folder)
+
+
+def test_a_home_that_there_is_not_is_named(monkeypatch):
+    with pytest.raises(ValueError, match="~no-such-user/images: expected the home of a user"):
+        data.load_dataset("folder:~no-such-user/images")
+
+
+def test_nothing_about_images_ends_in_a_traceback(folder, capsys):
+    """The command line says one line, whatever lies in the folder."""
+    for bad, content in {"long text": png_of(5, 6, bytes(2**21)), "bomb": png_of(60_000, 60_000)}.items():
+        (folder / "train/dog/b.png").write_bytes(content)
+        status = cli.main(["train", "--profile", "smoke", "--method", "ce", "--set", f"dataset=folder:{folder}"])
+        assert status == 2, bad
+        assert re.match(r"clustr: folder: .*train/dog/b\.png", capsys.readouterr().err.splitlines()[-1]), bad
 
 
 def spoil(folder, case):

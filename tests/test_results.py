@@ -8,30 +8,35 @@ from pandas.testing import assert_frame_equal
 
 from clustr_core.attacks.names import PAPER_RESTARTS, PAPER_STEPS
 from clustr_core.certificates.names import HARD_BOUNDS
+from clustr_core.measuring import study
 from clustr_core.measuring.accuracy import (
     best_bound,
-    both_protocols,
     broken_certificates,
-    certified_accuracy,
     robust_accuracy,
     robust_accuracy_by_loss,
 )
-from clustr_core.measuring.diagnostics import CHECKS, verdict
-from clustr_core.measuring.sandwich import ATTACKS, check_chain, check_sandwich, sandwich_curve
+from clustr_core.measuring.chain import check_chain, sandwich_curve
+from clustr_core.measuring.checks import CHECKS
+from clustr_core.measuring.counterexamples import check_sandwich
+from clustr_core.measuring.diagnostics import verdict
+from clustr_core.measuring.profile import Profile
+from clustr_core.measuring.sandwich import ATTACKS
 from clustr_core.storage.tables import read_table
-from tools.first_page import (
-    CERTIFYING,
-    certified_lines,
-    columns_of,
-    pixels_of,
-    profile_of,
-    protocol_lines,
-    radii_of,
-    rows,
-)
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = sorted(path.name for path in (ROOT / "results/published").iterdir() if path.name != "bench")
+
+
+def profile_of(name: str) -> Profile:
+    return study.read_study(name, published=True).profile
+
+
+def rows(profile: str, kind: str) -> pd.DataFrame:
+    return getattr(study.read_study(profile, published=True), kind)
+
+
+def pixels_of(profile: str) -> int:
+    return study.read_study(profile, published=True).pixels
 
 
 def sorted_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -166,9 +171,7 @@ def test_the_papers_protocol_spends_gradients_on_little_but_what_stays_unbroken(
 
 
 def curves(profile: str) -> pd.DataFrame:
-    ordinary = [*profile_of(profile).ordinary, "ce-clusters"]
-    found = rows(profile, "attacks")
-    return both_protocols(found[(found["attack"] != "autoattack") & found["method"].isin(ordinary)])
+    return study.protocol_curves(study.read_study(profile, published=True))
 
 
 def pgd_rows(profile: str) -> pd.DataFrame:
@@ -179,14 +182,13 @@ def pgd_rows(profile: str) -> pd.DataFrame:
 
 def certified_curves(name: str) -> pd.DataFrame:
     """Of each study at the radii that were drawn."""
-    shown = [*CERTIFYING, "clustr"]
-    parts = []
-    for study in dict.fromkeys([name, "cpu", "cpu-cifar10"]):
-        grid = [2 * radii_of(study)[-1] * i / 60 for i in range(61)]
-        best = best_bound(rows(study, "certificates"))
-        best = best[best["method"].isin(shown)]
-        parts.append(certified_accuracy(best, grid).assign(profile=study))
-    return pd.concat(parts)
+    studies = study.studies_beside(study.read_study(name, published=True)).values()
+    return pd.concat([study.certified_curve(each, [*each.certifying, "clustr"], 61) for each in studies])
+
+
+def summaries(name: str) -> pd.DataFrame:
+    studies = study.studies_beside(study.read_study(name, published=True)).values()
+    return pd.concat([study.summary(each) for each in studies])
 
 
 @pytest.mark.parametrize("profile", [name for name in PUBLISHED if (ROOT / "figures/published" / name).is_dir()])
@@ -197,7 +199,7 @@ def certified_curves(name: str) -> pd.DataFrame:
         ("fig-loss-agreement", lambda name: robust_accuracy_by_loss(pgd_rows(name).query("norm == 'linf'"))),
         ("fig-both-protocols", lambda name: curves(name)),
         ("fig-both-protocols-photographs", lambda name: curves("cpu-cifar10").assign(profile="cpu-cifar10")),
-        ("fig-protocol-gap", lambda name: pd.concat(columns_of(study) for study in {name, "cpu", "cpu-cifar10"})),
+        ("fig-protocol-gap", lambda name: summaries(name)),
     ],
 )
 def test_figures_are_drawn_from_the_rows(profile: str, label: str, derive) -> None:
@@ -214,14 +216,15 @@ def test_the_figure_of_certificates_is_drawn_from_the_rows() -> None:
 
 @pytest.mark.parametrize(("profile", "examples"), [("cpu", 256), ("cpu-cifar10", 256)])
 def test_numbers_on_the_first_page_are_those_of_the_rows(profile: str, examples: int) -> None:
-    page = (ROOT / "index.md").read_text()
-    assert set(columns_of(profile)["examples"]) == {examples}
-    for line in protocol_lines(profile):
+    page = (ROOT / "index.md").read_text(encoding="utf-8")
+    mine = study.read_study(profile, published=True)
+    assert set(study.summary(mine)["examples"]) == {examples}
+    for line in study.protocol_lines(mine):
         assert line in page
 
 
 @pytest.mark.parametrize("profile", ["quick", "cpu", "cpu-cifar10"])
 def test_certificates_on_the_first_page_are_those_of_the_rows(profile: str) -> None:
-    page = (ROOT / "index.md").read_text()
-    for line in certified_lines(profile):
+    page = (ROOT / "index.md").read_text(encoding="utf-8")
+    for line in study.certified_lines(study.read_study(profile, published=True)):
         assert line in page

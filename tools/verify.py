@@ -1,258 +1,74 @@
-r"""Do the published numbers hold? Three levels, each with a verdict; the exit status is 1 if one of them fails.
+"""Do the published numbers hold? Three levels, each with a verdict; the exit status is 1 if one of them fails.
 
-    python -m tools.verify [--level claims tables models] [--share 50] [--seed N]
+    python -m tools.verify [--level claims tables models] [--share 50] [--seed N] [--methods ce clustr]
+    python -m tools.verify --page    prints the tables of index.md as the published rows give them, to be pasted
 
-claims   seconds, no PyTorch: every published table is the one that its sidecar describes, the tables of index.md are
-         the rows', and each number whose source is named agrees with its cell.
+claims   seconds, no PyTorch: every published table is the one that its sidecar describes, and each measured number
+         of index.md, README.md and the chapters agrees with the cell that it names: see `tools.claims`.
 tables   a random share of profile quick's rows is computed again from the published weights: the same on the machine
-         that published them; elsewhere what differs is listed, and fails only where many differ.
+         that published them; elsewhere what differs is listed, and fails only where many rows do: `tools.recomputed`.
 models   everything of profile quick anew, in a scratch copy of the book; published accuracies must lie within the
          intervals (as long as `make figures`).
 
-A number in prose names its cell in a line before its paragraph, list or table: `% cell: NUMBER = EXPRESSION` in MyST,
-`<!-- cell: NUMBER = EXPRESSION -->` in README.md. NUMBER is written as it is printed in the text that follows.
-EXPRESSION is one of
-
-    protocol(PROFILE, METHOD, clean|paper|correct|certified)    a column of the summary table, in per cent
-    certified(PROFILE, METHOD, RADIUS)                          in per cent; a RADIUS may be a fraction; 0 is clean
-    table(PATH, COLUMN, KEY=VALUE, ...)                         the one row of a published CSV with these values
+`--methods` limits the last two to the tables of some methods.
 """
 
 import argparse
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from fractions import Fraction
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
-import pandas as pd
-
-from clustr_core.measuring.accuracy import best_bound, certified_accuracy
+from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.study import published_profiles, read_study
 from clustr_core.storage.files import home
-from clustr_core.storage.provenance import check_sidecar, processor
-from clustr_core.storage.tables import read_table
-from tools import compare, first_page
-
-if TYPE_CHECKING:
-    from clustr_core.training.run import Run
+from tools import claims, compare
 
 LEVELS = ("claims", "tables", "models")
-CELL = re.compile(
-    r"(?:% |<!-- )cell: (?P<number>-?[\d.,]+) = (?P<function>protocol|certified|table)"
-    r"\((?P<arguments>[^()]*)\)(?: -->)?"
-)
-# on another processor so much of a share may differ before that is called a failure
-TOLERATED = 0.05
+PROFILE = "quick"
 
 
-class Cell(NamedTuple):
-    """A printed number and the cell that it is said to come from."""
+def models(root: Path, *, methods: Sequence[str] = ()) -> list[str]:
+    """Published accuracies outside the intervals of a whole new run of profile quick, in a scratch copy.
 
-    number: str
-    function: str
-    arguments: tuple[str, ...]
-
-
-def parse_cell(line: str) -> Cell:
-    """The cell that a comment names.
-
+    Args:
+        methods: train and measure these alone, and run no chapter; empty for everything.
     Raises:
-        ValueError: if the comment is not of the grammar above.
+        ValueError: if the profile has no such method.
     """
-    if (match := CELL.fullmatch(line.strip())) is None:
-        raise ValueError(f"line: expected '% cell: NUMBER = EXPRESSION', got {line.strip()!r}")
-    return Cell(match["number"], match["function"], tuple(each.strip() for each in match["arguments"].split(",")))
-
-
-def value_of(root: Path, cell: Cell) -> float:
-    """What the published tables say in a cell.
-
-    Raises:
-        ValueError: if there is no such cell, or more than one.
-    """
-    name, *rest = cell.arguments
-    if cell.function == "table":
-        return _table_value(root / "results/published" / name, *rest)
-    if cell.function == "protocol":
-        found = first_page.columns_of(name).set_index(["method", "column"])["accuracy"]
-        return 100 * float(found.loc[(rest[0], rest[1])])
-    best = best_bound(first_page.rows(name, "certificates"))
-    found = certified_accuracy(best, [float(Fraction(rest[1]))]).set_index("method")["certified_accuracy"]
-    return 100 * float(found.loc[rest[0]])
-
-
-def _table_value(path: Path, column: str, *conditions: str) -> float:
-    table = read_table(path)
-    for condition in conditions:
-        key, _, value = condition.partition("=")
-        table = table[table[key].astype(str) == value]
-    if len(table) != 1:
-        raise ValueError(f"{path.name}: expected one row with {', '.join(conditions)}, got {len(table)}")
-    return float(table[column].tolist()[0])
-
-
-def claims(root: Path) -> list[str]:
-    """What is wrong with the published tables and the numbers that are said to come from them."""
-    return [*_sidecar_faults(root), *_first_page_faults(root), *_cell_faults(root)]
-
-
-def _sidecar_faults(root: Path) -> Iterator[str]:
-    for table in sorted((root / "results/published").rglob("*.csv")):
-        if table.parent.parent.name != "weights":
-            try:
-                check_sidecar(table)
-            except (ValueError, OSError) as error:
-                yield str(error).replace(f"{root}/", "")
-
-
-def _first_page_faults(root: Path) -> Iterator[str]:
-    page = (root / "index.md").read_text(encoding="utf-8")
-    for name in ("cpu-cifar10", "cpu", "quick"):
-        protocols = first_page.protocol_lines(name) if name != "quick" else []
-        for line in [*protocols, *first_page.certified_lines(name)]:
-            if line not in page:
-                yield f"index.md: expected the line that the rows of {name} give: {line}"
-
-
-def _cell_faults(root: Path) -> Iterator[str]:
-    for page in [root / "index.md", root / "README.md", *sorted((root / "notebooks").glob("*.md"))]:
-        lines = page.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines):
-            if not line.startswith(("% cell:", "<!-- cell:")):
-                continue
-            where = f"{page.relative_to(root)}:{number + 1}"
-            try:
-                cell = parse_cell(line)
-                said = value_of(root, cell)
-            except (ValueError, KeyError, OSError, IndexError) as error:
-                yield f"{where}: {error}"
-                continue
-            digits = len(cell.number.partition(".")[2])
-            if f"{said:.{digits}f}" != cell.number:
-                yield f"{where}: the page says {cell.number}, the table {said:.{digits}f}"
-            if not re.search(rf"(?<![\d.]){re.escape(cell.number)}(?![\d])", _block_after(lines, number)):
-                yield f"{where}: expected {cell.number} in the text that follows, got none"
-
-
-def _block_after(lines: Sequence[str], number: int) -> str:
-    """The paragraph, list or table after a line of comments."""
-    begin = next((n for n in range(number, len(lines)) if not lines[n].startswith(("% cell:", "<!-- cell:"))), number)
-    end = next((n for n in range(begin, len(lines)) if not lines[n].strip()), len(lines))
-    return "\n".join(lines[begin:end])
-
-
-def tables(root: Path, *, share: int, seed: int) -> list[str]:
-    """Rows of a random share of profile quick, computed again from the published weights, beside the published."""
-    from clustr_core.measuring.attacked import attack_pieces
-    from clustr_core.measuring.certified import certificate_pieces
-    from clustr_core.measuring.profile import load_profile
-    from clustr_core.measuring.sandwich import sandwich_pieces
-    from clustr_core.training.recipes import run_folder
-    from clustr_core.training.run import load_run
-
-    faults, drawn = [], random.Random(seed)
-    published = root / "results/published/quick"
-    with tempfile.TemporaryDirectory() as scratch, _home_at(scratch):
-        shutil.copytree(root / "profiles", Path(scratch, "profiles"))
-        book, runs = load_profile("quick"), {}
-        for method, recipe in book.recipes.items():
-            shutil.copytree(published / "weights" / method, run_folder(recipe))
-            runs[method] = load_run(run_folder(recipe), expected=recipe)
-        if faults := list(_other_weights(published, {method: run.weights_sha256 for method, run in runs.items()})):
-            return faults
-        for method, run in runs.items():
-            for kind, pieces in (
-                ("attacks", attack_pieces(run, book) if method in book.attacked else []),
-                ("certificates", certificate_pieces(run, book)),
-                ("sandwich", sandwich_pieces(run, book) if method in book.lipschitz else []),
-            ):
-                if not pieces:
-                    continue
-                path = published / f"{kind}-{method}.csv"
-                names = _names(run) if kind == "attacks" else [method]
-                chosen = drawn.sample(range(len(pieces)), -(-len(pieces) // share))
-                again = [pieces[n].rows().assign(method=names[n * len(names) // len(pieces)]) for n in chosen]
-                same_machine = check_sidecar(path)["made"].get("processor") == processor()
-                faults += _differing(path, pd.concat(again), same_machine=same_machine)
-    return faults
-
-
-@contextmanager
-def _home_at(folder: str) -> Iterator[None]:
-    """The book's root elsewhere, for as long as the block."""
-    before = os.environ.get("CLUSTR_HOME")
-    os.environ["CLUSTR_HOME"] = folder
-    try:
-        yield
-    finally:
-        os.environ.pop("CLUSTR_HOME")
-        if before is not None:
-            os.environ["CLUSTR_HOME"] = before
-
-
-def _other_weights(published: Path, weights: Mapping[str, str]) -> Iterator[str]:
-    """Tables that were measured on other weights than those that lie beside them."""
-    for path in sorted(published.glob("*.csv")):
-        made = check_sidecar(path)["made"]
-        if (found := weights.get(made.get("method", ""))) and made.get("weights_sha256") != found:
-            yield f"{path.name}: expected rows of the published weights of {made['method']}, got of others"
-
-
-def _names(run: "Run") -> list[str]:
-    """What the rows of a run's heads are called, in the order of their pieces."""
-    from clustr_core.measuring.pieces import heads_of, target_of
-
-    return [target_of(run, head=head).name for head in heads_of(run)]
-
-
-def _differing(path: Path, again: pd.DataFrame, *, same_machine: bool) -> list[str]:
-    """Which of the published rows came out otherwise."""
-    published = read_table(path)
-    keys = [name for name in ("method", "attack", "norm", "eps", "loss", "bound", "index") if name in again]
-    if "eps" in keys:
-        again, published = (table.assign(eps=table["eps"].round(9)) for table in (again, published))
-    values = [name for name in ("prediction", "robust", "correct") if name in again]
-    numbers = [name for name in ("radius", "norm") if name in again and again[name].dtype.kind == "f"]
-    both = published.merge(again, on=[key for key in keys if key not in numbers], suffixes=("", "_again"))
-    if len(both) != len(again):
-        return [f"{path.name}: {len(again)} rows were computed again, and only {len(both)} of them are published"]
-    wrong = pd.Series(data=False, index=both.index)
-    for name in values:
-        wrong |= both[name].astype(str) != both[f"{name}_again"].astype(str)
-    for name in numbers:
-        finite = both[name].replace(float("inf"), 1e9), both[f"{name}_again"].replace(float("inf"), 1e9)
-        wrong |= (finite[0] - finite[1]).abs() > (1e-6 if same_machine else 1e-3) * (1 + finite[0].abs())
-    if not wrong.any():
-        return []
-    listed = sorted(set(both.loc[wrong, "index"]))
-    shown = ", ".join(map(str, listed[:10])) + ", ..." * (len(listed) > 10)
-    line = f"{path.name}: {int(wrong.sum())} of {len(both)} rows differ (images {shown})"
-    if not same_machine and wrong.mean() <= TOLERATED:
-        print(f"  {line}: another processor")
-        return []
-    return [line]
-
-
-def models(root: Path) -> list[str]:
-    """Published accuracies outside the intervals of a whole new run of profile quick, in a scratch copy."""
+    book = load_profile(root / "profiles" / f"{PROFILE}.yaml")
+    if unknown := sorted(set(methods) - set(book.recipes)):
+        raise ValueError(f"methods: expected some of {', '.join(book.recipes)}, got {', '.join(unknown)}")
+    published = root / "results/published" / PROFILE
+    tables = [path.name for path in sorted(published.glob("*.csv"))]
+    names = [name for name in tables if not methods or name.partition("-")[2].removesuffix(".csv") in methods]
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "book")
-        left_out = shutil.ignore_patterns(".*", "runs", "data", "_build", "quick", "__pycache__")
-        shutil.copytree(root, copy, ignore=left_out)
-        command = [sys.executable, "-m", "snakemake", "--cores", "all", "--config", "profile=quick", "--quiet", "rules"]
+        shutil.copytree(root, copy, ignore=_not_copied(root))
+        targets = [f"results/{PROFILE}/{name}" for name in names if methods]
+        command = [sys.executable, "-m", "snakemake", *targets, "--cores", "all", "--config", f"profile={PROFILE}"]
         environment = os.environ | {"CLUSTR_HOME": str(copy), "PYTHONPATH": str(copy)}
+        print(f"  {', '.join(methods) or 'everything'} of profile {PROFILE} is trained and measured anew", flush=True)
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, encoding="utf-8", check=False)
         if done.returncode:
-            return [f"profile quick could not be run: {done.stderr[-1000:]}"]
-        lines = compare.compare(copy / "results/quick", root / "results/published/quick")
-        return [line for line in lines if "outside" in line or "not published" in line]
+            return [f"profile {PROFILE} could not be run: {done.stderr[-2000:]}"]
+        found = [each for each in compare.compare(copy / "results" / PROFILE, published) if each.table in names]
+    print("\n".join(f"  {each}" for each in found))
+    return [str(each) for each in found if each.verdict not in ("identical", "within", "differs")]
+
+
+def _not_copied(root: Path) -> Callable[[str, list[str]], list[str]]:
+    """What a copy of the book does without: what was made here, and environments; never a folder of the package."""
+    made = {root / name for name in ("runs", "data", "_build", f"results/{PROFILE}", f"figures/{PROFILE}", "logs")}
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if name.startswith(".") or name == "__pycache__" or Path(folder, name) in made]
+
+    return left_out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -261,20 +77,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--level", nargs="+", choices=LEVELS, default=["claims", "tables"])
     parser.add_argument("--share", type=int, default=50, help="one in so many pieces of each table (50)")
     parser.add_argument("--seed", type=int, default=None, help="of the draw; printed")
+    parser.add_argument("--methods", nargs="+", default=[], help="recompute the tables of these alone")
+    parser.add_argument("--page", action="store_true", help="print the tables of index.md instead")
     options = parser.parse_args(arguments)
+    if options.page:
+        for study in (read_study(name, published=True) for name in published_profiles()):
+            for kind in ("protocols", "certificates"):
+                print(f"rows: {kind}({study.name})", *claims.table_lines(study, kind), "", sep="\n")
+        return 0
     root, failed = home().resolve(), False
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     for level in options.level:
-        faults = {
-            "claims": lambda: claims(root),
-            "tables": lambda: tables(root, share=options.share, seed=seed),
-            "models": lambda: models(root),
-        }[level]()
+        try:
+            faults = _faults(level, root, options.methods, share=options.share, seed=seed)
+        except (ValueError, OSError) as error:
+            faults = [str(error)]
         print("\n".join(f"  {fault}" for fault in faults), end="\n" * bool(faults))
         drawn = f" (one piece in {options.share}, seed {seed})" if level == "tables" else ""
-        print(f"{level}: {'FAILED' if faults else 'hold'}{drawn}")
+        print(f"{level}: {'FAILED' if faults else 'hold'}{drawn}", flush=True)
         failed |= bool(faults)
     return int(failed)
+
+
+def _faults(level: str, root: Path, methods: Sequence[str], *, share: int, seed: int) -> list[str]:
+    if level == "claims":
+        return claims.faults(root)
+    if level == "models":
+        return models(root, methods=methods)
+    from tools import recomputed
+
+    return recomputed.tables(root, share=share, seed=seed, methods=methods)
 
 
 if __name__ == "__main__":

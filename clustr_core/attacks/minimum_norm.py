@@ -361,7 +361,8 @@ def _one_run(
         values, gradient, broken = _climb(model, x, labels, descent.loss)
         norm = flat_norm(x - images)
         _keep(best, shortest, everyone, x, norm.masked_fill(~broken, torch.inf))
-        distance = values.abs() / flat_norm(gradient).clamp_min(torch.finfo(x.dtype).tiny)
+        # a model's logits may be wider than its images
+        distance = values.abs().to(x.dtype) / flat_norm(gradient).clamp_min(torch.finfo(x.dtype).tiny)
         now = SearchState(eps, norm, broken, shortest, distance, (1 + math.cos(math.pi * step / steps)) / 2)
         eps = descent.radius(now).minimum(farthest)
         x = x + per_item(eps * descent.share(now.cosine), x) * direction(gradient, "l2")

@@ -11,7 +11,8 @@ from clustr_core.certificates.names import HardBound
 from clustr_core.certificates.polyhedron import least_norm
 from clustr_core.models.classifiers import Rule, cluster_logits
 from clustr_core.models.clusters import Clusters
-from clustr_core.numerics.distances import mean_centroid, rows_within, squared_distances
+from clustr_core.numerics.chunks import rows_within
+from clustr_core.numerics.distances import mean_centroid, squared_distances
 from clustr_core.numerics.rounding import relative_rounding
 
 

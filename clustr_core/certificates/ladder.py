@@ -15,7 +15,8 @@ from clustr_core.certificates.soft import soft_radius
 from clustr_core.models.classifiers import ClusterClassifier, Rule, check_voters, cluster_logits
 from clustr_core.models.clusters import Clusters
 from clustr_core.numerics.checks import check_finite
-from clustr_core.numerics.distances import rows_within, squared_distances
+from clustr_core.numerics.chunks import rows_within
+from clustr_core.numerics.distances import squared_distances
 from clustr_core.numerics.kernels import dispatch
 from clustr_core.numerics.rounding import full_precision, given_and_working_dtype, relative_rounding, rounded_down
 

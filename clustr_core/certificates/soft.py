@@ -20,7 +20,8 @@ from torch import Tensor
 from clustr_core.certificates.names import SoftBound
 from clustr_core.certificates.polyhedron import multipliers
 from clustr_core.models.clusters import Clusters
-from clustr_core.numerics.distances import mean_centroid, rows_within, squared_distances
+from clustr_core.numerics.chunks import rows_within
+from clustr_core.numerics.distances import mean_centroid, squared_distances
 
 # each halves what is left between a safe radius and one too large: 48 of them leave a rounding
 BISECTIONS = 48

@@ -8,7 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 from scipy.spatial import Voronoi, voronoi_plot_2d
 
+from clustr_core.drawing.checks import check_grid, check_known, check_rows
 from clustr_core.drawing.looks import BOUND_LOOKS, CLASS_COLOURS
+
+CLASS_MARKERS = "o^sDPX"
 
 
 def draw_regions(
@@ -25,12 +28,21 @@ def draw_regions(
     Args:
         grid: x, y of a full grid and one column ``rule``_c of logits for each class c.
         border: line style of the regions' borders.
+    Raises:
+        ValueError: for fewer than two classes or more than there are colours, a label for each centroid missing, or
+            centroids that are not finite points of the plane; and as `check_grid`.
     """
-    classes = np.unique(labels)
+    classes, most = np.unique(labels), len(CLASS_COLOURS)
+    if not 2 <= len(classes) <= most:
+        raise ValueError(f"labels: expected 2 to {most} classes, which have a colour each, got {len(classes)}")
+    _check_points(centroids, "centroids")
+    if len(labels) != len(centroids):
+        raise ValueError(f"labels: expected one for each of {len(centroids)} centroids, got {len(labels)}")
+    check_grid(grid, "x", "y", *(f"{rule}_{c}" for c in classes))
     logits = np.stack([grid.pivot(index="y", columns="x", values=f"{rule}_{c}").to_numpy() for c in classes])
     x, y = np.unique(grid["x"]), np.unique(grid["y"])
-    for c, colour, marker in zip(classes, CLASS_COLOURS, "o^sDPX", strict=False):
-        lead = logits[c] - np.delete(logits, c, axis=0).max(axis=0)
+    for n, (c, colour, marker) in enumerate(zip(classes, CLASS_COLOURS, CLASS_MARKERS, strict=False)):
+        lead = logits[n] - np.delete(logits, n, axis=0).max(axis=0)
         axes.contourf(x, y, lead, levels=[0, np.inf], colors=[colour], alpha=0.18)
         axes.contour(x, y, lead, levels=[0], colors="0.2", linewidths=1.1, linestyles=border)
         mine = np.asarray(labels) == c
@@ -41,7 +53,12 @@ def draw_regions(
 
 
 def draw_voronoi(axes: Axes, centroids: np.ndarray, **look) -> None:
-    """Edges of the centroids' Voronoi cells; the axes keep their limits."""
+    """Edges of the centroids' Voronoi cells; the axes keep their limits.
+
+    Raises:
+        ValueError: for fewer than four centroids, which the algorithm needs, or some that are not finite points.
+    """
+    _check_points(centroids, "centroids", least=4)
     limits = axes.get_xlim(), axes.get_ylim()
     before = len(axes.collections)
     voronoi_plot_2d(Voronoi(centroids), axes, show_points=False, show_vertices=False)
@@ -50,13 +67,25 @@ def draw_voronoi(axes: Axes, centroids: np.ndarray, **look) -> None:
     _plane(axes, *limits)
 
 
+def _check_points(points: np.ndarray, name: str, *, least: int = 1) -> None:
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) < least or not np.isfinite(points).all():
+        raise ValueError(f"{name}: expected {least} or more finite points of the plane, got {points.tolist()}")
+
+
 def _plane(axes: Axes, xlim: tuple[float, float], ylim: tuple[float, float]) -> None:
     axes.set(aspect="equal", xlim=xlim, ylim=ylim, xlabel="first coordinate", ylabel="second coordinate")
     axes.grid(False)
 
 
 def draw_discs(axes: Axes, points: pd.DataFrame, *, radius: str = "radius", **look) -> None:
-    """Certified balls of planar points: columns x, y and ``radius``."""
+    """Certified balls of planar points: columns x, y and ``radius``.
+
+    Raises:
+        ValueError: for a negative radius; and as `check_rows`.
+    """
+    check_rows(points, "x", "y", radius)
+    if (least := float(np.min(points[radius]))) < 0:
+        raise ValueError(f"{radius}: expected radii of at least 0, got {least:g}")
     style = {"facecolor": "none", "edgecolor": "black", "linewidth": 0.9} | look
     for x, y, r in points[["x", "y", radius]].itertuples(index=False):
         axes.add_patch(Circle((x, y), r, **style))
@@ -67,8 +96,13 @@ def draw_bisector(axes: Axes, table: pd.DataFrame) -> None:
     """One pair of centroids, their bisector, z with its two discs, and the shortest step to the bisector.
 
     Args:
-        table: as `clustr_core.theory.bisector_picture` makes it.
+        table: as `clustr_core.theory.pictures.bisector_picture` makes it.
+    Raises:
+        ValueError: if a point is missing; and as `check_rows`.
     """
+    check_rows(table, "x", "y", words=("point",))
+    if missing := {"own", "rival", "z", "crossing"} - set(table["point"]):
+        raise ValueError(f"table: expected the points own, rival, z and crossing, got none called {sorted(missing)}")
     at = {name: np.array([x, y]) for name, x, y in table[["point", "x", "y"]].itertuples(index=False)}
     axis = at["rival"] - at["own"]
     along = np.array([-axis[1], axis[0]]) / np.linalg.norm(axis)
@@ -102,7 +136,14 @@ def draw_bisector(axes: Axes, table: pd.DataFrame) -> None:
 def draw_ladder(
     axes: Axes, table: pd.DataFrame, x: str, *, bounds: Sequence[str] = tuple(BOUND_LOOKS), every: int = 0
 ) -> None:
-    """Radii against column ``x``, one line a bound; ``every`` puts a marker on each n-th point."""
+    """Radii against column ``x``, one line a bound; ``every`` puts a marker on each n-th point.
+
+    Raises:
+        ValueError: for a bound without a look; and as `check_rows`.
+    """
+    check_known(pd.DataFrame({"bounds": list(bounds)}), "bounds", BOUND_LOOKS)
+    check_rows(table, x, *bounds)
+    every = every or int(len(table) == 1)  # a line of one point would not be seen
     for bound in bounds:
         look = BOUND_LOOKS[bound]
         axes.plot(
@@ -124,8 +165,13 @@ def draw_on_a_line(axes: Axes, table: pd.DataFrame) -> None:
     """CE1: centroids on a line, z, the interval the unsound formula claims, and the one that is certified.
 
     Args:
-        table: as `clustr_core.theory.second_nearest_line` makes it.
+        table: as `clustr_core.theory.pictures.second_nearest_line` makes it.
+    Raises:
+        ValueError: if a point is missing; and as `check_rows`.
     """
+    check_rows(table, "position", "claimed", "certified", "flip", words=("point",))
+    if missing := {*"ABCz"} - set(table["point"]):
+        raise ValueError(f"table: expected the points A, B, C and z, got none called {sorted(missing)}")
     at = dict(zip(table["point"], table["position"].astype(float), strict=True))
     claimed, certified, flip = (float(table[name].iloc[0]) for name in ("claimed", "certified", "flip"))
     bars = ((1.0, claimed, "claimed from B alone", "//"), (0.5, certified, "certified over all rivals", ""))
@@ -149,8 +195,13 @@ def draw_soft_margin(axes: Axes, table: pd.DataFrame) -> None:
     """CE4: the soft rule's margin against the shift of z, and the radius claimed under either rule.
 
     Args:
-        table: as `clustr_core.theory.soft_margin_along` makes it.
+        table: as `clustr_core.theory.pictures.soft_margin_along` makes it.
+    Raises:
+        ValueError: for fewer than two rows; and as `check_rows`.
     """
+    check_rows(table, "shift", "margin", "nearest_rule_radius", "soft_rule_radius", "flip")
+    if len(table) < 2:
+        raise ValueError(f"table: expected two or more shifts, got {len(table)}")
     axes.plot(table["shift"], table["margin"], color="black")
     axes.axhline(0, color="0.4", linewidth=0.9)
     margin = table["margin"].to_numpy(dtype=float)

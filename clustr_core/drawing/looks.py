@@ -1,4 +1,4 @@
-"""What everything looks like: colours, line styles, markers and names; figures saved with their tables."""
+"""What everything looks like: colours, line styles and markers; figures saved with their tables."""
 
 import os
 from collections.abc import Iterator
@@ -50,22 +50,6 @@ BOUND_LOOKS = {
     "pairwise": Look(COLOURS[0], "-", "o"),
     "exact": Look("black", "-.", "D"),
 }
-METHOD_NAMES = {
-    "ce": "cross-entropy",
-    "ce-clusters": "cross-entropy, clusters fitted after",
-    "pgd-at": "PGD adversarial training",
-    "trades": "TRADES",
-    "free-at": "free adversarial training",
-    "fast-at": "fast adversarial training",
-    "clustr": "ClusTR",
-    "clustr-qtrades": "ClusTR+QTRADES",
-    "free-clustr": "free ClusTR",
-    "clustr-cert": "ClusTR-cert",
-    "clustr-lip": "ClusTR-lip",
-    "lip-linear": "1-Lipschitz linear head",
-    "smoothing": "randomised smoothing",
-    "prototypes": "prototypes on raw pixels",
-}
 
 
 def look_of(method: str) -> Look:
@@ -74,11 +58,6 @@ def look_of(method: str) -> Look:
         return LOOKS[method]
     number = sum(map(ord, method))
     return Look(COLOURS[number % len(COLOURS)], (0, (3, 1, 1, 1, 1, 1)), "1234+x"[number % 6])
-
-
-def method_name(method: str) -> str:
-    """What a method is called in a figure; a method of one's own by its name."""
-    return METHOD_NAMES.get(method, method)
 
 
 SANDWICH_LOOKS = {

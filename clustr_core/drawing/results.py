@@ -1,14 +1,16 @@
-"""Tables -> Axes: curves, maps, paths."""
+"""Tables -> Axes: curves, maps, paths. Every function refuses a table of which something could not be seen."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
+from clustr_core.drawing.checks import check_grid, check_known, check_rows
 from clustr_core.drawing.looks import (
     BOUND_LOOKS,
     COLOURS,
@@ -18,73 +20,104 @@ from clustr_core.drawing.looks import (
     Look,
     each_group,
     look_of,
-    method_name,
 )
+from clustr_core.measuring.study import method_name
+
+CLASS_MARKERS = "o^sDPvX<>*"
 
 
 def draw_distribution(axes: Axes, table: pd.DataFrame, value: str, *, group: str, looks: dict[str, Look]) -> None:
-    """Share of rows whose ``value`` is at most the abscissa, one staircase for each entry of ``group``."""
+    """Share of rows whose ``value`` is at most the abscissa, one staircase for each entry of ``looks``.
+
+    Raises:
+        ValueError: if a group of ``looks`` has no rows; and as `check_rows`.
+    """
+    check_rows(table, value, words=(group,))
+    if missing := [name for name in looks if name not in set(table[group])]:
+        raise ValueError(f"{group}: expected rows of each of {list(looks)}, got none of {missing}")
     for name, look in looks.items():
-        values = np.sort(table.loc[table[group] == name, value].dropna())
+        values = np.sort(table.loc[table[group] == name, value])
         share = np.arange(1, len(values) + 1) / len(values)
-        every = max(len(values) // 8, 1)
-        axes.plot(
-            values,
-            share,
-            color=look.color,
-            linestyle=look.linestyle,
-            marker=look.marker,
-            markevery=every,
-            zorder=2 if look.linestyle == "-" else 3,
-            label=name,
-        )
+        style = _style(look, len(values), zorder=2 if look.linestyle == "-" else 3)
+        axes.plot(values, share, markevery=max(len(values) // 8, 1), label=name, **style)
 
 
 def draw_by_group(axes: Axes, table: pd.DataFrame, x: str, y: str, *, group: str, name: str) -> None:
-    """Column ``y`` against ``x``, one line for each value of ``group``, called "``name`` value"."""
-    for (value, rows), look in zip(table.groupby(group), BOUND_LOOKS.values(), strict=False):
-        axes.plot(
-            rows[x], rows[y], color=look.color, linestyle=look.linestyle, marker=look.marker, label=f"{name} {value:g}"
-        )
+    """Column ``y`` against ``x``, one line for each value of ``group``, called "``name`` value".
+
+    Raises:
+        ValueError: for more groups than there are looks; and as `check_rows`.
+    """
+    check_rows(table, x, y, group)
+    looks = list(BOUND_LOOKS.values())
+    groups = list(table.groupby(group))
+    if len(groups) > len(looks):
+        raise ValueError(f"{group}: expected at most {len(looks)} values, got {len(groups)}")
+    for (value, rows), look in zip(groups, looks, strict=False):
+        axes.plot(rows[x], rows[y], label=f"{name} {value:g}", **_style(look, len(rows)))
     axes.legend()
 
 
 def draw_accuracy(axes: Axes, table: pd.DataFrame, x: str, y: str, *, loss: str | None = None) -> None:
     """Accuracy against ``x``, one line a method, with its binomial interval as a band (columns low, high)."""
     if loss is not None:
+        check_rows(table, words=("loss",))
         table = pd.DataFrame(table[table["loss"] == loss])
+    check_rows(table, x, y, "low", "high", words=("method",))
     for method, rows in each_group(table, "method"):
         look = look_of(method)
-        style = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker, "markersize": 5}
-        axes.plot(rows[x], rows[y], label=method_name(method), **style)
+        axes.plot(rows[x], rows[y], label=method_name(method), **_style(look, len(rows), markersize=5))
         axes.fill_between(rows[x], rows["low"], rows["high"], color=look.color, alpha=0.15, linewidth=0)
     axes.set_ylim(-0.02, 1.02)
 
 
 def draw_protocols(axes: Axes, table: pd.DataFrame) -> None:
-    """Robust accuracy of one method against eps, one line a protocol (column protocol), with its interval as a band."""
+    """Robust accuracy of one method against eps, one line a protocol (column protocol), with its interval as a band.
+
+    Raises:
+        ValueError: for another protocol than those of `PROTOCOL_LOOKS`; and as `check_rows`.
+    """
+    check_rows(table, "eps", "robust_accuracy", "low", "high", words=("protocol",))
+    check_known(table, "protocol", PROTOCOL_LOOKS)
     for protocol, rows in each_group(table, "protocol"):
-        look = PROTOCOL_LOOKS[protocol]
-        style = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker, "markersize": 4}
-        axes.plot(rows["eps"], rows["robust_accuracy"], label=PROTOCOL_NAMES[protocol], **style)
+        look, name = PROTOCOL_LOOKS[protocol], PROTOCOL_NAMES[protocol]
+        axes.plot(rows["eps"], rows["robust_accuracy"], label=name, **_style(look, len(rows), markersize=4))
         axes.fill_between(rows["eps"], rows["low"], rows["high"], color=look.color, alpha=0.15, linewidth=0)
     axes.set_ylim(-0.02, 1.02)
 
 
+def draw_certified(axes: Axes, table: pd.DataFrame) -> None:
+    """`accuracy.certified_accuracy` against the radius, one line a method."""
+    check_rows(table, "at", "certified_accuracy", words=("method",))
+    for method, rows in each_group(table, "method"):
+        style = _style(look_of(method), len(rows), markersize=5)
+        every = max((len(rows) - 1) // 6, 1)
+        axes.plot(rows["at"], rows["certified_accuracy"], markevery=every, label=method_name(method), **style)
+    top = float(table["at"].to_numpy(dtype=float).max())
+    axes.set(xlabel="$L_2$ radius", ylim=(-0.02, 1.02), xlim=(0, top) if top > 0 else None)
+
+
 def draw_surface(axes: Axes, table: pd.DataFrame, x: str, y: str, value: str, *, lost: bool = True) -> Any:
-    """A column on a grid as filled contours, with the border where the label is lost (margin 0) as a black line."""
+    """A column on a grid as filled contours, with the border where the label is lost (margin 0) as a black line.
+
+    Raises:
+        ValueError: as `check_grid`.
+    """
+    check_grid(table, x, y, value, *(("margin",) if lost else ()))
     grid = table.pivot(index=y, columns=x, values=value)
     filled = axes.contourf(grid.columns, grid.index, grid.to_numpy(), levels=14, cmap="cividis")
-    border = table.pivot(index=y, columns=x, values="margin").to_numpy()
-    if lost and border.min() < 0 < border.max():
-        axes.contour(grid.columns, grid.index, border, levels=[0.0], colors="white", linewidths=4)
-        axes.contour(grid.columns, grid.index, border, levels=[0.0], colors="black", linewidths=1.8)
+    if lost:
+        border = table.pivot(index=y, columns=x, values="margin").to_numpy()
+        if border.min() < 0 < border.max():
+            for colour, width in (("white", 4), ("black", 1.8)):
+                axes.contour(grid.columns, grid.index, border, levels=[0.0], colors=colour, linewidths=width)
     axes.grid(visible=False)
     return filled
 
 
 def draw_arrows(axes: Axes, table: pd.DataFrame, *, every: int = 2) -> None:
     """Directions of a field (columns x y dx dy), all of one length, on every n-th row and column of its grid."""
+    check_rows(table, "x", "y", "dx", "dy")
     kept = [set(sorted(table[name].unique())[::every]) for name in ("x", "y")]
     rows = pd.DataFrame(table[table["x"].isin(list(kept[0])) & table["y"].isin(list(kept[1]))])
     length = np.hypot(rows["dx"].to_numpy(), rows["dy"].to_numpy())
@@ -93,9 +126,30 @@ def draw_arrows(axes: Axes, table: pd.DataFrame, *, every: int = 2) -> None:
     axes.quiver(rows["x"], rows["y"], rows["dx"] / unit, rows["dy"] / unit, **look)
 
 
+def draw_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Named places on a surface, white with a black edge, a marker each.
+
+    Raises:
+        ValueError: for more places than markers.
+    """
+    if len(points) > len(CLASS_MARKERS):
+        raise ValueError(f"points: expected at most {len(CLASS_MARKERS)}, got {len(points)}")
+    look = {"color": "white", "markeredgecolor": "black", "markersize": 8, "linestyle": "none"}
+    for (name, place), marker in zip(points.items(), CLASS_MARKERS, strict=False):
+        axes.plot(*place, marker, label=name, **look)
+
+
 def draw_protocol_gaps(axes: Axes, table: pd.DataFrame) -> None:
-    """`accuracy.four_columns`: each method in both protocols, two marks on one row, with intervals, joined by a bar."""
+    """`accuracy.summary_table`: each method in both protocols, two marks on one row, with intervals, joined by a bar.
+
+    Raises:
+        ValueError: for a method without exactly one row of each protocol; and as `check_rows`.
+    """
+    check_rows(table, "accuracy", "low", "high", words=("method", "column"))
     groups = list(each_group(table, "method"))
+    for method, rows in groups:
+        if (found := sorted(rows.loc[rows["column"].isin(PROTOCOL_LOOKS), "column"])) != sorted(PROTOCOL_LOOKS):
+            raise ValueError(f"table: expected one row of each of {sorted(PROTOCOL_LOOKS)} of {method}, got {found}")
     for row, (_, rows) in enumerate(groups):
         mine = rows.set_index("column").loc[["paper", "correct"]]
         axes.plot(mine["accuracy"], [row] * 2, color="0.7", linewidth=4, zorder=1)
@@ -111,22 +165,29 @@ def draw_protocol_gaps(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def draw_sandwich(axes: Axes, table: pd.DataFrame) -> None:
-    """`sandwich.sandwich_curve`: what is certified as an area, what attacks leave as lines above it, up to clean."""
+    """`chain.sandwich_curve`: what is certified as an area, what attacks leave as lines above it, up to clean.
+
+    Raises:
+        ValueError: for a column without a look; and as `check_rows`.
+    """
+    check_rows(table, "at", "accuracy", words=("column",))
+    check_known(table, "column", SANDWICH_LOOKS)
     for column, look in SANDWICH_LOOKS.items():
         rows = table.loc[table["column"] == column]
         if column == "certified":
             axes.fill_between(rows["at"], rows["accuracy"], color="0.85", linewidth=0)
-        every = max(len(rows) // 6, 1)
-        style = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker or None, "markersize": 4.5}
         if len(rows):
-            axes.plot(rows["at"], rows["accuracy"], markevery=every, label=column, **style)
+            style = _style(look, len(rows), markersize=4.5)
+            axes.plot(rows["at"], rows["accuracy"], markevery=max(len(rows) // 6, 1), label=column, **style)
     axes.set(ylim=(-0.02, 1.02), xlabel="$L_2$ radius")
 
 
 def draw_tightness(axes: Axes, table: pd.DataFrame) -> None:
     """Certified radius (``radius``) against the smallest adversarial norm found (``norm``), one dot an image, and the
-    diagonal that no dot may cross."""
-    top = 1.05 * table["norm"].to_numpy(dtype=float).max()
+    diagonal that no dot may cross. A norm that is infinite, where no attack found anything, has no place: leave it out.
+    """
+    check_rows(table, "norm", "radius")
+    top = 1.05 * float(table[["norm", "radius"]].to_numpy(dtype=float).max()) or 1.0
     axes.fill_between([0, top], [0, top], top, color="0.92", linewidth=0, zorder=0)
     axes.plot([0, top], [0, top], color="black", linewidth=1.2)
     axes.scatter(table["norm"], table["radius"], s=9, alpha=0.5, color=COLOURS[0], linewidth=0, rasterized=True)
@@ -134,26 +195,45 @@ def draw_tightness(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def draw_history(axes: Axes, table: pd.DataFrame, y: str) -> None:
-    """One column of training histories against the epoch, one line a method."""
-    for method, rows in each_group(table.dropna(subset=[y]), "method"):
+    """One column of training histories against the epoch, one line for each method that has such a column.
+
+    Raises:
+        ValueError: if no method has it, or one has gaps in it; and as `check_rows`.
+    """
+    check_rows(table, "epoch", words=("method",))
+    check_rows(table.assign(**{y: 0.0}) if y in table else table, y)
+    told = table.groupby("method")[y].transform(lambda values: values.notna().any())
+    check_rows(pd.DataFrame(table[told]), y)
+    for method, rows in each_group(pd.DataFrame(table[told]), "method"):
         look = look_of(method)
-        axes.plot(rows["epoch"], rows[y], color=look.color, linestyle=look.linestyle, label=method_name(method))
+        marker = look.marker if len(rows) == 1 else None
+        style = {"color": look.color, "linestyle": look.linestyle, "marker": marker}
+        axes.plot(rows["epoch"], rows[y], label=method_name(method), **style)
     axes.set_xlabel("epoch")
 
 
 def draw_map(axes: Axes, table: pd.DataFrame, class_names: Sequence[str]) -> None:
-    """A planar map of embeddings (x, y, label): a colour and a marker for each class, its name above its images."""
-    colours = sns.color_palette("colorblind", len(class_names))
+    """A planar map of embeddings (x, y, label): a colour and a marker for each class, its name above its images.
+
+    There are ten colours and ten markers; from the eleventh class on they are paired anew, up to a hundred classes.
+
+    Raises:
+        ValueError: for a label without a name, or more than a hundred classes; and as `check_rows`.
+    """
+    check_rows(table, "x", "y", "label")
+    most = len(CLASS_MARKERS) * len(COLOURS)
+    if not set(table["label"]) <= set(range(min(len(class_names), most))):
+        limits = f"{table['label'].min()} to {table['label'].max()}"
+        raise ValueError(f"label: expected numbers of {len(class_names)} names, at most {most}, got {limits}")
+    colours = sns.color_palette("colorblind", len(COLOURS))
     for label, rows in each_group(table, "label"):
-        marker = "o^sDvPX<>*"[label % 10]
-        axes.scatter(
-            rows["x"], rows["y"], s=12, color=[colours[label]], marker=marker, linewidth=0, alpha=0.8, rasterized=True
-        )
+        marker = CLASS_MARKERS[(label + label // len(COLOURS)) % len(CLASS_MARKERS)]
+        style = {"color": [colours[label % len(COLOURS)]], "marker": marker}
+        axes.scatter(rows["x"], rows["y"], s=12, linewidth=0, alpha=0.8, rasterized=True, **style)
     for label, rows in each_group(table, "label"):
         above = (np.median(rows["x"]), np.quantile(rows["y"], 0.9))
-        text = axes.annotate(
-            str(class_names[label]), above, xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9
-        )
+        style = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+        text = axes.annotate(str(class_names[label]), above, **style)
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     axes.margins(0.1)
     axes.set_xticks([])
@@ -166,36 +246,40 @@ def draw_map(axes: Axes, table: pd.DataFrame, class_names: Sequence[str]) -> Non
 
 def draw_shares(axes: Axes, table: pd.DataFrame, value: str, group: str) -> None:
     """Share of examples at or below each value, one curve a group, from light and thin to dark and thick."""
+    check_rows(table, value, words=(group,))
     groups = list(each_group(table, group))
     for rank, (name, rows) in enumerate(groups):
         depth = (rank + 1) / len(groups)
         ordered = np.sort(rows[value].to_numpy())
         shares = np.arange(1, len(ordered) + 1) / len(ordered)
         shade = str(round(0.8 * (1 - depth), 2))
-        axes.step(ordered, shares, where="post", color=shade, linewidth=0.8 + 1.6 * depth, label=f"{group} {name}")
+        style = {"color": shade, "linewidth": 0.8 + 1.6 * depth, "marker": "o" if len(ordered) == 1 else None}
+        axes.step(ordered, shares, where="post", label=f"{group} {name}", **style)
     axes.set_ylim(0, 1)
 
 
 def draw_paths(axes: Axes, table: pd.DataFrame) -> None:
     """The path of an attack for each method: position along the line to the rival, and distance from that line."""
+    check_rows(table, "along", "across", words=("method",))
     for method, rows in each_group(table, "method"):
         look = look_of(method)
-        axes.plot(
-            rows["along"],
-            rows["across"],
-            color=look.color,
-            linestyle=look.linestyle,
-            marker=look.marker,
-            markersize=3.5,
-            label=method_name(method),
-        )
+        style = _style(look, len(rows), markersize=3.5)
+        axes.plot(rows["along"], rows["across"], label=method_name(method), **style)
         axes.plot(rows["along"].iloc[0], rows["across"].iloc[0], marker="o", markersize=10, color=look.color, alpha=0.4)
     axes.axvline(0.5, color="0.3", linewidth=1)
     axes.plot([0, 1], [0, 0], "k", marker="x", linestyle="none", markersize=8)
 
 
 def draw_image(axes: Axes, image: np.ndarray, title: str = "") -> None:
-    """One image, [channel, height, width] in bytes or in [0, 1], without axes."""
+    """One image, [channel, height, width] in bytes or in [0, 1], without axes.
+
+    Raises:
+        ValueError: for another shape than one or three channels, or a pixel that is NaN or infinite.
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
+        raise ValueError(f"image: expected [channel, height, width] of 1 or 3 channels, got {list(image.shape)}")
+    if not np.isfinite(image).all():
+        raise ValueError(f"image: expected finite pixels, got {int((~np.isfinite(image)).sum())} that are not")
     grey = image.shape[0] == 1
     top = 255 if image.dtype == np.uint8 else 1
     axes.imshow(image[0] if grey else image.transpose(1, 2, 0), cmap="gray" if grey else None, vmin=0, vmax=top)
@@ -205,14 +289,14 @@ def draw_image(axes: Axes, image: np.ndarray, title: str = "") -> None:
 
 def draw_progress(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
     """One column against another, one line a method."""
+    check_rows(table, x, y, words=("method",))
     for method, rows in each_group(table, "method"):
-        look = look_of(method)
-        style = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker, "markersize": 3.5}
-        axes.plot(rows[x], rows[y], label=method_name(method), **style)
+        axes.plot(rows[x], rows[y], label=method_name(method), **_style(look_of(method), len(rows), markersize=3.5))
 
 
 def draw_ranges(axes: Axes, table: pd.DataFrame, value: str) -> None:
     """One horizontal box a method: quartiles, and whiskers from the 5th to the 95th percentile."""
+    check_rows(table, value, words=("method",))
     groups = list(each_group(table, "method"))
     boxes = axes.boxplot(
         [rows[value].to_numpy() for _, rows in groups],
@@ -227,3 +311,91 @@ def draw_ranges(axes: Axes, table: pd.DataFrame, value: str) -> None:
         box.set_facecolor(look_of(method).color)
         box.set_alpha(0.5)
     axes.invert_yaxis()
+
+
+def draw_parts(axes: Axes, table: pd.DataFrame) -> None:
+    """Stacked bars, one a method (columns method part share): from dark to light, every second one hatched.
+
+    Raises:
+        ValueError: for a share below 0, or a part that a method has twice; and as `check_rows`.
+    """
+    check_rows(table, "share", words=("method", "part"))
+    least, twice = float(np.min(table["share"])), int(table.duplicated(["method", "part"]).sum())
+    if least < 0 or twice:
+        raise ValueError(f"share: expected one of at least 0 for each part, got {least:g}, and {twice} parts again")
+    parts, methods = list(dict.fromkeys(table["part"])), list(dict.fromkeys(table["method"]))
+    shares = table.pivot(index="method", columns="part", values="share").fillna(0.0).loc[methods, parts]
+    starts = shares.cumsum(axis=1) - shares
+    hatches = ("", "//", "", "..", "", "\\\\", "")
+    for n, part in enumerate(parts):
+        look = {"color": _shade(n, len(parts)), "edgecolor": "white", "hatch": hatches[n % len(hatches)]}
+        axes.barh([method_name(method) for method in methods], shares[part], left=starts[part], label=part, **look)
+    axes.set(xlabel="share of a step's time", xlim=(0, 1))
+    axes.invert_yaxis()
+
+
+def draw_growth(axes: Axes, table: pd.DataFrame, *, kinds: Sequence[str]) -> None:
+    """Seconds against a size (columns what size seconds) on logarithmic axes, one line for each kind of work.
+
+    Args:
+        kinds: all kinds of the figure, so that each looks the same in every panel.
+    Raises:
+        ValueError: for a size or time that is not positive, a kind that is not of ``kinds``, or more kinds than
+            markers; and as `check_rows`.
+    """
+    check_rows(table, "size", "seconds", words=("what",))
+    check_known(table, "what", kinds)
+    markers, styles = "osD^vP*X", ("-", "--", "-.", ":")
+    if len(kinds) > len(markers):
+        raise ValueError(f"kinds: expected at most {len(markers)}, got {len(kinds)}")
+    if (least := table[["size", "seconds"]].to_numpy(dtype=float).min()) <= 0:
+        raise ValueError(f"table: expected positive sizes and seconds, got {least:g}")
+    for what, rows in table.groupby("what", sort=False):
+        n, rows = list(kinds).index(str(what)), rows.sort_values("size")
+        colour = colormaps["cividis"](n / len(kinds))
+        style = {"marker": markers[n], "linestyle": styles[n % len(styles)], "color": colour}
+        axes.plot(rows["size"], rows["seconds"], label=what, **style)
+    sizes = sorted(set(table["size"]))
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.xaxis.set_minor_formatter("")
+
+
+def draw_prices(axes: Axes, table: pd.DataFrame) -> None:
+    """Accuracy against what a training costs beside cross-entropy's (``training_ratio``), one mark a method."""
+    check_rows(table, "training_ratio", "accuracy", words=("method",))
+    for method, rows in each_group(table, "method"):
+        look = look_of(method)
+        style = {"marker": look.marker, "color": look.color, "markersize": 9, "linestyle": "none"}
+        axes.plot(rows["training_ratio"], rows["accuracy"], label=method_name(method), **style)
+    axes.set(xlabel="training time / cross-entropy's", ylim=(-0.03, max(0.65, table["accuracy"].max() + 0.03)))
+
+
+def draw_hours(axes: Axes, table: pd.DataFrame) -> None:
+    """The hours of each part of a study (columns part devices hours) on a logarithmic axis, a mark each number of GPUs.
+
+    Raises:
+        ValueError: for hours that are not positive, or more numbers of devices than markers; and as `check_rows`.
+    """
+    check_rows(table, "hours", "devices", words=("part",))
+    counts, least = sorted(set(table["devices"])), float(np.min(table["hours"]))
+    if least <= 0 or len(counts) > len(CLASS_MARKERS):
+        raise ValueError(f"table: expected positive hours of at most ten numbers of devices, got {least:g}, {counts}")
+    for n, devices in enumerate(counts):
+        rows = table[table["devices"] == devices]
+        style = {"color": "black" if n == 0 else str(0.55 + 0.3 * (n - 1) / len(counts)), "markersize": 8}
+        name = f"{devices} GPU{'s' * (devices > 1)}"
+        axes.plot(rows["hours"], rows["part"], "os^DvPX<>*"[n], label=name, **style)
+    axes.set(xscale="log", xlabel="hours, at peak")
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _style(look: Look, count: int, **more: Any) -> dict[str, Any]:
+    """A line's colour, style and marker; a line of one row, which would not be seen, is given one."""
+    marker = look.marker or ("o" if count == 1 else None)
+    return {"color": look.color, "linestyle": look.linestyle, "marker": marker, **more}
+
+
+def _shade(place: int, count: int) -> Any:
+    """The colour of one of several in an order, from dark to light."""
+    return colormaps["cividis"](place / max(count - 1, 1))

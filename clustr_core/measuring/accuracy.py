@@ -1,5 +1,7 @@
 """From per-example rows to accuracies with their intervals: everything the book says is derived from rows."""
 
+from functools import cache
+
 import pandas as pd
 from scipy.stats import binomtest
 
@@ -148,6 +150,7 @@ def certified_accuracy(table: pd.DataFrame, radii: list[float], *, column: str =
     return _proportions(pd.concat(parts), [*keys, "at"], "certified", "certified_accuracy")
 
 
+@cache
 def binomial_interval(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """The exact (Clopper-Pearson) interval of a proportion.
 

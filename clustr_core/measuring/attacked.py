@@ -15,53 +15,46 @@ from clustr_core.attacks.cells import cell_walk
 from clustr_core.attacks.gradient import pgd
 from clustr_core.attacks.paper import paper_pgd, paper_surface
 from clustr_core.attacks.result import AttackResult
-from clustr_core.attacks.temperature import rescaled
+from clustr_core.attacks.temperature import Rescaled
 from clustr_core.attacks.transfer import transfer
-from clustr_core.measuring.pieces import (
-    CHUNK,
-    AttackTarget,
-    CachedRows,
-    Head,
-    collected,
-    dataset_of,
-    drawn_order,
-    heads_of,
-    kept_at,
-    named,
-    source_of,
-    target_of,
-)
+from clustr_core.measuring.pieces import CachedRows, collected, dataset_of, image_chunks, kept_at, named
 from clustr_core.measuring.profile import Profile, Protocol
+from clustr_core.measuring.targets import AttackTarget, Head, heads_of, source_of, target_of
 from clustr_core.training.run import Run
 
 
-def measure(subject: AttackTarget, protocol: Protocol, dataset: data.Dataset, *, progress: bool = True) -> pd.DataFrame:
+def measure(
+    target: AttackTarget, protocol: Protocol, *, source: AttackTarget | None = None, progress: bool = True
+) -> pd.DataFrame:
     """One attack on one model: one row for each eps, loss and test image.
 
     Images are attacked in chunks of an order drawn once, each chunk's rows are kept as soon as it is done, so an
     interrupted measurement goes on, one on more images or another grid computes only the chunks that are new, and
-    several processes or jobs share them (`compute`).
+    several processes or jobs share them (`fill_cache`).
 
+    Args:
+        source: for the attack "transfer", what is climbed.
     Returns:
         columns ``attack norm eps loss steps restarts index label prediction correct adversarial_prediction robust
         gradients``. ``robust`` says that the attack did not succeed; it is false for an image misclassified when clean,
         but for the paper's rule, which does not ask. Predictions are those of the log-domain logits. ``gradients`` are
         the input gradients spent on the image. AutoAttack has no one number of steps: ``steps`` and ``restarts`` are 0.
     """
-    title = f"{subject.name} {protocol.attack} {protocol.norm}"
-    pieces = measure_pieces(subject, protocol, dataset)
-    table = collected(pieces, device=subject.device, title=title, progress=progress)
+    title = f"{target.name} {protocol.attack} {protocol.norm}"
+    pieces = measure_pieces(target, protocol, source=source)
+    table = collected(pieces, device=target.device, title=title, progress=progress)
     return table.sort_values(["eps", "loss", "index"], ignore_index=True)
 
 
-def measure_pieces(subject: AttackTarget, protocol: Protocol, dataset: data.Dataset) -> list[CachedRows]:
-    """All that `measure` needs, for jobs that `compute` a share of it each."""
-    chunks = drawn_order(dataset)[: protocol.examples].split(CHUNK)
-    test = dataset.test_digest
+def measure_pieces(target: AttackTarget, protocol: Protocol, *, source: AttackTarget | None = None) -> list[CachedRows]:
+    """All that `measure` needs, for jobs that compute a share of it each."""
+    chunks = image_chunks(target.dataset, protocol.examples)
+    source = source if protocol.attack == "transfer" else None
     return [
         CachedRows(
-            _rows_path(subject, protocol, eps, loss, chunk, test),
-            partial(attack_rows, subject, dataset, chunk, protocol, eps, loss),
+            _rows_path(target, protocol, eps, loss, chunk, source),
+            partial(attack_rows, target, chunk, protocol, eps, loss, source),
+            len(chunk),
         )
         for eps, loss, chunk in product(protocol.eps, protocol.climbed, chunks)
     ]
@@ -83,8 +76,9 @@ def attack_table(
         head: "own" for the classifier as its method defines it, "clusters" for clusters fitted afterwards.
         source: for the attack "transfer", the run whose model is climbed.
     """
-    subject = target_of(run, head=head, source=source, device=device)
-    return measure(subject, protocol, dataset_of(run, dataset), progress=progress)
+    dataset = dataset_of(run, dataset)
+    climbed = None if source is None else target_of(source, dataset, device=device)
+    return measure(target_of(run, dataset, head=head, device=device), protocol, source=climbed, progress=progress)
 
 
 def attacks_of(
@@ -99,53 +93,61 @@ def attacks_of(
 
     No attack is transferred from a model to itself.
     """
-    dataset = dataset_of(run, dataset)
-    attacked = _attacked(run, profile, device)
-    tables = [named(each.name, measure(each, protocol, dataset, progress=progress)) for each, protocol in attacked]
+    tables = [
+        named(target.name, measure(target, protocol, source=source, progress=progress))
+        for target, protocol, source in _attacked(run, profile, dataset_of(run, dataset), device)
+    ]
     return pd.concat(tables, ignore_index=True)
 
 
 def attack_pieces(
     run: Run, profile: Profile, *, dataset: data.Dataset | None = None, device: str | torch.device = "cpu"
 ) -> list[CachedRows]:
-    """All that `attacks_of` needs, for jobs that `compute` a share of it each."""
-    dataset = dataset_of(run, dataset)
-    attacked = _attacked(run, profile, device)
-    return [piece for each, protocol in attacked for piece in measure_pieces(each, protocol, dataset)]
+    """All that `attacks_of` needs, for jobs that compute a share of it each."""
+    attacked = _attacked(run, profile, dataset_of(run, dataset), device)
+    return [piece for target, protocol, source in attacked for piece in measure_pieces(target, protocol, source=source)]
 
 
-def _attacked(run: Run, profile: Profile, device: str | torch.device) -> list[tuple[AttackTarget, Protocol]]:
-    """A run's models, each under every attack of a profile."""
+def _attacked(
+    run: Run, profile: Profile, dataset: data.Dataset, device: str | torch.device
+) -> list[tuple[AttackTarget, Protocol, AttackTarget | None]]:
+    """A run's models, each under every attack of a profile, with the model that is climbed if it is another."""
     if not profile.attacks:
         raise ValueError(f"profile {profile.name}: expected at least one entry under attacks, got none")
-    pairs = []
-    for head, protocol in product(heads_of(run), profile.attacks.values()):
-        source = source_of(run, profile, protocol.source) if protocol.attack == "transfer" else None
-        if protocol.attack != "transfer" or source is not None:
-            pairs.append((target_of(run, head=head, source=source, device=device), protocol))
-    return pairs
+    targets = [target_of(run, dataset, head=head, device=device) for head in heads_of(run)]
+    methods = {protocol.source for protocol in profile.attacks.values() if protocol.attack == "transfer"}
+    others = {method: source_of(run, profile, method) for method in sorted(methods)}
+    sources = {
+        method: target_of(other, dataset, device=device) for method, other in others.items() if other is not None
+    }
+    return [
+        (target, protocol, sources[protocol.source] if protocol.attack == "transfer" else None)
+        for target, protocol in product(targets, profile.attacks.values())
+        if protocol.attack != "transfer" or protocol.source in sources
+    ]
 
 
-def _rows_path(subject: AttackTarget, protocol: Protocol, eps: float, loss: str, chunk: Tensor, test: str) -> Path:
+def _rows_path(
+    target: AttackTarget, protocol: Protocol, eps: float, loss: str, chunk: Tensor, source: AttackTarget | None
+) -> Path:
     """The file of one chunk's rows, under a digest of all that they depend on."""
     asked = replace(protocol, eps=(eps,), losses=(), examples=None, step_size=protocol.step_size_at(eps))
-    source = subject.source.identity if subject.source and protocol.attack == "transfer" else None
-    what = {**asdict(asked), "loss": loss, "model": subject.identity, "source": source, "chunk": chunk.tolist()}
-    return kept_at(subject.tables, "attack", what, test)
+    climbed = None if source is None else source.identity
+    what = {**asdict(asked), "loss": loss, "model": target.identity, "source": climbed, "chunk": chunk.tolist()}
+    return kept_at(target.tables, "attack", what, target.dataset.test_digest)
 
 
 def attack_rows(
-    subject: AttackTarget, dataset: data.Dataset, indices: Tensor, protocol: Protocol, eps: float, loss: str
+    target: AttackTarget, indices: Tensor, protocol: Protocol, eps: float, loss: str, source: AttackTarget | None
 ) -> pd.DataFrame:
     """The rows of one chunk."""
-    model = subject.model
-    device = next(iter([*model.parameters(), *model.buffers()])).device
-    images = data.to_float(dataset.test_images[indices].to(device))
-    labels = dataset.test_labels[indices].to(device)
-    sample = data.to_float(dataset.test_images[drawn_order(dataset)[:CHUNK]].to(device))
-    result = run_attack(model, images, labels, protocol, eps=eps, loss=loss, sample=sample, source=subject.source)
+    images, labels, before = target.images(indices), target.labels(indices), target.clean_predictions(indices)
+    climbed = None if source is None else source.model
+    result = run_attack(
+        target.model, images, labels, protocol, eps=eps, loss=loss, cooled=target.cooled, source=climbed
+    )
     with torch.no_grad():
-        before, after = model(images).argmax(dim=1), model(result.adversarial).argmax(dim=1)
+        after = target.model(result.adversarial).argmax(dim=1)
     settled = protocol.attack == "autoattack"
     columns = {
         "index": indices,
@@ -177,13 +179,13 @@ def run_attack(
     *,
     eps: float,
     loss: str,
-    sample: Tensor,
-    source: AttackTarget | None = None,
+    cooled: Rescaled,
+    source: nn.Module | None = None,
 ) -> AttackResult:
     """One attack of a protocol on one batch.
 
     Args:
-        sample: clean images from which the temperature of the logits is taken, the same for every batch.
+        cooled: the model at its temperature, the same for every batch; cross-entropy is climbed on it.
         source: for "transfer", the model that is climbed.
     Raises:
         ValueError: if "transfer" has no source.
@@ -197,9 +199,8 @@ def run_attack(
         if source is None:
             raise ValueError("source: expected a model to transfer from, got none")
         return transfer(
-            source.model, model, images, labels, restarts=protocol.restarts, norm=protocol.norm, loss=loss, **size
+            source, model, images, labels, restarts=protocol.restarts, norm=protocol.norm, loss=loss, **size
         )
-    cooled = rescaled(model, sample)
     if protocol.attack == "pgd":
         return pgd(cooled, images, labels, restarts=protocol.restarts, norm=protocol.norm, loss=loss, **size)
     reach = {"norm": protocol.norm, "eps": eps, "seed": protocol.seed}

@@ -1,5 +1,6 @@
 """Certificates of finished runs: one row for each bound and test image."""
 
+import copy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 
@@ -16,7 +17,6 @@ from clustr_core.certificates.prototypes import pixel_prototype_rows
 from clustr_core.certificates.rounding import embedding_error
 from clustr_core.certificates.smoothing import certify_smoothed
 from clustr_core.measuring.pieces import (
-    AttackTarget,
     CachedRows,
     by_image,
     cached_chunks,
@@ -24,17 +24,19 @@ from clustr_core.measuring.pieces import (
     dataset_of,
     drawn_order,
     named,
-    target_of,
 )
 from clustr_core.measuring.profile import Profile, SmoothingBudget
+from clustr_core.measuring.targets import AttackTarget, target_of
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
 from clustr_core.training.recipes import Recipe, Smoothing
 from clustr_core.training.run import Run
 
-# of a certificate that is vacuous anyway; of one that is meant to hold, all
+# ordinary networks: three bounds, which are vacuous anyway; 1-Lipschitz networks: all of them
 BOUNDS: tuple[HardBound, ...] = ("triangle", "nearest", "pairwise")
 # images at which a lower bound on the Lipschitz constant is looked for
 PROBES = 64
+# a radius is kept with all of its bits, since the sandwich searches in the very ball that was certified
+DIGITS = 17
 
 
 def certificates_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
@@ -46,7 +48,7 @@ def certificates_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
 def certificate_pieces(
     run: Run, profile: Profile, *, dataset: data.Dataset | None = None, device: str | torch.device = "cpu"
 ) -> list[CachedRows]:
-    """All that `certificates_of` needs, for jobs that `compute` a share of it each."""
+    """All that `certificates_of` needs, for jobs that compute a share of it each."""
     dataset = dataset_of(run, dataset)
     return _certificate_pieces(run, profile.certified_examples, profile.smoothing, dataset, device)
 
@@ -92,24 +94,34 @@ def certificate_table(
     return by_image(table, "bound")
 
 
+def bounds_of(recipe: Recipe) -> tuple[str, ...]:
+    """The bounds that are valid for a method's classifier: one row each for an image."""
+    if recipe.guarantee == "smoothing":
+        return ("smoothing",)
+    if recipe.guarantee == "none":
+        return BOUNDS
+    return HARD_BOUNDS if recipe.clustered else ("margin",)
+
+
 @dataclass(frozen=True)
 class CertifiedRun:
     """A run's model and the constants of its certificates: each computed once, and only if an image needs it.
 
     Where a certificate is meant to hold, everything is computed in float64.
+
+    Args:
+        target: the model that attacks see, in float32.
     """
 
     run: Run
-    dataset: data.Dataset
-    device: str | torch.device
+    target: AttackTarget
 
     @cached_property
     def model(self) -> LinearClassifier | ClusterClassifier:
         """The model whose embeddings are certified."""
-        recipe = self.run.recipe
-        clustered = recipe.clustered or recipe.guarantee == "none"
-        model = self.run.cluster_model(self.device) if clustered else self.run.model(self.device)
-        return model.double() if recipe.guarantee == "lipschitz" else model
+        model = self.target.model
+        assert isinstance(model, LinearClassifier | ClusterClassifier)
+        return copy.deepcopy(model).double() if self.run.recipe.guarantee == "lipschitz" else model
 
     @cached_property
     def error(self) -> float:
@@ -120,13 +132,13 @@ class CertifiedRun:
     @cached_property
     def lipschitz(self) -> tuple[float, float]:
         """An upper bound, and what is reached at the first images."""
-        probes = self.pixels(drawn_order(self.dataset)[:PROBES])
+        probes = self.pixels(drawn_order(self.target.dataset)[:PROBES])
         upper = lipschitz_upper_bound(self.model.encoder, self.run.image_shape)
         return upper, lipschitz_lower_bound(self.model.encoder, probes)
 
     def pixels(self, indices: Tensor) -> Tensor:
         """Test images in [0, 1], in the model's dtype and on its device."""
-        return data.to_float(self.dataset.test_images[indices].to(self.device)).to(next(self.model.parameters()))
+        return self.target.images(indices).to(next(self.model.parameters()))
 
 
 def _certificate_pieces(
@@ -137,19 +149,34 @@ def _certificate_pieces(
     device: str | torch.device,
 ) -> list[CachedRows]:
     """The chunks of `certificate_table`."""
-    if run.recipe.guarantee == "smoothing":
-        if smoothing is None:
-            raise ValueError(f"smoothing: expected a budget in the profile for {run.recipe.method}, got none")
-        budget = asdict(replace(smoothing, examples=None))
-        rows = partial(_smoothing_rows, target_of(run, device=device), run.recipe, smoothing, dataset)
-        return cached_chunks(run, dataset, "certificate", smoothing.examples, budget, rows)
-    rows = partial(certificate_rows, CertifiedRun(run, dataset, device))
-    return cached_chunks(run, dataset, "certificate", examples, {}, rows)
+    target = certified_target(run, dataset, device)
+    if run.recipe.guarantee != "smoothing":
+        return cluster_pieces(run, target, examples)
+    if smoothing is None:
+        raise ValueError(f"smoothing: expected a budget in the profile for {run.recipe.method}, got none")
+    budget = asdict(replace(smoothing, examples=None))
+    rows = partial(_smoothing_rows, target, run.recipe, smoothing)
+    return cached_chunks(run, dataset, "certificate", smoothing.examples, budget, rows, rows_per_image=1)
+
+
+def certified_target(run: Run, dataset: data.Dataset, device: str | torch.device) -> AttackTarget:
+    """The classifier that is certified: the method's own, or clusters fitted afterwards where it promises nothing."""
+    own = run.recipe.clustered or run.recipe.guarantee != "none"
+    return target_of(run, dataset, head="own" if own else "clusters", device=device)
+
+
+def cluster_pieces(run: Run, target: AttackTarget, examples: int | None) -> list[CachedRows]:
+    """The chunks of a certificate that goes by embeddings."""
+    rows = partial(certificate_rows, CertifiedRun(run, target))
+    return cached_chunks(
+        run, target.dataset, "certificate", examples, {}, rows,
+        rows_per_image=len(bounds_of(run.recipe)), digits=DIGITS,
+    )  # fmt: skip
 
 
 def certificate_rows(certified: CertifiedRun, indices: Tensor) -> pd.DataFrame:
     """One row for each bound and image."""
-    model, labels = certified.model, certified.dataset.test_labels[indices]
+    model, labels = certified.model, certified.target.dataset.test_labels[indices]
     with torch.no_grad():
         embeddings = model.embed(certified.pixels(indices))
         predicted = _logits(model, embeddings).argmax(dim=1).cpu()
@@ -180,15 +207,12 @@ def _feature_radii(run: Run, model: nn.Module, embeddings: Tensor, error: float)
     return {bound: certified_radius(embeddings, model.clusters, bound=bound, **options) for bound in bounds}
 
 
-def _smoothing_rows(
-    subject: AttackTarget, recipe: Recipe, budget: SmoothingBudget, dataset: data.Dataset, indices: Tensor
-) -> pd.DataFrame:
+def _smoothing_rows(target: AttackTarget, recipe: Recipe, budget: SmoothingBudget, indices: Tensor) -> pd.DataFrame:
     """Certificates of the smoothed classifier; an image on which it abstains has the prediction -1 and no radius."""
     assert isinstance(recipe, Smoothing)
-    images = data.to_float(dataset.test_images[indices].to(subject.device))
-    labels = dataset.test_labels[indices]
+    labels = target.dataset.test_labels[indices]
     found = certify_smoothed(
-        subject.model, images, indices=indices, noise=recipe.noise, samples=budget.samples,
+        target.model, target.images(indices), indices=indices, noise=recipe.noise, samples=budget.samples,
         selection_samples=budget.selection_samples, failure_prob=budget.failure_prob,
     )  # fmt: skip
     predicted, radius = found.predictions.cpu(), found.radius.double().cpu()

@@ -1,5 +1,7 @@
 """What the embedding space looks like: maps, purity and separation, neighbours, and the path of an attack."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import torch
@@ -11,12 +13,15 @@ from clustr_core import data
 from clustr_core.attacks.ball import pgd_path, random_point
 from clustr_core.attacks.losses import cross_entropy, margin_loss
 from clustr_core.attacks.names import Norm
-from clustr_core.measuring.pieces import cache_path, dataset_of, some_test_images
+from clustr_core.measuring.pieces import CachedRows, cache_path, dataset_of, some_test_images
 from clustr_core.models.clusters import Clusters, fit_clusters
 from clustr_core.models.embed import embed_all, predictions
+from clustr_core.numerics.chunks import IMAGES_PREDICTED
 from clustr_core.numerics.distances import squared_distances
-from clustr_core.storage.tables import read_table, write_table
 from clustr_core.training.run import Run, training_part
+
+# a map in the plane is begun from three eigenvectors of the graph of neighbours
+UMAP_POINTS = 4
 
 
 def umap_map(
@@ -25,12 +30,16 @@ def umap_map(
     """A UMAP of embeddings in the plane. Neighbourhoods mean something; distances between groups do not.
 
     Args:
+        neighbours: at most one less than there are points is taken.
         min_dist: larger spreads the points of a group (umap-learn's default, 0.1, draws a tight cluster as a dot).
-
+    Raises:
+        ValueError: if there are fewer than four points.
     Source: McInnes et al. 2018, through umap-learn.
     """
+    _check_points(len(embeddings))
     import umap
 
+    neighbours = min(neighbours, len(embeddings) - 1)
     threads = torch.get_num_threads()
     mapper = umap.UMAP(n_neighbors=neighbours, min_dist=min_dist, random_state=seed, n_jobs=1)
     found = np.asarray(mapper.fit_transform(embeddings.cpu().numpy()), dtype=np.float64)
@@ -39,20 +48,35 @@ def umap_map(
     return found
 
 
+def _check_points(count: int) -> None:
+    """Refuse what is too little for a map, before anything is embedded."""
+    if count < UMAP_POINTS:
+        raise ValueError(f"examples: expected at least {UMAP_POINTS} images, which a UMAP needs, got {count}")
+
+
 def embedding_table(run: Run, *, examples: int | None = None, dataset: data.Dataset | None = None) -> pd.DataFrame:
     """Test images in the plane: ``index label prediction correct cluster x y``, UMAP coordinates last."""
     dataset = dataset_of(run, dataset)
-    path = cache_path(run, dataset, "embedding", {"examples": examples})
-    if not path.exists():
-        model = run.model()
-        indices, images, labels = some_test_images(run, dataset, examples)
-        embeddings = embed_all(model.encoder, images)
-        cluster = squared_distances(embeddings, run.cluster_model().centroids).argmin(dim=1)
-        predicted = predictions(model, images)
-        x, y = umap_map(embeddings).T
-        table = {"index": indices, "label": labels, "prediction": predicted, "correct": predicted == labels}
-        write_table(path, pd.DataFrame({**table, "cluster": cluster, "x": x, "y": y}))
-    return read_table(path)
+    path, count = cache_path(run, dataset, "embedding", {"examples": examples}), _shown(dataset, examples)
+    return CachedRows(path, lambda: _embedding_rows(run, dataset, examples), count).read()
+
+
+def _embedding_rows(run: Run, dataset: data.Dataset, examples: int | None) -> pd.DataFrame:
+    model = run.model()
+    indices, images, labels = some_test_images(run, dataset, examples)
+    embeddings = embed_all(model.encoder, images)
+    cluster = squared_distances(embeddings, run.cluster_model().centroids).argmin(dim=1)
+    predicted = predictions(model, images)
+    x, y = umap_map(embeddings).T
+    table = {"index": indices, "label": labels, "prediction": predicted, "correct": predicted == labels}
+    return pd.DataFrame({**table, "cluster": cluster, "x": x, "y": y})
+
+
+def _shown(dataset: data.Dataset, examples: int | None) -> int:
+    """How many test images a map shows."""
+    count = len(dataset.test_labels[:examples])
+    _check_points(count)
+    return count
 
 
 def formation_table(run: Run, *, examples: int | None = None, dataset: data.Dataset | None = None) -> pd.DataFrame:
@@ -64,11 +88,12 @@ def formation_table(run: Run, *, examples: int | None = None, dataset: data.Data
         margin = (rival_distance^2 - own_distance^2) / (2 sigma^2), which the magnet loss asks to exceed the gap.
     """
     dataset = dataset_of(run, dataset)
-    path = cache_path(run, dataset, "formation", {"examples": examples})
-    if not path.exists():
-        parts = [_formation_rows(run, epoch, dataset, examples) for epoch in run.recipe.snapshots]
-        write_table(path, pd.concat(parts, ignore_index=True))
-    return read_table(path)
+    path, epochs = cache_path(run, dataset, "formation", {"examples": examples}), run.recipe.snapshots
+
+    def rows() -> pd.DataFrame:
+        return pd.concat([_formation_rows(run, epoch, dataset, examples) for epoch in epochs], ignore_index=True)
+
+    return CachedRows(path, rows, len(epochs) * _shown(dataset, examples)).read()
 
 
 def cluster_purity(embeddings: Float[Tensor, "batch dim"], labels: Int[Tensor, " batch"], clusters: Clusters) -> float:
@@ -108,10 +133,8 @@ def geometry_table(runs: dict[str, Run], *, dataset: data.Dataset | None = None)
     rows = []
     for method, run in runs.items():
         mine = dataset_of(run, dataset)
-        path = cache_path(run, mine, "geometry", {})
-        if not path.exists():
-            write_table(path, pd.DataFrame([_geometry(run, mine)]))
-        rows.append(read_table(path).assign(method=method))
+        piece = CachedRows(cache_path(run, mine, "geometry", {}), partial(_geometry_row, run, mine), 1)
+        rows.append(piece.read().assign(method=method))
     table = pd.concat(rows, ignore_index=True)
     return pd.DataFrame(table[["method", "purity", "silhouette", "separation", "accuracy"]])
 
@@ -208,21 +231,22 @@ def _formation_rows(run: Run, epoch: int, dataset: data.Dataset, examples: int |
     return pd.DataFrame({"epoch": epoch, **columns, **distances_of, "margin": (rival - own) / (2 * variance)})
 
 
-def _geometry(run: Run, dataset: data.Dataset | None) -> dict[str, float]:
+def _geometry_row(run: Run, dataset: data.Dataset) -> pd.DataFrame:
     model = run.cluster_model(rule="nearest")
     _, images, labels = some_test_images(run, dataset, 2000)
     embeddings, clusters = embed_all(model.encoder, images), model.clusters
     predicted = clusters.labels[squared_distances(embeddings, clusters.centroids).argmin(dim=1)]
-    return {
+    found = {
         "purity": cluster_purity(embeddings, labels, clusters),
         "silhouette": float(silhouette_score(embeddings.numpy(), labels.numpy())),
         "separation": float(separation(embeddings, labels, clusters).median()),
         "accuracy": float((predicted == labels).float().mean()),
     }
+    return pd.DataFrame([found])
 
 
 def hardest(model: nn.Module, images: Tensor, labels: Int[Tensor, " batch"], *, count: int) -> Int[Tensor, " count"]:
     """Indices of the byte images with the smallest margin of the true class, hardest first."""
     with torch.no_grad():
-        logits = torch.cat([model(data.to_float(part)) for part in images.split(256)])
+        logits = torch.cat([model(data.to_float(part)) for part in images.split(IMAGES_PREDICTED)])
     return margin_loss(logits, labels).topk(count).indices

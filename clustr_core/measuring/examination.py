@@ -1,7 +1,8 @@
-"""The diagnostics of finished runs, cached beside them: is the paper's evaluation of this model to be believed?"""
+"""The battery on finished runs, cached beside them: is the paper's evaluation of this model to be believed?"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 
 import pandas as pd
 import torch
@@ -10,18 +11,11 @@ from torch import nn
 from clustr_core import data
 from clustr_core.attacks.losses import cross_entropy, margin_loss
 from clustr_core.attacks.paper import paper_surface
-from clustr_core.measuring.diagnostics import Evaluation, ablation_table, examine
-from clustr_core.measuring.pieces import (
-    cache_path,
-    dataset_of,
-    heads_of,
-    named,
-    some_test_images,
-    source_of,
-    target_of,
-)
+from clustr_core.measuring.diagnostics import ask_all, asked_with
+from clustr_core.measuring.evaluation import CHANGES, Evaluation, random_state_kept
+from clustr_core.measuring.pieces import CachedRows, cache_path, dataset_of, drawn_order, named
 from clustr_core.measuring.profile import Examination, Profile
-from clustr_core.storage.tables import read_table, write_table
+from clustr_core.measuring.targets import AttackTarget, Head, heads_of, source_of, target_of
 from clustr_core.training.recipes import CrossEntropy
 from clustr_core.training.run import Run
 
@@ -32,55 +26,101 @@ def diagnostics_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
     Returns:
         columns ``method`` and those of `diagnostics.examine`; cross-entropy also as "ce-clusters".
     """
-    source = source_of(run, profile, CrossEntropy.method)
-
-    def examined(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, asked: Examination) -> pd.DataFrame:
-        climbed = None if source is None else source.model(images.device)
-        size = {"steps": asked.steps, "restarts": asked.restarts, "queries": asked.queries}
-        return examine(paper_surface(model), model, images, labels, eps=asked.eps, source=climbed, **size)
-
-    return _of_each_head(run, profile, "diagnostics", examined, source, **options)
+    return examined(run, profile, **options).diagnostics()
 
 
 def ablations_of(run: Run, profile: Profile, **options) -> pd.DataFrame:
-    """`diagnostics.ablation_table` of the paper's evaluation of a run.
+    """`Evaluation.ablations` of the paper's evaluation of a run.
 
     Returns:
         columns ``method change robust_accuracy drop``.
     """
-
-    def changed(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, asked: Examination) -> pd.DataFrame:
-        budget = {"steps": asked.steps, "restarts": asked.restarts}
-        return ablation_table(Evaluation(paper_surface(model), model, images, labels, asked.eps, **budget))
-
-    return _of_each_head(run, profile, "ablation", changed, None, **options)
+    return examined(run, profile, **options).ablations()
 
 
-def _of_each_head(
-    run: Run,
-    profile: Profile,
-    kind: str,
-    compute: Callable[[nn.Module, torch.Tensor, torch.Tensor, Examination], pd.DataFrame],
-    source: Run | None,
-    *,
-    dataset: data.Dataset | None = None,
-    device: str | torch.device = "cpu",
-) -> pd.DataFrame:
+def examined(
+    run: Run, profile: Profile, *, dataset: data.Dataset | None = None, device: str | torch.device = "cpu"
+) -> "ExaminedRun":
+    """A run under the battery: for its diagnostics and ablations together each model and attack is needed once.
+
+    Raises:
+        ValueError: if the profile has no examination.
+        FileNotFoundError: if cross-entropy, from which attacks are transferred, was never trained.
+    """
     asked = profile.examination
     if asked is None:
         raise ValueError(f"profile {profile.name}: expected an entry examination, got none")
-    dataset = dataset_of(run, dataset)
-    tables = []
-    for head in heads_of(run):
-        subject = target_of(run, head=head, device=device)
-        what = {**asdict(asked), "head": head, "source": source.weights_sha256 if source else None}
-        path = cache_path(run, dataset, kind, what)
-        if not path.exists():
-            _, images, labels = some_test_images(run, dataset, asked.examples)
-            found = compute(subject.model, data.to_float(images.to(device)), labels.to(device), asked)
-            write_table(path, named(subject.name, found))
-        tables.append(read_table(path))
-    return pd.concat(tables, ignore_index=True)
+    dataset, other = dataset_of(run, dataset), source_of(run, profile, CrossEntropy.method)
+    source = None if other is None else target_of(other, dataset, device=device)
+    heads: dict[Head, ExaminedHead] = {
+        head: ExaminedHead(target_of(run, dataset, head=head, device=device), source, asked) for head in heads_of(run)
+    }
+    return ExaminedRun(run, heads, None if other is None else other.weights_sha256)
+
+
+@dataclass(frozen=True, eq=False)
+class ExaminedHead:
+    """One model of a run, as the paper evaluates it.
+
+    Args:
+        source: the model from which attacks are transferred.
+    """
+
+    target: AttackTarget
+    source: AttackTarget | None
+    asked: Examination
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The paper's evaluation, on the images that the profile says."""
+        model, size = self.target.model, {"steps": self.asked.steps, "restarts": self.asked.restarts}
+        indices = drawn_order(self.target.dataset)[: self.asked.examples].sort().values
+        images, labels = self.target.images(indices), self.target.labels(indices)
+        return Evaluation(paper_surface(model), model, images, labels, self.asked.eps, **size)
+
+    def diagnostics(self) -> pd.DataFrame:
+        """The rows of all checks."""
+        source = None if self.source is None else self.source.model
+        with random_state_kept():
+            torch.manual_seed(0)
+            found = ask_all(self.evaluation, source=source, queries=self.asked.queries)
+        return named(self.target.name, found)
+
+    def ablations(self) -> pd.DataFrame:
+        """The rows of all changes."""
+        return named(self.target.name, self.evaluation.ablations)
+
+
+@dataclass(frozen=True, eq=False)
+class ExaminedRun:
+    """All models of a run, as the paper evaluates them.
+
+    Args:
+        source_sha256: of the weights from which attacks are transferred, if there are any.
+    """
+
+    run: Run
+    heads: dict[Head, ExaminedHead]
+    source_sha256: str | None
+
+    def diagnostics(self) -> pd.DataFrame:
+        """The rows of `diagnostics_of`."""
+        count = len(asked_with(self.source_sha256 is not None))
+        return self._rows("diagnostics", ExaminedHead.diagnostics, count, self.source_sha256)
+
+    def ablations(self) -> pd.DataFrame:
+        """The rows of `ablations_of`."""
+        return self._rows("ablation", ExaminedHead.ablations, len(CHANGES), None)
+
+    def _rows(
+        self, kind: str, rows: Callable[[ExaminedHead], pd.DataFrame], count: int, source: str | None
+    ) -> pd.DataFrame:
+        pieces = []
+        for head, each in self.heads.items():
+            what = {**asdict(each.asked), "head": head, "source": source}
+            path = cache_path(self.run, each.target.dataset, kind, what)
+            pieces.append(CachedRows(path, partial(rows, each), count))
+        return pd.concat([piece.read() for piece in pieces], ignore_index=True)
 
 
 def plane_of_attacks(

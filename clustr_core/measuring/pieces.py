@@ -1,43 +1,92 @@
-"""Measurements in pieces that are kept beside the run: who computes what, what is measured, on which images."""
+"""Measurements in pieces that are kept beside the run: which rows are there, and who computes the others."""
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from clustr_core import data
-from clustr_core.measuring.profile import Profile
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.storage.files import digest
 from clustr_core.storage.tables import read_table, write_table
 from clustr_core.training.processes import join
-from clustr_core.training.recipes import (
-    CrossEntropy,
-    run_folder,
-)
-from clustr_core.training.run import Run, load_run
+from clustr_core.training.run import Run
 
-# so many examples are measured, and kept, at one time; a temperature is taken from so many
+# images per piece; a temperature is taken from the images of the first one
 CHUNK = 128
-Head = Literal["own", "clusters"]
 # the i-th of n shares, counted from 1
 Share = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class CachedRows:
-    """A part of a measurement that is computed, and kept, at one time: the rows of some images."""
+    """A part of a measurement that is computed, and kept, at one time: the rows of some images.
+
+    Args:
+        path: the file that keeps the rows.
+        rows: computes them.
+        count: how many rows there are. A file that holds another number of whole rows is damaged.
+        digits: how many significant digits of a number the file keeps.
+    """
 
     path: Path
     rows: Callable[[], pd.DataFrame]
+    count: int
+    digits: int = 9
+
+    def kept(self) -> bool:
+        """Whether the file is there.
+
+        Raises:
+            ValueError: if it is there and damaged; the file is named.
+        """
+        if not self.path.exists():
+            return False
+        self._check(self.path.read_bytes())
+        return True
+
+    def fill(self) -> None:
+        """Compute the rows and keep them.
+
+        Raises:
+            ValueError: if there are not ``count`` of them.
+        """
+        table = self.rows()
+        if len(table) != self.count:
+            raise ValueError(f"{self.path}: expected {self.count} rows of this measurement, got {len(table)}")
+        write_table(self.path, table, digits=self.digits)
+
+    def read(self) -> pd.DataFrame:
+        """The rows as the file has them, computed first if there is no file.
+
+        Raises:
+            ValueError: as `kept` and `fill`.
+        """
+        if not self.kept():
+            self.fill()
+        table = read_table(self.path)
+        if len(table) != self.count:
+            raise self._damaged(f"{len(table)} rows")
+        return table
+
+    def _check(self, content: bytes) -> None:
+        """Refuse a file that was cut short: each row, and the names of the columns, end with a line feed."""
+        lines = content.count(b"\n")
+        if lines != self.count + 1 or not content.endswith(b"\n"):
+            raise self._damaged(f"{max(lines - 1, 0)}" + (" and a part" if not content.endswith(b"\n") else ""))
+
+    def _damaged(self, found: str) -> ValueError:
+        return ValueError(
+            f"{self.path}: expected {self.count} rows, got a damaged file with {found}; "
+            "delete it, and the rows are measured again"
+        )
 
 
 def fill_cache(
@@ -56,77 +105,30 @@ def fill_cache(
     Args:
         share: i and n.
     Raises:
-        ValueError: if i is not one of 1..n.
+        ValueError: if i is not one of 1..n; if a piece is damaged, before anything is computed.
     """
     index, count = share
     if not 1 <= index <= count:
         raise ValueError(f"share: expected i of n with i in 1..n, got {index} of {count}")
     processes, mine = join(device), pieces[index - 1 :: count]
     # one list for all: a piece that another process has just finished must not move the others' turns
-    missing = processes.from_first(lambda: [n for n, piece in enumerate(mine) if not piece.path.exists()])
+    missing = processes.from_first(lambda: [n for n, piece in enumerate(mine) if not piece.kept()])
     shown = progress and processes.first and len(missing)
     for n in tqdm(missing[processes.rank :: processes.count], title, disable=not shown):
-        write_table(mine[n].path, mine[n].rows())
+        mine[n].fill()
     processes.wait()
 
 
 def collected(pieces: Sequence[CachedRows], **options) -> pd.DataFrame:
     """The rows of all pieces, as read back, so that a first and a later call give the same."""
     fill_cache(pieces, **options)
-    return pd.concat([read_table(piece.path) for piece in pieces], ignore_index=True)
+    return pd.concat([piece.read() for piece in pieces], ignore_index=True)
 
 
 def by_image(table: pd.DataFrame, kind: str) -> pd.DataFrame:
     """Rows of one kind after the other, in the order in which the kinds first come; those of a kind by image."""
     order = pd.factorize(table[kind])[0]
     return table.assign(order=order).sort_values(["order", "index"], ignore_index=True).drop(columns="order")
-
-
-@dataclass(frozen=True)
-class AttackTarget:
-    """A model under attack.
-
-    Args:
-        name: what its rows are called.
-        load: builds the model, on its device, in evaluation mode; called only where something is left to measure.
-        identity: changes whenever the model does.
-        tables: the folder in which its rows are kept.
-        source: another subject, for the attack that transfers from it.
-        device: where it is attacked.
-    """
-
-    name: str
-    load: Callable[[], nn.Module]
-    identity: str
-    tables: Path
-    source: "AttackTarget | None" = None
-    device: str | torch.device = "cpu"
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """The model, loaded once."""
-        return self.load()
-
-
-def target_of(
-    run: Run, *, head: Head = "own", source: Run | None = None, device: str | torch.device = "cpu"
-) -> AttackTarget:
-    """A run's classifier as a subject; with head "clusters" the clusters fitted after training, whatever the method."""
-    name = run.recipe.method if head == "own" else f"{run.recipe.method}-clusters"
-    load = (lambda: run.model(device)) if head == "own" else (lambda: run.cluster_model(device))
-    from_ = target_of(source, device=device) if source is not None else None
-    return AttackTarget(name, load, f"{run.weights_sha256} {head}", run.path / "tables", from_, device)
-
-
-def heads_of(run: Run) -> tuple[Head, ...]:
-    """What is measured of a run: cross-entropy also with clusters fitted after training, as "ce-clusters"."""
-    return ("own", "clusters") if isinstance(run.recipe, CrossEntropy) else ("own",)
-
-
-def source_of(run: Run, profile: Profile, method: str) -> Run | None:
-    """The profile's run of a method, to transfer attacks from; None for that run itself, or if there is no such run."""
-    recipe = profile.recipes.get(method)
-    return None if recipe is None or recipe == run.recipe else load_run(run_folder(recipe), expected=recipe)
 
 
 def named(name: str, table: pd.DataFrame) -> pd.DataFrame:
@@ -147,6 +149,9 @@ def dataset_of(run: Run, dataset: data.Dataset | None) -> data.Dataset:
     return dataset
 
 
+# where rows are kept
+
+
 def cache_path(run: Run, dataset: data.Dataset, kind: str, what: dict) -> Path:
     """Where a measurement of a run is kept: beside it, under a digest of its weights and all that was asked."""
     return kept_at(run.path / "tables", kind, {**what, "weights": run.weights_sha256}, dataset.test_digest)
@@ -156,6 +161,9 @@ def kept_at(tables: Path, kind: str, what: dict, test: str) -> Path:
     """Where rows are kept: under a digest of the question, the test set and the measurement's version."""
     key = digest(json.dumps(what, sort_keys=True), test, str(VERSIONS[kind]))
     return tables / f"{kind}-{key[:12]}.csv"
+
+
+# which images
 
 
 def some_test_images(
@@ -177,6 +185,11 @@ def _permutation(count: int) -> Int[Tensor, " count"]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
+def image_chunks(dataset: data.Dataset, examples: int | None) -> tuple[Int[Tensor, " chunk"], ...]:
+    """The images of each piece: the first ``examples`` in the order drawn once, `CHUNK` of them at a time."""
+    return drawn_order(dataset)[:examples].split(CHUNK)
+
+
 def cached_chunks(
     run: Run,
     dataset: data.Dataset,
@@ -184,8 +197,14 @@ def cached_chunks(
     examples: int | None,
     what: dict,
     rows: Callable[[Tensor], pd.DataFrame],
+    *,
+    rows_per_image: int,
+    digits: int = 9,
 ) -> list[CachedRows]:
-    """One piece for each chunk of as many test images, in the order drawn once."""
-    chunks = [chunk.sort().values for chunk in drawn_order(dataset)[:examples].split(CHUNK)]
+    """One piece for each chunk of as many test images, in ascending order inside it."""
+    chunks = [chunk.sort().values for chunk in image_chunks(dataset, examples)]
     paths = [cache_path(run, dataset, kind, {**what, "chunk": chunk.tolist()}) for chunk in chunks]
-    return [CachedRows(path, partial(rows, chunk)) for path, chunk in zip(paths, chunks, strict=True)]
+    return [
+        CachedRows(path, partial(rows, chunk), rows_per_image * len(chunk), digits)
+        for path, chunk in zip(paths, chunks, strict=True)
+    ]

@@ -7,12 +7,12 @@ import importlib.util
 import math
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
 from clustr_core.attacks.names import ATTACKS, PAPER_STEP_SIZE, Norm
-from clustr_core.storage.files import digest, home
+from clustr_core.storage.files import digest, expanded, home
 from clustr_core.training.fields import build, field_value, mapping, read_yaml
 from clustr_core.training.recipes import METHODS, Recipe
 
@@ -208,6 +208,35 @@ class Profile:
         """The methods that attacks are run on: all but smoothing, whose base classifier is not what it certifies."""
         return self.ordinary | self.lipschitz
 
+    @property
+    def measured(self) -> dict[str, list[str]]:
+        """Which methods each kind of table covers: ``results/<name>/<kind>-<method>.csv``."""
+        return {
+            "attacks": [*self.attacked],
+            "certificates": [*self.recipes, "prototypes"] if self.recipes else [],
+            "diagnostics": [*self.ordinary],
+            "ablations": [*self.ordinary],
+            "sandwich": [*self.lipschitz],
+        }
+
+    def protocol(self, table: str) -> dict[str, Any]:
+        """What the rows of a kind of table follow: the pipeline makes them anew when it changes, their sidecar says it.
+
+        Args:
+            table: "attacks", "certificates", "diagnostics", "ablations" or "sandwich".
+        """
+        return {
+            "attacks": lambda: {name: asdict(protocol) for name, protocol in self.attacks.items()},
+            "certificates": lambda: {"examples": self.certified_examples, "smoothing": _as_dict(self.smoothing)},
+            "diagnostics": lambda: {"examination": _as_dict(self.examination)},
+            "ablations": lambda: {"examination": _as_dict(self.examination)},
+            "sandwich": lambda: {"sandwich": _as_dict(self.sandwich), "certified_examples": self.certified_examples},
+        }[table]()
+
+
+def _as_dict(budget: Examination | SandwichBudget | SmoothingBudget | None) -> dict[str, Any] | None:
+    return None if budget is None else asdict(budget)
+
 
 _BUDGETS = {"examination": Examination, "sandwich": SandwichBudget, "smoothing": SmoothingBudget}
 
@@ -257,7 +286,7 @@ def load_profile(name: str | Path) -> Profile:
 def _path_of(name: str | Path) -> Path:
     """The file of a profile, absolute."""
     folder = home() / "profiles"
-    path = Path(name).expanduser() if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    path = expanded(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise FileNotFoundError(f"profile: expected one of {known} or a YAML file, got {name}")

@@ -6,13 +6,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from clustr_core.models.clusters import Clusters, state_of
+from clustr_core.models.clusters import Clusters, Seen
 from clustr_core.models.one_lipschitz import orthogonal_linear
-from clustr_core.numerics.distances import mean_centroid, rows_within, squared_distances
+from clustr_core.numerics.chunks import rows_within
+from clustr_core.numerics.derivatives import Gradients, gradients_of
+from clustr_core.numerics.distances import mean_centroid, squared_distances
 from clustr_core.numerics.kernels import dispatch
-from clustr_core.numerics.rounding import HALF_DTYPES, full_precision
+from clustr_core.numerics.rounding import HALF_DTYPES, full_precision, given_and_working_dtype
 
 Rule = Literal["soft", "nearest"]
 
@@ -39,9 +40,8 @@ def cluster_logits(
     Source: Alfarra et al. 2021, section 3, in the log domain.
     """
     check_voters(embeddings, clusters, neighbours)
-    dtype = torch.promote_types(embeddings.dtype, clusters.centroids.dtype)
-    embeddings = embeddings.to(dtype)
-    clusters = clusters if clusters.centroids.dtype == dtype else clusters.to(dtype)
+    dtype, _ = given_and_working_dtype(embeddings, clusters.centroids)
+    embeddings, clusters = embeddings.to(dtype), clusters.to(dtype)
     kernel = dispatch("cluster_logits", lambda *_: _plain_logits(embeddings, clusters, neighbours), embeddings)
     return kernel(embeddings, clusters.centroids, clusters.labels, clusters.variance, clusters.num_classes, neighbours)
 
@@ -53,10 +53,19 @@ def _plain_logits(
     if embeddings.dtype in HALF_DTYPES:
         return _plain_logits(embeddings.float(), clusters.to(torch.float32), neighbours).to(embeddings.dtype)
     if neighbours is None or neighbours >= len(clusters.centroids):
+        if clusters.variance.requires_grad:
+            # the gradients by hand are those of embeddings and centroids alone
+            return _formula(embeddings, clusters)
         logits: Tensor = _AllVotes.apply(embeddings, clusters.centroids, clusters)  # pyright: ignore[reportAssignmentType]
         return logits
     rows = rows_within(len(clusters.centroids), embeddings.dtype)
     return torch.cat([_few_votes(part, clusters, neighbours) for part in embeddings.split(rows)])
+
+
+def _formula(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> Float[Tensor, "batch class"]:
+    """The logits of all votes as the formula says: differentiable in everything, and as often as one likes."""
+    exponents = -squared_distances(embeddings, clusters.centroids) / (2 * clusters.variance)
+    return clusters.gather_by_class(exponents, -torch.inf).logsumexp(dim=2)
 
 
 def _few_votes(
@@ -73,10 +82,15 @@ def _few_votes(
 
 
 def nearest_logits(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> Float[Tensor, "batch class"]:
-    """-min_{j in c} d_j^2 / (2 mean sigma^2): the largest class is that of the nearest centroid."""
+    """-min_{j in c} d_j^2 / (2 mean sigma^2): the largest class is that of the nearest centroid.
+
+    Two dtypes are promoted; half precision is computed in float32, as in `cluster_logits`.
+    """
     check_voters(embeddings, clusters, None)
-    rows = rows_within(len(clusters.centroids), embeddings.dtype)
-    return torch.cat([_nearest_votes(part, clusters) for part in embeddings.split(rows)])
+    dtype, wide = given_and_working_dtype(embeddings, clusters.centroids)
+    embeddings, clusters = embeddings.to(wide), clusters.to(wide)
+    rows = rows_within(len(clusters.centroids), wide)
+    return torch.cat([_nearest_votes(part, clusters) for part in embeddings.split(rows)]).to(dtype)
 
 
 def _nearest_votes(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> Float[Tensor, "batch class"]:
@@ -162,35 +176,54 @@ class _AllVotes(torch.autograd.Function):
                 if any(ctx.needs_input_grad):
                     kept += [points, votes, total]
         ctx.electorate = electorate
-        ctx.save_for_backward(centroids, *kept)
+        # as they are now, whatever is written to them before the backward pass
+        ctx.constants = clusters.labels.clone(), clusters.variance.clone()
+        ctx.save_for_backward(embeddings, centroids, *kept)
         return logits
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        """d/dz = sum_j share_j ratio_j (mu_j - z), minus each term for its mu_j; a share is a vote over its total."""
-        (centroids, *kept), electorate = ctx.saved_tensors, ctx.electorate
-        of_embeddings = gradient.new_empty(len(gradient), centroids.shape[1])
-        pulls, share_of = torch.zeros_like(electorate.weights), torch.zeros_like(electorate.ratios)
-        rows = electorate.rows()
-        # one buffer for all chunks: fresh memory costs more than the arithmetic
-        buffer = torch.empty_like(kept[1]) if kept else gradient
-        # into units of sigma, as everything here
-        above = gradient / electorate.sigma
-        chunks = zip(kept[::3], kept[1::3], kept[2::3], above.split(rows), of_embeddings.split(rows), strict=True)
-        with full_precision(gradient.device):
-            for points, votes, total, part, out in chunks:
-                shares = torch.mul(votes, (part / total)[:, None], out=buffer[: len(points)]).flatten(1)
-                # the shares of a class add up to what comes from above
-                own = part.sum(dim=1) if electorate.shared else shares @ electorate.ratios
-                torch.mul(points, own.neg_()[:, None], out=out).addmm_(shares, electorate.weights)
-                if ctx.needs_input_grad[1]:
-                    pulls.addmm_(shares.T, points)
-                    share_of += shares.sum(dim=0)
-        if not ctx.needs_input_grad[1]:
-            return of_embeddings, None, None
-        moved = electorate.ratios[:, None] * pulls - share_of[:, None] * electorate.weights
-        return of_embeddings, torch.zeros_like(centroids).index_add_(0, electorate.order, moved), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        embeddings, centroids, *kept = ctx.saved_tensors
+        of_embeddings, of_centroids = gradients_of(
+            lambda points, targets: _formula(points, Clusters(targets, *ctx.constants)),
+            (embeddings, centroids),
+            (gradient,),
+            lambda above: _gradients_of_votes(
+                ctx.electorate, kept, above, centroids if ctx.needs_input_grad[1] else None
+            ),
+        )
+        return of_embeddings, of_centroids, None
+
+
+def _gradients_of_votes(
+    electorate: PackedClusters, kept: list[Tensor], above: Tensor, centroids: Tensor | None
+) -> Gradients:
+    """d/dz = sum_j share_j ratio_j (mu_j - z), minus each term for its mu_j; a share is a vote over its total.
+
+    Args:
+        centroids: None where their gradient is not wanted.
+    """
+    of_embeddings = above.new_empty(len(above), electorate.weights.shape[1])
+    pulls, share_of = torch.zeros_like(electorate.weights), torch.zeros_like(electorate.ratios)
+    rows = electorate.rows()
+    # one buffer for all chunks: fresh memory costs more than the arithmetic
+    buffer = torch.empty_like(kept[1]) if kept else above
+    # into units of sigma, as everything here
+    scaled = above / electorate.sigma
+    chunks = zip(kept[::3], kept[1::3], kept[2::3], scaled.split(rows), of_embeddings.split(rows), strict=True)
+    with full_precision(above.device):
+        for points, votes, total, part, out in chunks:
+            shares = torch.mul(votes, (part / total)[:, None], out=buffer[: len(points)]).flatten(1)
+            # the shares of a class add up to what comes from above
+            own = part.sum(dim=1) if electorate.shared else shares @ electorate.ratios
+            torch.mul(points, own.neg_()[:, None], out=out).addmm_(shares, electorate.weights)
+            if centroids is not None:
+                pulls.addmm_(shares.T, points)
+                share_of += shares.sum(dim=0)
+    if centroids is None:
+        return of_embeddings, None
+    moved = electorate.ratios[:, None] * pulls - share_of[:, None] * electorate.weights
+    return of_embeddings, torch.zeros_like(centroids).index_add_(0, electorate.order, moved)
 
 
 def _place_below(logits: Tensor, nearest: Tensor, has_vote: Tensor) -> Tensor:
@@ -276,7 +309,7 @@ class ClusterClassifier(nn.Module):
         self.register_buffer("labels", clusters.labels.clone())
         self.register_buffer("variance", clusters.variance.clone())
         self._clusters: Clusters | None = None
-        self._seen: tuple[object, ...] = ()
+        self._seen: Seen | None = None
 
     @property
     def clusters(self) -> Clusters:
@@ -287,41 +320,50 @@ class ClusterClassifier(nn.Module):
         waits for no check. They are read afresh at every use in any case.
         """
         learnt = isinstance(self.centroids, nn.Parameter)
-        centroids = id(self.centroids) if learnt else state_of(self.centroids)
-        seen = (centroids, state_of(self.labels), state_of(self.variance))
-        if self._clusters is None or seen != self._seen:
-            self._clusters = Clusters(self.centroids, self.labels, self.variance)
-            self._seen = seen
-        return self._clusters
+        watched = (self.labels, self.variance) if learnt else (self.centroids, self.labels, self.variance)
+        known, seen = self._clusters, self._seen
+        if known is None or seen is None or known.centroids is not self.centroids or not seen.unchanged(*watched):
+            self._clusters, self._seen = Clusters(self.centroids, self.labels, self.variance), Seen(*watched)
+            return self._clusters
+        return known
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Refuse a state whose clusters are none, before anything is loaded.
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Refuse a state with which the clusters would be none, before anything is loaded.
 
         Raises:
             ValueError: as `Clusters`.
         """
-        given = [state_dict.get(f"{prefix}{name}") for name in ("centroids", "labels", "variance")]
-        # what is missing or of another shape is PyTorch's to name
-        if all(
-            isinstance(mine, Tensor) and mine.shape == own.shape for mine, own in zip(given, self._parts, strict=True)
-        ):
-            Clusters(*given)  # pyright: ignore[reportArgumentType]
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    @property
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.centroids, self.labels, self.variance
+        own = {"centroids": self.centroids, "labels": self.labels, "variance": self.variance}
+        given = {name: state_dict[f"{prefix}{name}"] for name in own if f"{prefix}{name}" in state_dict}
+        # another shape is PyTorch's to name
+        if given and all(isinstance(each, Tensor) and each.shape == own[name].shape for name, each in given.items()):
+            if not local_metadata.get("assign_to_params_buffers", False):
+                # into what is there it is written, and cast: a float64 may become infinite (labels are not cast unseen)
+                given = {
+                    name: each.to(own[name].device) if name == "labels" else each.to(own[name])
+                    for name, each in given.items()
+                }
+            Clusters(**own | given)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def embed(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch dim"]:
         """The encoder's output."""
         return self.encoder(images)
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
-        """Log-domain logits under the model's rule."""
+        """Log-domain logits under the model's rule, at least in float32."""
         return self.classify(self.embed(images))
 
     def classify(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch class"]:
-        """Log-domain logits of embeddings, under the model's rule."""
+        """Log-domain logits of embeddings under the model's rule, at least in float32.
+
+        Logits rounded to half precision would tie, and their largest not be the class that `certify` speaks of.
+        """
+        clusters = self.clusters
+        _, wide = given_and_working_dtype(embeddings, clusters.centroids)
+        embeddings = embeddings.to(wide)
         if self.rule == "nearest":
-            return nearest_logits(embeddings, self.clusters)
-        return cluster_logits(embeddings, self.clusters, neighbours=self.neighbours)
+            return nearest_logits(embeddings, clusters)
+        return cluster_logits(embeddings, clusters, neighbours=self.neighbours)

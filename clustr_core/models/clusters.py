@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clustr_core.numerics.distances import squared_distances
 from clustr_core.numerics.kernels import dispatch
+from clustr_core.numerics.rounding import working_dtype
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,19 @@ class Clusters:
             raise ValueError(f"centroids: expected shape [cluster, dim], got {list(self.centroids.shape)}")
         count = len(self.centroids)
         for name in ("labels", "variance"):
-            if getattr(self, name).shape != (count,):
-                shape = list(getattr(self, name).shape)
-                raise ValueError(f"{name}: expected one entry for each of {count} centroids, got shape {shape}")
+            each = getattr(self, name)
+            if each.shape != (count,):
+                raise ValueError(
+                    f"{name}: expected one entry for each of {count} centroids, got shape {list(each.shape)}"
+                )
+            if each.device != self.centroids.device:
+                raise ValueError(f"{name}: expected the centroids' device {self.centroids.device}, got {each.device}")
         if not self.centroids.is_floating_point():
             raise ValueError(f"centroids: expected a floating dtype, got {self.centroids.dtype}")
+        if self.variance.dtype != self.centroids.dtype:
+            raise ValueError(
+                f"variance: expected the centroids' dtype {self.centroids.dtype}, got {self.variance.dtype}"
+            )
         if not self.centroids.isfinite().all():
             raise ValueError("centroids: expected finite values, got NaN or infinity")
         if not (self.variance.isfinite() & (self.variance > 0)).all():
@@ -45,11 +54,7 @@ class Clusters:
         if self.labels.dtype != torch.int64:
             # narrow integers wrap around in arithmetic: uint8 would change a certificate in silence
             object.__setattr__(self, "labels", class_indices(self.labels))
-        if self.labels.min() < 0:
-            raise ValueError("labels: expected class indices 0, 1, 2, ..., got negative or non-integer values")
-        missing = sorted(set(range(int(self.labels.max()) + 1)) - set(self.labels.tolist()))
-        if missing:
-            raise ValueError(f"labels: expected a cluster for every class, got none for {missing}")
+        _check_labels(self.labels)
 
     @property
     def num_classes(self) -> int:
@@ -60,14 +65,17 @@ class Clusters:
     def by_class(self) -> tuple[Int[Tensor, "class slot"], Bool[Tensor, "class slot"]]:
         """The clusters of each class, and which slots are filled (classes may differ in their number).
 
-        Made once, and again when the labels were changed in place.
+        Made once, and again, after a check, when the labels were changed in place. On a CPU their values tell (one may
+        write to them through NumPy or ``.data``), elsewhere PyTorch's count of writes, for which nothing has to wait.
         """
-        now = state_of(self.labels)
-        kept = self.__dict__.get("_by_class")
-        if kept is None or kept[0] != now:
-            kept = (now, _table_by_class(self.labels))
+        kept: tuple[Seen, Tensor, tuple[Tensor, Tensor]] | None = self.__dict__.get("_by_class")
+        if kept is None or not (
+            torch.equal(kept[1], self.labels) if self.labels.is_cpu else kept[0].unchanged(self.labels)
+        ):
+            _check_labels(self.labels)
+            kept = Seen(self.labels), self.labels.clone(), _table_by_class(self.labels)
             self.__dict__["_by_class"] = kept
-        return kept[1]
+        return kept[2]
 
     def gather_by_class(
         self, values: Shaped[Tensor, "batch cluster"], fill: float | bool
@@ -92,6 +100,8 @@ class Clusters:
     def to(self, *args, **kwargs) -> "Clusters":
         """Move or cast, as `torch.Tensor.to`; labels keep their integer dtype."""
         centroids = self.centroids.to(*args, **kwargs)
+        if centroids is self.centroids:
+            return self
         return replace(
             self,
             centroids=centroids,
@@ -100,12 +110,28 @@ class Clusters:
         )
 
 
-def state_of(tensor: Tensor) -> object:
-    """What changes whenever a tensor's values may have: equal before and after only if nothing was written to it.
+class Seen:
+    """Tensors as they were, held so that no new tensor can take the place of an old one in memory."""
 
-    Tensors made in inference mode count no writes, so that their state never equals an earlier one.
-    """
-    return object() if tensor.is_inference() else (id(tensor), tensor._version)
+    def __init__(self, *tensors: Tensor) -> None:
+        self._kept = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+    def unchanged(self, *tensors: Tensor) -> bool:
+        """Whether these are the same tensors, and nothing was written to them.
+
+        Those made in inference mode count no writes: they always count as changed.
+        """
+        return all(
+            tensor is kept and version is not None and tensor._version == version
+            for tensor, (kept, version) in zip(tensors, self._kept, strict=True)
+        )
+
+
+def _check_labels(labels: Int[Tensor, " cluster"]) -> None:
+    if labels.min() < 0:
+        raise ValueError("labels: expected class indices 0, 1, 2, ..., got negative or non-integer values")
+    if missing := sorted(set(range(int(labels.max()) + 1)) - set(labels.tolist())):
+        raise ValueError(f"labels: expected a cluster for every class, got none for {missing}")
 
 
 def class_indices(labels: Tensor) -> Int[Tensor, "..."]:
@@ -139,7 +165,8 @@ def fit_clusters(
     """k-means within each class; returns the clusters and the cluster of each example.
 
     sigma^2 = sum_n ||z_n - mu(n)||^2 / (N - 1) over all examples, one value shared by all clusters. Clusters
-    are ordered by class: those of class c are c * per_class, ..., (c + 1) * per_class - 1.
+    are ordered by class: those of class c are c * per_class, ..., (c + 1) * per_class - 1. Half precision is computed
+    in float32, and the clusters are returned in the embeddings' dtype.
 
     Args:
         per_class: k, the number of clusters of each class.
@@ -169,8 +196,9 @@ def fit_clusters(
     kmeans = dispatch("kmeans", _sklearn_kmeans, embeddings)
     centroids, assignments = kmeans(embeddings, labels, per_class, n_init, max_iter, seed)
     cluster_labels = torch.arange(len(counts), device=labels.device).repeat_interleave(per_class)
-    variance = (embeddings - centroids[assignments]).square().sum() / max(len(embeddings) - 1, 1)
-    return Clusters(centroids, cluster_labels, variance.expand(len(centroids)).clone()), assignments
+    wide = working_dtype(embeddings.dtype, centroids.dtype)
+    variance = (embeddings.to(wide) - centroids.to(wide)[assignments]).square().sum() / max(len(embeddings) - 1, 1)
+    return Clusters(centroids, cluster_labels, variance.to(centroids).expand(len(centroids)).clone()), assignments
 
 
 def _sklearn_kmeans(
@@ -190,7 +218,9 @@ def _sklearn_kmeans(
     from sklearn.exceptions import ConvergenceWarning
 
     members = [(labels == label).nonzero().squeeze(1) for label in range(int(labels.max()) + 1)]
-    parts = [points[rows] for rows in members]
+    # NumPy knows no bfloat16
+    wide = working_dtype(points.dtype, points.dtype)
+    parts = [points[rows].to(wide) for rows in members]
     centroids = []
     with warnings.catch_warnings():
         # fewer distinct points than clusters: coinciding centroids are a valid (if poor) clustering

@@ -8,9 +8,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from clustr_core import data
-
-# images that are predicted at one time
-BATCH = 256
+from clustr_core.numerics.chunks import IMAGES_EMBEDDED, IMAGES_PREDICTED
 
 
 @contextmanager
@@ -26,7 +24,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def embed_all(
-    encoder: nn.Module, images: UInt8[Tensor, "batch channel height width"], *, batch_size: int = 512
+    encoder: nn.Module, images: UInt8[Tensor, "batch channel height width"], *, batch_size: int = IMAGES_EMBEDDED
 ) -> Float[Tensor, "batch dim"]:
     """Embeddings of byte images, in evaluation mode and without a graph, on the encoder's device."""
     device = next(encoder.parameters()).device
@@ -37,4 +35,6 @@ def embed_all(
 def predictions(model: nn.Module, images: Tensor, device: str | torch.device = "cpu") -> Int[Tensor, " batch"]:
     """Predicted classes of byte images, on the CPU."""
     with torch.no_grad():
-        return torch.cat([model(data.to_float(part.to(device))).argmax(dim=1).cpu() for part in images.split(BATCH)])
+        return torch.cat(
+            [model(data.to_float(part.to(device))).argmax(dim=1).cpu() for part in images.split(IMAGES_PREDICTED)]
+        )

@@ -226,12 +226,34 @@ def orthogonal_linear(in_features: int, out_features: int, *, bias: bool = True)
 
 
 def fold_parametrizations(module: _Module) -> _Module:
-    """The module with each parametrised weight computed once and for all, for evaluation: the same function, faster."""
-    for layer in module.modules():
-        if parametrize.is_parametrized(layer):
-            for name in list(layer.parametrizations):  # pyright: ignore[reportArgumentType]
-                parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+    """The module with each parametrised weight computed once and for all, for evaluation: the same function, faster.
+
+    In place, but for what other modules share: a deep copy has its class in common with the original, and tied layers
+    their weights, so neither a class nor a tensor is written to (`parametrize.remove_parametrizations` writes to both).
+    """
+    layers = [layer for layer in module.modules() if parametrize.is_parametrized(layer)]
+    # all are computed before any is replaced: one layer's weight may be made of another's
+    weights = [
+        {name: _folded(layer, made, name) for name, made in layer.parametrizations.items()}  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        for layer in layers
+    ]
+    for layer, found in zip(layers, weights, strict=True):
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer.parametrizations
+        for name, weight in found.items():
+            if isinstance(weight, nn.Parameter):
+                layer.register_parameter(name, weight)
+            else:
+                layer.register_buffer(name, weight)
     return module
+
+
+def _folded(layer: nn.Module, parametrization: nn.Module, name: str) -> Tensor:
+    """A tensor of its own, a parameter if any tensor that it is made of is one."""
+    with torch.no_grad():
+        weight = getattr(layer, name).clone()
+    sources = list(parametrization.parameters(recurse=False))
+    return nn.Parameter(weight, any(each.requires_grad for each in sources)) if sources else weight
 
 
 def _sll_step(overlap: Float[Tensor, "inner inner"], log_scale: Float[Tensor, " inner"]) -> Float[Tensor, " inner"]:

@@ -1,11 +1,13 @@
 """Squared L2 distances and norms, and what matrix products of them need: the ground floor."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# the largest table of a chunk of embeddings, in bytes: the few that are held at once fit into a core's cache
-CHUNK_BYTES = 2**22
+from clustr_core.numerics.derivatives import Gradients, gradients_of
+from clustr_core.numerics.rounding import working_dtype
 
 
 def squared_distances(
@@ -15,20 +17,49 @@ def squared_distances(
 
     The expansion ||z||^2 - 2<z, mu> + ||mu||^2 is one matrix product and faster, but it cancels: a small distance
     between points far from the origin loses up to all of its digits. Where many distances are needed, logits and
-    certificates do take it, from the centroids' `middle`, and account for what is lost.
+    certificates do take it, from the `mean_centroid`, and account for what is lost. Differentiable any number of times.
+    Two dtypes are promoted, and half precision, which `torch.cdist` refuses, is computed and returned in float32.
     """
-    distances = torch.cdist(points, centroids, compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.square()
+    dtype = working_dtype(points.dtype, centroids.dtype)
+    squares: Tensor = _SquaredDistances.apply(points.to(dtype), centroids.to(dtype))  # pyright: ignore[reportAssignmentType]
+    return squares
+
+
+class _SquaredDistances(torch.autograd.Function):
+    """`torch.cdist`, squared, whose second derivative is right where a point lies on a centroid (PyTorch says 0)."""
+
+    @staticmethod
+    def forward(ctx: Any, points: Tensor, centroids: Tensor) -> Tensor:
+        distances = torch.cdist(points, centroids, compute_mode="donot_use_mm_for_euclid_dist")
+        ctx.save_for_backward(points, centroids, distances)
+        return distances.square()
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> Gradients:
+        points, centroids, distances = ctx.saved_tensors
+
+        def by_hand(above: Tensor) -> Gradients:
+            back, of_distances = torch.ops.aten._cdist_backward, above * (2 * distances)
+            one, other = of_distances.contiguous(), of_distances.mT.contiguous()
+            return (
+                back(one, points, centroids, 2.0, distances) if ctx.needs_input_grad[0] else None,
+                back(other, centroids, points, 2.0, distances.mT.contiguous()) if ctx.needs_input_grad[1] else None,
+            )
+
+        return gradients_of(_expanded_distances, (points, centroids), (above,), by_hand)
+
+
+def _expanded_distances(points: Tensor, centroids: Tensor) -> Tensor:
+    """||z||^2 - 2<z, mu> + ||mu||^2, from the centroids' mean: whose derivatives need no large table."""
+    origin = mean_centroid(centroids.detach())
+    points, centroids = points - origin, centroids - origin
+    squares = torch.linalg.vecdot(points, points)[:, None] + torch.linalg.vecdot(centroids, centroids)
+    return squares - 2 * points @ centroids.T
 
 
 def mean_centroid(centroids: Float[Tensor, "cluster dim"]) -> Float[Tensor, " dim"]:
     """The centroids' mean, which does not overflow where they do not."""
     return centroids.new_full((len(centroids),), 1 / len(centroids)) @ centroids
-
-
-def rows_within(width: int, dtype: torch.dtype) -> int:
-    """How many rows of ``width`` numbers fit into `CHUNK_BYTES`; at least one."""
-    return max(1, CHUNK_BYTES // (width * dtype.itemsize))
 
 
 def flat_norm(batch: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:

@@ -98,10 +98,15 @@ def relative_rounding(embeddings: Tensor) -> float:
     return (embeddings.shape[1] + 16) * torch.finfo(embeddings.dtype).eps / 2
 
 
+def working_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """What is computed in from both: the wider of the two, and at least float32."""
+    dtype = torch.promote_types(one, other)
+    return torch.float32 if dtype in HALF_DTYPES else dtype
+
+
 def given_and_working_dtype(one: Tensor, other: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Of an answer from both, the wider of the two; and of its computation, at least float32."""
-    dtype = torch.promote_types(one.dtype, other.dtype)
-    return dtype, torch.float32 if dtype in HALF_DTYPES else dtype
+    return torch.promote_types(one.dtype, other.dtype), working_dtype(one.dtype, other.dtype)
 
 
 def rounded_down(radius: Float[Tensor, " batch"], dtype: torch.dtype) -> Float[Tensor, " batch"]:

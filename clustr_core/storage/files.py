@@ -5,33 +5,58 @@ import json
 import os
 import platform
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-HOST = re.sub(r"\W", "_", platform.node())
+
+def _pid_space() -> str:
+    """Which numbers of processes these are: two containers of one name may share a file system."""
+    try:
+        return re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        return ""
+
+
+HOST = re.sub(r"\W", "_", platform.node()) + _pid_space()
+# no file of the book takes an hour to write: a week leaves room for clocks that differ
+ABANDONED = 7 * 24 * 3600
+_TEMPORARY = re.compile(r"\..+\.(?P<host>\w*)-(?P<pid>\d+)\.tmp", re.DOTALL)
 
 
 def home() -> Path:
     """The book's root: ``$CLUSTR_HOME``, else the nearest folder upwards that holds myst.yml, else here."""
     if given := os.environ.get("CLUSTR_HOME"):
-        return Path(given).expanduser()
+        return expanded(given)
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / "myst.yml").exists()), here)
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with its ``~`` or ``~name`` replaced by that home.
+
+    Raises:
+        ValueError: if there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected the home of a user of this machine ({error})") from error
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name at the end, and vanishes on any error.
 
-    What a killed writer of the same file on this machine left behind is removed first.
+    What killed writers left behind in the same folder is removed first.
 
     Raises:
         OSError: as the file system says (no space, no permission), with nothing left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path)
+    _remove_stale(path.parent)
     temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
     try:
         yield temporary
@@ -46,13 +71,23 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove the temporaries of dead writers; another machine's are left, since only it knows whether they live."""
-    pattern = re.compile(re.escape(f".{path.name}.{HOST}-") + r"(\d+)\.tmp")
-    for entry in path.parent.iterdir():
-        found = pattern.fullmatch(entry.name)
-        if found and not _is_alive(int(found[1])):
+def _remove_stale(folder: Path) -> None:
+    """Remove the temporaries of dead writers, of any file in the folder.
+
+    Only this machine (and, in a container, this one) knows whether its writers live; another's temporary is taken for
+    abandoned once nothing was written to it for `ABANDONED` seconds.
+    """
+    for entry in folder.iterdir():
+        found = _TEMPORARY.fullmatch(entry.name)
+        if found and ((found["host"] == HOST and not _is_alive(int(found["pid"]))) or _is_abandoned(entry)):
             entry.unlink(missing_ok=True)
+
+
+def _is_abandoned(temporary: Path) -> bool:
+    try:
+        return time.time() - temporary.stat().st_mtime > ABANDONED
+    except FileNotFoundError:
+        return False
 
 
 def _is_alive(pid: int) -> bool:

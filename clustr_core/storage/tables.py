@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from clustr_core.storage.files import home, written_whole
+from clustr_core.storage.files import written_whole
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV with nine significant digits, whole or not at all."""
+def write_table(path: Path, table: pd.DataFrame, *, digits: int = 9) -> None:
+    """Write a table as CSV with so many significant digits, whole or not at all."""
     with written_whole(path) as temporary:
-        table.to_csv(temporary, index=False, encoding="utf-8", float_format="%.9g", lineterminator="\n")
+        table.to_csv(temporary, index=False, encoding="utf-8", float_format=f"%.{digits}g", lineterminator="\n")
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -23,15 +23,3 @@ def read_table(path: Path) -> pd.DataFrame:
         return pd.read_csv(path, encoding="utf-8")
     except ValueError as error:  # pandas' own errors and UnicodeDecodeError are among them
         raise ValueError(f"{path}: expected a table, got something empty or damaged ({error})") from error
-
-
-def published(profile: str, kind: str) -> pd.DataFrame | None:
-    """The committed rows ``results/published/<profile>/<kind>-*.csv`` of all methods, or None if there are none."""
-    files = sorted((home() / "results/published" / profile).glob(f"{kind}-*.csv"))
-    return pd.concat([read_table(file) for file in files], ignore_index=True) if files else None
-
-
-def benchmark(name: str) -> pd.DataFrame | None:
-    """The published table ``results/published/bench/<name>.csv`` of a benchmark, or None if there is none."""
-    path = home() / "results/published/bench" / f"{name}.csv"
-    return read_table(path) if path.exists() else None

@@ -5,7 +5,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.optimize import nnls
-from torch import Tensor
+from torch import Tensor, nn
 
 from clustr_core.certificates.ladder import certified_radius
 from clustr_core.certificates.names import HARD_BOUNDS
@@ -98,3 +98,14 @@ def ladder(embeddings: Float[Tensor, "batch dim"], clusters: Clusters) -> pd.Dat
     """One row for each embedding: the bounds of the nearest rule in feature units, and the "oracle"'s distance."""
     columns = {bound: certified_radius(embeddings, clusters, bound=bound).numpy() for bound in HARD_BOUNDS}
     return pd.DataFrame(columns | {"oracle": exact_nearest_rule_distance(embeddings, clusters)[0].numpy()})
+
+
+def layer_matrix(layer: nn.Module, image: Tensor) -> Float[Tensor, "out in"]:
+    """The Jacobian of a layer at one image, as a matrix, by automatic differentiation: what bounds are held to.
+
+    Args:
+        image: without a batch dimension, of the shape that the layer takes.
+    """
+    jacobian = torch.autograd.functional.jacobian(lambda x: layer(x[None])[0].flatten(), image)
+    assert isinstance(jacobian, Tensor)
+    return jacobian.reshape(-1, image.numel())

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from clustr_core.attacks.ball import check_inputs
 from clustr_core.attacks.losses import cross_entropy, margin_loss
 from clustr_core.attacks.paper import paper_surface
-from clustr_core.measuring.diagnostics import CHECKS, examine
+from clustr_core.measuring.checks import CHECKS
+from clustr_core.measuring.diagnostics import examine
 from clustr_core.models.classifiers import ClusterClassifier
 from clustr_core.models.clusters import Clusters
 

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from clustr_core.models.clusters import Clusters
 from clustr_core.numerics.checks import check_finite, check_positive
-from clustr_core.numerics.distances import rows_within, squared_distances
+from clustr_core.numerics.chunks import rows_within
+from clustr_core.numerics.derivatives import Gradients, gradients_of
+from clustr_core.numerics.distances import squared_distances
 from clustr_core.numerics.rounding import HALF_DTYPES, full_precision
 
 
@@ -92,27 +93,64 @@ class _Magnet(torch.autograd.Function):
         total = shares.sum(dim=1, keepdim=True)
         shares.div_(total)
         per_example = total.log_().add_(highest).add_(gap).clamp_min_(0).squeeze(1)
-        ctx.save_for_backward(member, sizes, centroids, offsets, variance, precision, halves, shares, per_example)
+        ctx.gap = gap
+        kept = (member, sizes, centroids, offsets, variance, precision, halves, shares, per_example)
+        ctx.save_for_backward(embeddings, own, cluster_labels, *kept)
         return per_example, variance
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, above: Tensor, above_variance: Tensor) -> tuple[Tensor, None, None, None]:
-        """Through (d_own^2 - d_j^2) / 2 to embeddings and means, and through the variance to the offsets alone."""
-        member, sizes, centroids, offsets, variance, precision, halves, shares, per_example = ctx.saved_tensors
-        weights = (above * (per_example > 0))[:, None]
-        of_precision = (weights * shares * halves).sum() * (variance > torch.finfo(variance.dtype).eps ** 2)
-        of_variance = above_variance - precision.square() * of_precision
-        flow = (shares - member).mul_(weights * precision)
-        pull = of_variance * (2 / max(len(offsets) - 1, 1))
-        with full_precision(above.device):
-            between = member.T @ flow
-            # the offsets of a cluster add up to nothing but the rounding of its mean, which this takes back
-            of_centroids = (flow - pull * member).T @ offsets
-            of_centroids.addmm_(between.T, centroids).sub_(between.sum(dim=0)[:, None] * centroids).div_(sizes)
-            pulls = torch.cat([centroids, of_centroids])
-            of_embeddings = (offsets * pull).addmm_(torch.cat([flow, member], dim=1), pulls)
+    def backward(ctx: Any, above: Tensor, above_variance: Tensor) -> tuple[Tensor | None, None, None, None]:
+        embeddings, own, cluster_labels, *kept = ctx.saved_tensors
+        (of_embeddings,) = gradients_of(
+            lambda points: _magnet_formula(points, own, cluster_labels, ctx.gap),
+            (embeddings,),
+            (above, above_variance),
+            lambda *above: _magnet_gradient(*kept, *above),
+        )
         return of_embeddings, None, None, None
+
+
+def _magnet_gradient(
+    member: Tensor,
+    sizes: Tensor,
+    centroids: Tensor,
+    offsets: Tensor,
+    variance: Tensor,
+    precision: Tensor,
+    halves: Tensor,
+    shares: Tensor,
+    per_example: Tensor,
+    above: Tensor,
+    above_variance: Tensor,
+) -> Gradients:
+    """Through (d_own^2 - d_j^2) / 2 to embeddings and means, and through the variance to the offsets alone."""
+    weights = (above * (per_example > 0))[:, None]
+    of_precision = (weights * shares * halves).sum() * (variance > torch.finfo(variance.dtype).eps ** 2)
+    of_variance = above_variance - precision.square() * of_precision
+    flow = (shares - member).mul_(weights * precision)
+    pull = of_variance * (2 / max(len(offsets) - 1, 1))
+    with full_precision(above.device):
+        between = member.T @ flow
+        # the offsets of a cluster add up to nothing but the rounding of its mean, which this takes back
+        of_centroids = (flow - pull * member).T @ offsets
+        of_centroids.addmm_(between.T, centroids).sub_(between.sum(dim=0)[:, None] * centroids).div_(sizes)
+        pulls = torch.cat([centroids, of_centroids])
+        return ((offsets * pull).addmm_(torch.cat([flow, member], dim=1), pulls),)
+
+
+def _magnet_formula(embeddings: Tensor, own: Tensor, cluster_labels: Tensor, gap: float) -> tuple[Tensor, Tensor]:
+    """The losses and the variance of `magnet_loss` as the formula says, differentiable as often as one likes."""
+    member = F.one_hot(own, len(cluster_labels)).to(embeddings.dtype)
+    centroids = member.T @ embeddings / member.sum(dim=0)[:, None]
+    offsets = embeddings - centroids[own]
+    variance = offsets.square().sum() / max(len(own) - 1, 1)
+    precision = variance.clamp_min(torch.finfo(embeddings.dtype).eps ** 2).reciprocal()
+    # (d_own^2 - d_j^2) / 2 = <r_n, mu_j - mu(n)> - ||mu_j - mu(n)||^2 / 2: nothing of it is far from the origin
+    apart = centroids - centroids[own][:, None]
+    halves = torch.linalg.vecdot(offsets[:, None], apart) - torch.linalg.vecdot(apart, apart) / 2
+    same = (cluster_labels == cluster_labels[:, None])[own]
+    rivals = (halves * precision).masked_fill(same, -torch.inf).logsumexp(dim=1)
+    return (rivals + gap).clamp_min(0), variance
 
 
 def full_magnet_loss(

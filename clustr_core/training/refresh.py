@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.models.clusters import Clusters, fit_clusters
 from clustr_core.models.embed import embed_all
-from clustr_core.numerics.distances import rows_within, squared_distances
+from clustr_core.numerics.chunks import rows_within
+from clustr_core.numerics.distances import squared_distances
 from clustr_core.training.losses import full_magnet_loss
 from clustr_core.training.processes import ALONE, Processes
 from clustr_core.training.recipes import Recipe, has_cluster_batches

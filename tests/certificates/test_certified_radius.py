@@ -15,7 +15,7 @@ from clustr_core.certificates.soft import _Between
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
 from clustr_core.models.clusters import Clusters
 from clustr_core.models.encoders import build_encoder
-from clustr_core.numerics import distances
+from clustr_core.numerics import chunks
 from clustr_core.theory import oracle
 from clustr_core.theory.examples import (
     hard_radius_soft_rule_example,
@@ -498,7 +498,7 @@ def test_a_table_of_embeddings_and_clusters_is_never_whole(monkeypatch):
         sizes.append(product(*arguments, **options).numel())
         return product(*arguments, **options)
 
-    monkeypatch.setattr(distances, "CHUNK_BYTES", 4 * 40 * 50)
+    monkeypatch.setattr(chunks, "TABLE_BYTES", 4 * 40 * 50)
     monkeypatch.setattr(torch, "addmm", noted)
     for bound in BOUNDS:
         torch.testing.assert_close(certified_radius(z, clusters, bound=bound), expected[bound], rtol=1e-5, atol=1e-6)
@@ -627,7 +627,7 @@ def test_soft_bounds_multiply_the_centroids_with_each_other_once(monkeypatch):
     z, made, of = torch.randn(300, 8), [], _Between.of
     monkeypatch.setattr(_Between, "of", lambda given: made.append(given) or of(given))
     expected = certified_radius(z, clusters, bound="soft-lse", rule="soft")
-    monkeypatch.setattr(distances, "CHUNK_BYTES", 8 * 40 * 10 * 20)
+    monkeypatch.setattr(chunks, "TABLE_BYTES", 8 * 40 * 10 * 20)
     torch.testing.assert_close(certified_radius(z, clusters, bound="soft-lse", rule="soft"), expected)
     assert len(made) == 2
 

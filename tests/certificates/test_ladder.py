@@ -15,7 +15,7 @@ from clustr_core.certificates.names import HARD_BOUNDS, SOFT_BOUNDS
 from clustr_core.certificates.polyhedron import least_norm
 from clustr_core.models.classifiers import ClusterClassifier, cluster_logits
 from clustr_core.models.clusters import Clusters
-from clustr_core.numerics import distances
+from clustr_core.numerics import chunks
 from clustr_core.theory.examples import hard_radius_soft_rule_example, random_configuration
 from clustr_core.theory.oracle import exact_nearest_rule_distance
 
@@ -173,7 +173,7 @@ def test_constraints_that_are_not_there_bind_nothing():
 def test_chunks_change_nothing(bound, monkeypatch):
     z, clusters = draw(3, classes=4, per_class=3, dim=5, points=50)
     whole = certified_radius(z, clusters, bound=bound)
-    monkeypatch.setattr(distances, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "TABLE_BYTES", 1)
     torch.testing.assert_close(certified_radius(z, clusters, bound=bound), whole, rtol=1e-12, atol=1e-14)
     assert certified_radius(z[:0], clusters, bound=bound).shape == (0,)
 

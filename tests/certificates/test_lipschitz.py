@@ -324,7 +324,9 @@ def test_a_layer_of_ones_own_is_bounded_and_certified(rules):
     found: dict[str, Any] = {}
     exec(MY_LAYER, found)
     encoder = found["encoder"].double()
-    assert found["constant"] == pytest.approx(float(torch.linalg.matrix_norm(encoder[2].weight.detach(), ord=2)), rel=1e-6)
+    assert found["constant"] == pytest.approx(
+        float(torch.linalg.matrix_norm(encoder[2].weight.detach(), ord=2)), rel=1e-6
+    )
     clusters = Clusters(torch.randn(4, 8).double(), torch.arange(4) % 2, torch.ones(4).double())
     found = certify(ClusterClassifier(encoder, clusters, rule="nearest"), torch.rand(6, 1, 8, 8).double())
     assert (found.radius > 0).any()

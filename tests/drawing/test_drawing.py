@@ -11,7 +11,7 @@ from disk import contents, files_of_at_most
 from matplotlib.patches import Circle
 
 from clustr_core.drawing.geometry import draw_discs, draw_ladder, draw_regions, draw_voronoi
-from clustr_core.drawing.looks import BOUND_LOOKS, LOOKS, METHOD_NAMES, PROTOCOL_LOOKS, house_style, save_figure
+from clustr_core.drawing.looks import BOUND_LOOKS, LOOKS, PROTOCOL_LOOKS, house_style, save_figure
 from clustr_core.drawing.results import (
     draw_accuracy,
     draw_distribution,
@@ -23,6 +23,7 @@ from clustr_core.drawing.results import (
     draw_ranges,
     draw_shares,
 )
+from clustr_core.measuring.study import METHOD_NAMES
 from clustr_core.training.recipes import METHODS
 
 
@@ -151,7 +152,7 @@ def test_shares_rise_to_one(axes):
 
 
 def test_a_distribution_is_a_staircase(axes):
-    table = pd.DataFrame({"bound": ["nearest"] * 3 + ["exact"], "radius": [2.0, np.nan, 1.0, 4.0]})
+    table = pd.DataFrame({"bound": ["nearest"] * 2 + ["exact"], "radius": [2.0, 1.0, 4.0]})
     draw_distribution(axes, table, "radius", group="bound", looks={"nearest": BOUND_LOOKS["nearest"]})
     (curve,) = axes.lines
     assert curve.get_xdata().tolist() == [1, 2]

@@ -27,7 +27,8 @@ from clustr_core.certificates.smoothing import certify_smoothed
 from clustr_core.measuring import attacked as attacked_module
 from clustr_core.measuring import certified as certified_module
 from clustr_core.measuring import pieces as pieces_module
-from clustr_core.measuring import sandwich as sandwich_module
+from clustr_core.measuring import sandwiched as sandwiched_module
+from clustr_core.measuring import targets as targets_module
 from clustr_core.measuring.accuracy import best_bound, broken_certificates, robust_accuracy
 from clustr_core.measuring.attacked import attack_table, attacks_of, run_attack
 from clustr_core.measuring.certified import (
@@ -36,15 +37,12 @@ from clustr_core.measuring.certified import (
     certificates_of,
     prototype_certificates,
 )
-from clustr_core.measuring.pieces import AttackTarget, fill_cache, heads_of, some_test_images, target_of
+from clustr_core.measuring.counterexamples import CertificateBroken, load_counterexample
+from clustr_core.measuring.pieces import fill_cache, some_test_images
 from clustr_core.measuring.profile import Profile, Protocol, SandwichBudget, SmoothingBudget
-from clustr_core.measuring.sandwich import (
-    CertificateBroken,
-    load_counterexample,
-    measure_sandwich,
-    sandwich_of,
-    sandwich_table,
-)
+from clustr_core.measuring.sandwich import measure_sandwich
+from clustr_core.measuring.sandwiched import sandwich_of, sandwich_table
+from clustr_core.measuring.targets import AttackTarget, heads_of, target_of
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.models.classifiers import ClusterClassifier
 from clustr_core.models.embed import embed_all
@@ -78,8 +76,7 @@ KINDS = {
 
 def small_pieces(monkeypatch, size):
     """So many images at one time."""
-    for module in (attacked_module, pieces_module, sandwich_module):
-        monkeypatch.setattr(module, "CHUNK", size)
+    monkeypatch.setattr(pieces_module, "CHUNK", size)
 
 
 @pytest.fixture(params=["ce", "clustr"])
@@ -339,10 +336,10 @@ def test_any_other_model_is_another_measurement(digits, tmp_path, attacked):
     loads = []
 
     def subject(identity):
-        return AttackTarget("mine", lambda: loads.append(1) or network, identity, tmp_path)
+        return AttackTarget("mine", lambda: loads.append(1) or network, identity, tmp_path, digits)
 
     for identity, count in (("a", 1), ("b", 2), ("a", 2)):
-        attacked_module.measure(subject(identity), protocol, digits, progress=False)
+        attacked_module.measure(subject(identity), protocol, progress=False)
         assert len(attacked) == len(loads) == len(list(tmp_path.iterdir())) == count
 
 
@@ -665,7 +662,7 @@ def test_rows_of_a_sandwich(name, certifying, digits):
 def test_a_sandwich_is_measured_once_for_each_budget(certifying, digits, monkeypatch):
     run, made = unmeasured(certifying["lip-linear"]), []
     real = measure_sandwich
-    monkeypatch.setattr(sandwich_module, "measure_sandwich", lambda *a, **o: made.append(1) or real(*a, **o))
+    monkeypatch.setattr(sandwiched_module, "measure_sandwich", lambda *a, **o: made.append(1) or real(*a, **o))
     budget = SandwichBudget(examples=4, steps=2, points=2)
     first = sandwich_table(run, budget, dataset=digits)
     pd.testing.assert_frame_equal(sandwich_table(run, budget, dataset=digits), first)
@@ -685,7 +682,7 @@ def test_a_certificate_that_is_broken_is_kept_and_no_table_is_written(certifying
     run = unmeasured(certifying["clustr-cert"])
     real = certificate_rows
     monkeypatch.setattr(
-        sandwich_module, "certificate_rows", lambda *a: real(*a).assign(radius=lambda t: 3 * t["radius"])
+        certified_module, "certificate_rows", lambda *a: real(*a).assign(radius=lambda t: 3 * t["radius"])
     )
     with pytest.raises(CertificateBroken, match=r"counterexample-\w+-\d+\.safetensors"):
         sandwich_table(run, replace(BUDGET, apgd_eps=()), dataset=digits)
@@ -696,8 +693,9 @@ def test_a_certificate_that_is_broken_is_kept_and_no_table_is_written(certifying
     assert found.label == digits.test_labels[found.index]
     with torch.no_grad():
         assert run.model()(found.adversarial[None]).argmax() != found.label
-    assert not (run.path / "tables").exists()
+    assert not list(run.path.glob("tables/sandwich-*"))
     shutil.rmtree(run.path / "counterexamples")
+    unmeasured(run)
 
 
 def test_what_has_no_sandwich(certifying, runs, digits):
@@ -747,7 +745,7 @@ def test_cross_entropy_is_measured_with_clusters_as_well(runs, digits):
         with torch.no_grad():
             assert rows["prediction"].tolist() == model(images).argmax(dim=1).tolist()
     plain = AdversarialTraining(epochs=1, width=4, train_examples=200)
-    assert target_of(replace(run, recipe=plain)).name == "pgd-at"
+    assert target_of(replace(run, recipe=plain), digits).name == "pgd-at"
 
 
 def test_no_attack_is_transferred_from_a_model_to_itself(runs, digits, monkeypatch, attacked):
@@ -755,15 +753,15 @@ def test_no_attack_is_transferred_from_a_model_to_itself(runs, digits, monkeypat
     both = {"linf": shown, "transfer": replace(KINDS["transfer"], source="ce", eps=(0.1,), examples=5)}
     profile = Profile("tiny", {name: run.recipe for name, run in runs.items()}, both)
     folders = {run.recipe: run.path for run in runs.values()}
-    monkeypatch.setattr(pieces_module, "run_folder", folders.__getitem__)
+    monkeypatch.setattr(targets_module, "run_folder", folders.__getitem__)
     own = attacks_of(unmeasured(runs["ce"]), profile, dataset=digits, progress=False)
     assert own["attack"].unique().tolist() == ["pgd"]
     other = attacks_of(unmeasured(runs["clustr"]), profile, dataset=digits, progress=False)
     assert other["attack"].tolist() == ["pgd"] * 5 + ["transfer"] * 5
     # climbed was the source's model, and no other
-    source = target_of(runs["ce"])
+    source = target_of(runs["ce"], digits)
     expected = attacked_module.measure(
-        target_of(runs["clustr"], source=runs["ce"]), both["transfer"], digits, progress=False
+        target_of(runs["clustr"], digits), both["transfer"], source=source, progress=False
     )
     pd.testing.assert_frame_equal(other[other["attack"] == "transfer"][COLUMNS].reset_index(drop=True), expected)
     assert source.identity == f"{runs['ce'].weights_sha256} own"

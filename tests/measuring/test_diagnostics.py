@@ -10,8 +10,10 @@ from clustr_core.attacks.gradient import pgd
 from clustr_core.attacks.losses import cross_entropy, margin_loss
 from clustr_core.attacks.paper import ScoreModel, paper_surface
 from clustr_core.attacks.temperature import rescaled
-from clustr_core.measuring import diagnostics
-from clustr_core.measuring.diagnostics import CHECKS, MATERIAL, Evaluation, Finding, examine, verdict
+from clustr_core.measuring import checks, slices
+from clustr_core.measuring.checks import CHECKS, MATERIAL, Finding
+from clustr_core.measuring.diagnostics import examine, verdict
+from clustr_core.measuring.evaluation import CHANGES, Evaluation
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.models.clusters import Clusters, fit_clusters
 from clustr_core.theory.toys import HILL_STD, LINEAR_STD, TOY_EPS, VANISHED_STD, cluster_toy, toy_thresholds
@@ -193,9 +195,9 @@ def test_zero_and_underflowing_gradients_are_counted_image_by_image():
     scale = torch.tensor([1.0] * 10 + [1e-14] * 14 + [0.0] * 16)[:, None]
     surface = Mapped(rescaled(toy.model, toy.images), lambda z: z * scale if len(z) == 40 else z)
     evaluation = Evaluation(surface, toy.model, toy.images, toy.labels, TOY_EPS)
-    assert diagnostics.zero_gradients(evaluation).value == pytest.approx(16 / 40)
-    assert diagnostics.underflowing_gradients(evaluation).value == pytest.approx(30 / 40)
-    largest = diagnostics.input_gradients(evaluation)
+    assert checks.zero_gradients(evaluation).value == pytest.approx(16 / 40)
+    assert checks.underflowing_gradients(evaluation).value == pytest.approx(30 / 40)
+    largest = checks.input_gradients(evaluation)
     assert largest[:10].min() > 1e-4
     assert torch.equal(largest == 0, scale.squeeze(1) == 0)
 
@@ -204,13 +206,13 @@ def test_a_surface_without_a_gradient_is_refused():
     toy = cluster_toy(examples=8)
     evaluation = Evaluation(Mapped(toy.model, torch.Tensor.detach), toy.model, toy.images, toy.labels, TOY_EPS)
     with pytest.raises(ValueError, match="surface: expected outputs with a gradient, got none"):
-        diagnostics.zero_gradients(evaluation)
+        checks.zero_gradients(evaluation)
 
 
 @pytest.mark.parametrize("kind", ["honest", "linear"])
 def test_every_loss_of_an_honest_evaluation_finds_the_truth_at_every_eps(kind):
     evaluation = evaluation_of(kind)
-    table = diagnostics.loss_table(evaluation, [0.024, 0.028, TOY_EPS])
+    table = checks.loss_table(evaluation, [0.024, 0.028, TOY_EPS])
     assert list(table) == ["eps", "surface", "loss", "robust_accuracy"]
     assert table.groupby("eps").size().tolist() == [4, 4, 4]
     toy = cluster_toy()
@@ -222,9 +224,9 @@ def test_every_loss_of_an_honest_evaluation_finds_the_truth_at_every_eps(kind):
 
 def test_the_disagreement_is_with_the_lowest_of_the_other_losses():
     evaluation = evaluation_of("hill")
-    table = diagnostics.loss_table(evaluation, [TOY_EPS]).set_index(["surface", "loss"])["robust_accuracy"]
+    table = checks.loss_table(evaluation, [TOY_EPS]).set_index(["surface", "loss"])["robust_accuracy"]
     assert table["logits"].tolist() == [0, 0]
-    assert diagnostics.loss_disagreement(evaluation).value == pytest.approx(table["evaluation", "ce"])
+    assert checks.loss_disagreement(evaluation).value == pytest.approx(table["evaluation", "ce"])
 
 
 def test_grey_refutes_only_where_grey_is_another_class():
@@ -232,34 +234,34 @@ def test_grey_refutes_only_where_grey_is_another_class():
     always_0 = Mapped(toy.model, lambda z: z * 0 + torch.tensor([1.0, 0, 0, 0]))
     right = Evaluation(always_0, always_0, toy.images, torch.zeros_like(toy.labels), TOY_EPS)
     assert right.robust_accuracy == 1
-    assert not diagnostics.grey_ball(right).flagged
+    assert not checks.grey_ball(right).flagged
     # a surface that the attack cannot climb, and a model that calls grey something else
     flat = Mapped(toy.model, lambda z: z * 0 + torch.tensor([1.0, 0, 0, 0]))
     grey_is_1 = Mapped(toy.model, lambda z: z * 0 + torch.tensor([0, 1.0, 0, 0]))
     wrong = Evaluation(flat, grey_is_1, toy.images, torch.zeros_like(toy.labels), TOY_EPS)
-    assert diagnostics.grey_ball(wrong).value == 1
+    assert checks.grey_ball(wrong).value == 1
 
 
 def test_the_grey_ball_does_not_blame_the_surface_for_a_short_step():
     evaluation = evaluation_of("honest", steps=5, step_size=1e-4)
     assert evaluation.robust_accuracy == 1
-    assert diagnostics.grey_ball(evaluation).value == 0
+    assert checks.grey_ball(evaluation).value == 0
 
 
 def test_black_boxes_are_held_against_the_reported_number():
     short = evaluation_of("honest", steps=1, restarts=1, step_size=1e-4)
     assert short.robust_accuracy == 1
-    assert diagnostics.transfer_gap(short, other_model()).flagged
-    assert diagnostics.transfer_gap(short, Mapped(other_model(), lambda z: -1 - z)).value == 0
-    assert diagnostics.square_gap(short, queries=200).value > diagnostics.square_gap(short, queries=2).value >= 0
+    assert checks.transfer_gap(short, other_model()).flagged
+    assert checks.transfer_gap(short, Mapped(other_model(), lambda z: -1 - z)).value == 0
+    assert checks.square_gap(short, queries=200).value > checks.square_gap(short, queries=2).value >= 0
 
 
 def test_the_budget_check_notices_too_few_steps():
     # 5 steps lead 0.015 of the 0.025 that are needed, 25 lead to the border of the ball
     short = evaluation_of("honest", steps=5, restarts=1, step_size=0.003)
-    assert diagnostics.budget(short).value == pytest.approx(short.robust_accuracy - 0)
+    assert checks.budget(short).value == pytest.approx(short.robust_accuracy - 0)
     assert short.robust_accuracy > 0.5
-    assert not diagnostics.budget(evaluation_of("honest")).flagged
+    assert not checks.budget(evaluation_of("honest")).flagged
 
 
 def test_a_wrong_hill_is_a_loss_that_rises_while_the_margin_falls():
@@ -272,24 +274,24 @@ def test_a_wrong_hill_is_a_loss_that_rises_while_the_margin_falls():
         eps=TOY_EPS, step_size=TOY_EPS / 4, steps=8,
     )  # fmt: skip
     upside_down.attacked.adversarial.copy_(moved)
-    assert diagnostics.wrong_hill(upside_down).value == 1
-    assert diagnostics.wrong_hill(evaluation_of("honest")).value == 0
+    assert checks.wrong_hill(upside_down).value == 1
+    assert checks.wrong_hill(evaluation_of("honest")).value == 0
 
 
 def test_slices_stay_in_the_ball_and_find_what_lies_behind_the_attack():
     evaluation = evaluation_of("hill")
-    axes = diagnostics.slice_axes(evaluation)
+    axes = slices.slice_axes(evaluation)
     assert axes[0].abs().flatten(1).amax(dim=1).tolist() == pytest.approx([1.0] * 64)
     assert set(axes[1].unique().tolist()) == {-1.0, 1.0}
     for a, b in ((1, 1), (-1, 1), (1, 0)):
-        points = diagnostics.on_slice(evaluation, axes, a, b)
+        points = slices.on_slice(evaluation, axes, a, b)
         assert (points - evaluation.images).abs().max() <= TOY_EPS * (1 + 1e-5)
-    assert torch.equal(diagnostics.on_slice(evaluation, axes, 0, 0), evaluation.images)
-    table = diagnostics.slice_table(evaluation, points=5)
+    assert torch.equal(slices.on_slice(evaluation, axes, 0, 0), evaluation.images)
+    table = slices.slice_table(evaluation, points=5)
     assert list(table) == ["index", "a", "b", "loss", "margin"]
     assert len(table) == 64 * 25
     refuted = table.groupby("index")["margin"].max().gt(0).to_numpy() & evaluation.robust.numpy()
-    assert diagnostics.slices(evaluation, points=5).value == pytest.approx(refuted.mean())
+    assert checks.slices(evaluation, points=5).value == pytest.approx(refuted.mean())
     clean = table.query("a == 0 and b == 0")["loss"].to_numpy()
     expected = cross_entropy(evaluation.surface(evaluation.images), evaluation.labels)
     torch.testing.assert_close(torch.from_numpy(clean.copy()), expected)
@@ -297,7 +299,7 @@ def test_slices_stay_in_the_ball_and_find_what_lies_behind_the_attack():
 
 def test_a_slice_needs_two_points():
     with pytest.raises(ValueError, match="points: expected at least 2 along each axis, got 1"):
-        diagnostics.slices(evaluation_of("honest", examples=4), points=1)
+        checks.slices(evaluation_of("honest", examples=4), points=1)
 
 
 def test_a_randomised_surface_is_noticed():
@@ -307,9 +309,9 @@ def test_a_randomised_surface_is_noticed():
     torch.manual_seed(4)
     expected = torch.rand(1)
     torch.manual_seed(4)
-    assert diagnostics.randomised(evaluation).flagged
+    assert checks.randomised(evaluation).flagged
     assert torch.rand(1) == expected
-    assert diagnostics.randomised(evaluation_of("honest")).value == 0
+    assert checks.randomised(evaluation_of("honest")).value == 0
 
 
 ways = {
@@ -332,10 +334,10 @@ def test_gradients_inside_the_forward_pass_are_counted(way):
 
     dynamic = Evaluation(Mapped(toy.model, purify), toy.model, toy.images, toy.labels, TOY_EPS)
     rule = CHECKS["gradients in forward"]
-    assert diagnostics.gradients_in_forward(dynamic) == Finding(
+    assert checks.gradients_in_forward(dynamic) == Finding(
         "gradients in forward", 2.0, 0.0, True, rule.source, rule.meaning
     )
-    assert diagnostics.gradients_in_forward(evaluation_of("honest", examples=4)).value == 0
+    assert checks.gradients_in_forward(evaluation_of("honest", examples=4)).value == 0
 
 
 @pytest.mark.parametrize(
@@ -353,21 +355,20 @@ def test_outputs_that_are_no_logits_are_noticed(change, flagged):
     toy = cluster_toy(examples=40)
     cool = rescaled(toy.model, toy.images)
     evaluation = Evaluation(Mapped(cool, change), toy.model, toy.images, toy.labels, TOY_EPS)
-    assert diagnostics.no_logits(evaluation).flagged == flagged
+    assert checks.no_logits(evaluation).flagged == flagged
 
 
 @pytest.mark.parametrize(("classes", "lacking"), [(2, 2), (3, 1), (4, 0), (10, 0)])
 def test_few_classes_are_counted(classes, lacking):
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, classes))
     evaluation = Evaluation(model, model, torch.rand(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64), 0.1)
-    finding = diagnostics.too_few_classes(evaluation)
+    finding = checks.too_few_classes(evaluation)
     assert (finding.value, finding.flagged) == (lacking, lacking > 0)
 
 
 def test_the_ablation_names_the_ingredient():
-    changes = ["released", "surface", "bookkeeping", "steps", "target", "all"]
-    hill = diagnostics.ablation_table(evaluation_of("hill")).set_index("change")
-    assert list(hill.index) == changes
+    hill = evaluation_of("hill").ablations.set_index("change")
+    assert list(hill.index) == list(CHANGES)
     assert hill.loc["released", "drop"] == 0
     assert hill.loc[["surface", "all"], "robust_accuracy"].tolist() == [0, 0]
     assert hill["drop"].drop("all").idxmax() == "surface"
@@ -375,10 +376,10 @@ def test_the_ablation_names_the_ingredient():
         [hill.loc["released", "robust_accuracy"]] * 6
     )
     short = evaluation_of("honest", steps=5, restarts=1, step_size=0.003)
-    table = diagnostics.ablation_table(short).set_index("change")
+    table = short.ablations.set_index("change")
     assert table["drop"].drop("all").idxmax() == "steps"
     assert table.loc["surface", "drop"] == pytest.approx(0, abs=0.05)
-    assert diagnostics.ablation(short).value == pytest.approx(table.loc["steps", "drop"])
+    assert checks.ablation(short).value == pytest.approx(table.loc["steps", "drop"])
 
 
 # --- the battery --------------------------------------------------------------------------------------------------

@@ -91,6 +91,25 @@ def flat_maps(monkeypatch):
     return made
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_too_few_points_for_a_map_are_refused_before_any_work(count, runs, digits, monkeypatch):
+    said = f"examples: expected at least 4 images, which a UMAP needs, got {count}"
+    with pytest.raises(ValueError, match=said):
+        umap_map(torch.rand(count, 8))
+    monkeypatch.setattr(embeddings, "embed_all", None)
+    for table in (embedding_table, formation_table):
+        with pytest.raises(ValueError, match=said):
+            table(runs["clustr"], examples=count, dataset=digits)
+
+
+@pytest.mark.filterwarnings("ignore:Tensorflow not installed:ImportWarning")
+@pytest.mark.parametrize("count", [4, 5])
+def test_as_few_points_as_a_map_needs(count):
+    found = umap_map(torch.rand(count, 8, generator=torch.Generator().manual_seed(0)))
+    assert found.shape == (count, 2)
+    assert np.isfinite(found).all()
+
+
 def test_rows_of_a_map(runs, digits, flat_maps):
     run = runs["clustr"]
     table = embedding_table(run, examples=60, dataset=digits)

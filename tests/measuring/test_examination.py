@@ -9,8 +9,9 @@ from clustr_core.attacks.losses import margin_loss
 from clustr_core.attacks.paper import ScoreModel, paper_pgd, paper_surface
 from clustr_core.data import to_float
 from clustr_core.measuring import examination
-from clustr_core.measuring.diagnostics import CHECKS, examine
-from clustr_core.measuring.examination import ablations_of, diagnostics_of, plane_of_attacks
+from clustr_core.measuring.checks import CHECKS
+from clustr_core.measuring.diagnostics import examine
+from clustr_core.measuring.examination import ExaminedHead, ablations_of, diagnostics_of, plane_of_attacks
 from clustr_core.measuring.pieces import some_test_images
 from clustr_core.measuring.profile import Examination, Profile
 from clustr_core.training.loop import fit
@@ -72,8 +73,8 @@ def test_both_are_computed_once(book, digits, monkeypatch):
     def forbidden(*args, **options):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(examination, "examine", forbidden)
-    monkeypatch.setattr(examination, "ablation_table", forbidden)
+    monkeypatch.setattr(examination, "ask_all", forbidden)
+    monkeypatch.setattr(ExaminedHead, "ablations", forbidden)
     again = [compute(runs["clustr"], profile, dataset=digits) for compute in (diagnostics_of, ablations_of)]
     for one, other in zip(first, again, strict=True):
         pd.testing.assert_frame_equal(one, other)

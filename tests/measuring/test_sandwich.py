@@ -13,22 +13,20 @@ from toy_models import Linear, cluster_model, labelled, some_images
 from clustr_core.attacks.autoattack import autoattack
 from clustr_core.certificates.ladder import certified_radius
 from clustr_core.certificates.linear import linear_radius
-from clustr_core.measuring import sandwich
+from clustr_core.measuring import counterexamples, sandwich
 from clustr_core.measuring.accuracy import binomial_interval
-from clustr_core.measuring.profile import SandwichBudget
-from clustr_core.measuring.sandwich import (
+from clustr_core.measuring.chain import check_chain, sandwich_curve
+from clustr_core.measuring.counterexamples import (
     ROUNDING,
     CertificateBroken,
     Counterexample,
-    check_chain,
     check_sandwich,
     load_counterexample,
-    measure_sandwich,
-    sandwich_curve,
-    sandwich_rows,
     save_counterexample,
     violations,
 )
+from clustr_core.measuring.profile import SandwichBudget
+from clustr_core.measuring.sandwich import measure_sandwich, sandwich_rows
 from clustr_core.models.classifiers import ClusterClassifier
 from clustr_core.models.clusters import Clusters
 from clustr_core.storage.tables import read_table, write_table
@@ -149,7 +147,7 @@ def test_a_full_disk_does_not_hide_a_broken_certificate(tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sandwich, "save_file", full)
+    monkeypatch.setattr(counterexamples, "save_file", full)
     with pytest.raises(CertificateBroken, match=r"it could not be kept: .*No space left on device"):
         measured(nearest(), tmp_path, scale=1.05, attacks=["fmn"])
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from torch import nn
 from clustr_core.certificates.ladder import certified_radius, certify
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
 from clustr_core.models.clusters import Clusters
-from clustr_core.numerics import distances
+from clustr_core.numerics import chunks
 
 
 def draw(seed, classes=3, per_class=2, dim=4, points=6, equal=True):
@@ -213,7 +213,7 @@ def test_chunks_of_logits_change_nothing(monkeypatch):
     z.requires_grad_()
     whole = cluster_logits(z, clusters)
     (gradient,) = torch.autograd.grad(whole.square().sum(), z)
-    monkeypatch.setattr(distances, "CHUNK_BYTES", 8 * 6 * 5)
+    monkeypatch.setattr(chunks, "TABLE_BYTES", 8 * 6 * 5)
     parts = cluster_logits(z, clusters)
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), z)[0], gradient, rtol=1e-12, atol=1e-12)
@@ -273,16 +273,58 @@ def square_model(labels, **options):
     return ClusterClassifier(torch.nn.Flatten(), clusters, **options).eval()
 
 
+SWAPPED = torch.tensor([0, 0, 1, 1])
+
+
 def load(model):
-    model.load_state_dict(square_model([0, 0, 1, 1]).state_dict())
+    model.load_state_dict(square_model(SWAPPED.tolist()).state_dict())
+
+
+def load_in_place_of(model):
+    model.load_state_dict(square_model(SWAPPED.tolist()).state_dict(), assign=True)
+
+
+def load_labels_alone(model):
+    model.load_state_dict({"labels": SWAPPED}, strict=False)
 
 
 def assign(model):
-    model.labels = torch.tensor([0, 0, 1, 1])
+    model.labels = SWAPPED.clone()
+
+
+def assign_narrow_labels(model):
+    """Again and again, so that a new tensor would lie where an old one lay."""
+    for labels in ([1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1]):
+        model.labels = torch.tensor(labels, dtype=torch.int32)
+        model(torch.zeros(1, 1, 1, 2, dtype=model.centroids.dtype))
+
+
+def assign_centroids(model):
+    moved = SQUARE[[0, 2, 1, 3]]
+    model.centroids = torch.nn.Parameter(moved) if isinstance(model.centroids, torch.nn.Parameter) else moved
 
 
 def write(model):
-    model.labels.copy_(torch.tensor([0, 0, 1, 1]))
+    model.labels.copy_(SWAPPED)
+
+
+def write_item(model):
+    model.labels[1], model.labels[2] = 0, 1
+
+
+def write_behind_the_count(model):
+    model.labels.data.copy_(SWAPPED)
+
+
+def write_through_numpy(model):
+    model.labels.numpy()[:] = SWAPPED.numpy()
+
+
+def write_in_inference_mode(model):
+    with torch.inference_mode():
+        model.labels = SWAPPED.flip(0).clone()
+        model(torch.zeros(1, 1, 1, 2))
+        model.labels.copy_(SWAPPED)
 
 
 def move_centroids(model):
@@ -290,22 +332,89 @@ def move_centroids(model):
         model.centroids[[1, 2]] = model.centroids[[2, 1]].clone()
 
 
+def move_data(model):
+    model.centroids.data = SQUARE[[0, 2, 1, 3]]
+
+
+def cast_and_write(model):
+    model.to(torch.float64)
+    model(torch.zeros(1, 1, 1, 2))
+    model.to(torch.float32).labels.copy_(SWAPPED)
+
+
+CHANGES = [
+    load, load_in_place_of, load_labels_alone, assign, assign_narrow_labels, assign_centroids, write, write_item,
+    write_behind_the_count, write_through_numpy, write_in_inference_mode, move_centroids, move_data, cast_and_write,
+]  # fmt: skip
+KINDS = [{"rule": "nearest"}, {"rule": "soft"}, {"rule": "soft", "neighbours": 2}]
+
+
 @pytest.mark.parametrize("learnable", [False, True])
-@pytest.mark.parametrize("rule", ["nearest", "soft"])
-@pytest.mark.parametrize("change", [load, assign, write, move_centroids])
-def test_whatever_changes_the_clusters_changes_predictions_and_certificates(change, rule, learnable):
+@pytest.mark.parametrize("kind", KINDS, ids=["nearest", "soft", "few"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_the_clusters_changes_predictions_and_certificates(change, kind, learnable):
     """No certified ball holds another class, and the changed model is the one that was built so."""
-    model, wanted = square_model([0, 1, 0, 1], rule=rule, learnable=learnable), square_model([0, 0, 1, 1], rule=rule)
-    images = torch.rand(300, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    model, wanted = square_model([0, 1, 0, 1], **kind, learnable=learnable), square_model([0, 0, 1, 1], **kind)
+    images = torch.rand(100, 1, 1, 2, generator=torch.Generator().manual_seed(0))
     model(images)
     certify(model, images, lipschitz=1.0)
     change(model)
     predicted = model(images).argmax(dim=1)
     assert torch.equal(predicted, wanted(images).argmax(dim=1))
     radius = certify(model, images, lipschitz=1.0).radius
+    assert (radius > 0).any() == (certify(wanted, images, lipschitz=1.0).radius > 0).any()
     for direction in torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]):
         moved = images + 0.99 * radius[:, None, None, None] * direction
         assert torch.equal(model(moved).argmax(dim=1), predicted)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["nearest", "soft", "few"])
+@pytest.mark.parametrize("how", ["load", "assign", "write", "data"])
+def test_another_variance_changes_the_soft_rule_and_its_certificates(how, kind):
+    images = torch.rand(100, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    model, wanted = square_model([0, 0, 0, 1], **kind), square_model([0, 0, 0, 1], **kind)
+    wanted.variance = torch.full((4,), 0.2)
+    before = model(images), certify(model, images, lipschitz=1.0).radius
+    {
+        "load": lambda: model.load_state_dict(wanted.state_dict()),
+        "assign": lambda: setattr(model, "variance", torch.full((4,), 0.2)),
+        "write": lambda: model.variance.fill_(0.2),
+        "data": lambda: model.variance.data.fill_(0.2),
+    }[how]()
+    after = model(images), certify(model, images, lipschitz=1.0).radius
+    assert not torch.equal(before[0], after[0])
+    assert torch.equal(after[0], wanted(images))
+    assert torch.equal(after[1], certify(wanted, images, lipschitz=1.0).radius)
+    if kind["rule"] == "soft" and "neighbours" not in kind:
+        assert not torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        ("labels", torch.tensor([0, 0, 2, 2]), "labels: expected a cluster for every class"),
+        ("labels", torch.tensor([0.0, 0.5, 1, 1]), "labels: expected class indices"),
+        ("centroids", SQUARE / 0, "centroids: expected finite"),
+        ("centroids", 1e300 * (1 + SQUARE.double()), "centroids: expected finite|variance: expected the centroids' d"),
+        ("variance", -torch.ones(4), "variance: expected positive"),
+    ],
+)
+def test_a_part_of_a_state_is_checked_with_the_rest_of_the_model(part, value, words, assign, as_installed):
+    model, images = square_model([0, 1, 0, 1]), torch.rand(20, 1, 1, 2)
+    before = model(images)
+    with pytest.raises(ValueError, match=words):
+        nn.Sequential(model).load_state_dict({f"0.{part}": value}, strict=False, assign=assign)
+    assert torch.equal(model(images), before)
+
+
+def test_labels_that_are_spoilt_in_place_are_refused():
+    model, images = square_model([0, 1, 0, 1]), torch.rand(20, 1, 1, 2)
+    model(images)
+    model.labels.numpy()[0] = -1
+    for use in (lambda: model(images), lambda: certify(model, images, lipschitz=1.0)):
+        with pytest.raises(ValueError, match="labels: expected class indices"):
+            use()
 
 
 @pytest.mark.parametrize(

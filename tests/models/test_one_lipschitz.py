@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from clustr_core.certificates.lipschitz import convolution_norm, lipschitz_lower_bound, lipschitz_upper_bound
 from clustr_core.models.classifiers import LinearClassifier
@@ -678,6 +679,115 @@ def test_baking_reaches_the_head_and_leaves_ordinary_layers_alone():
     plain = nn.Sequential(SLLConv2d(2), nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2))
     before = copy.deepcopy(plain.state_dict())
     assert all(torch.equal(before[name], value) for name, value in fold_parametrizations(plain).state_dict().items())
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Product(nn.Module):
+    """Two originals."""
+
+    def forward(self, one, other):
+        return one * other
+
+    def right_inverse(self, weight):
+        return weight.clone(), torch.ones_like(weight)
+
+
+def twice_parametrized(layer):
+    """Weight and bias, the weight by two functions, one after the other."""
+    parametrize.register_parametrization(parametrizations.orthogonal(layer), "weight", Doubled())
+    return parametrize.register_parametrization(layer, "bias", Product())
+
+
+def of_a_buffer(layer):
+    layer.register_buffer("shift", torch.ones(4))
+    layer.register_forward_hook(lambda layer, given, found: found + layer.shift)
+    return parametrize.register_parametrization(layer, "shift", Doubled())
+
+
+def pruned(layer):
+    return prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+def with_weight_norm_by_hook(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+PARAMETRIZED = {
+    "cayley": lambda layer: parametrizations.orthogonal(layer, orthogonal_map="cayley"),
+    "householder": lambda layer: parametrizations.orthogonal(layer, orthogonal_map="householder"),
+    "exponential": lambda layer: parametrizations.orthogonal(layer, orthogonal_map="matrix_exp"),
+    "spectral norm": parametrizations.spectral_norm,
+    "weight norm": parametrizations.weight_norm,
+    "several": twice_parametrized,
+    "buffer": of_a_buffer,
+}
+HOOKED = {
+    "spectral norm by a hook": nn.utils.spectral_norm,
+    "pruned": pruned,
+    "weight norm by a hook": with_weight_norm_by_hook,
+}
+
+
+@pytest.mark.parametrize("which", ["copy", "original"])
+@pytest.mark.parametrize("name", [*PARAMETRIZED, *HOOKED])
+def test_folding_leaves_a_copy_as_it_is(name, which):
+    """Whichever of the two is folded, and whatever makes the weight."""
+    torch.manual_seed(0)
+    net = nn.Sequential((PARAMETRIZED | HOOKED)[name](nn.Linear(6, 4)), nn.ReLU()).eval()
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        before = net(x)
+    # a weight that a hook has made is no leaf
+    if name in HOOKED and not net[0].weight.is_leaf:
+        net[0].weight = net[0].weight.detach()
+    other = copy.deepcopy(net)
+    folded, kept = (other, net) if which == "copy" else (net, other)
+    state = {key: value.clone() for key, value in kept.state_dict().items()}
+    assert fold_parametrizations(folded) is folded
+    torch.testing.assert_close(folded(x), before, rtol=1e-5, atol=1e-6)
+    assert torch.equal(kept(x), before)
+    assert list(kept.state_dict()) == list(state)
+    assert all(torch.equal(kept.state_dict()[key], value) for key, value in state.items())
+    assert parametrize.is_parametrized(kept[0]) == (name in PARAMETRIZED)
+    if name in PARAMETRIZED:
+        assert type(folded[0]) is nn.Linear
+        assert not any("parametrizations" in key for key in folded.state_dict())
+        # the copy can be trained and folded as ever
+        kept(x).sum().backward()
+        torch.testing.assert_close(fold_parametrizations(kept)(x), before, rtol=1e-5, atol=1e-6)
+
+
+def test_folding_one_of_two_networks_that_share_their_weights_leaves_the_other():
+    torch.manual_seed(0)
+    one, other = (parametrizations.orthogonal(nn.Linear(4, 4)) for _ in range(2))
+    other.load_state_dict(one.state_dict(), assign=True)
+    other.parametrizations.weight.original = one.parametrizations.weight.original
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        before = other(x)
+    fold_parametrizations(one)
+    assert torch.equal(other(x), before)
+    # two layers of one network
+    tied = nn.Sequential(*(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4, bias=False)) for _ in range(2)))
+    tied[1].parametrizations.weight.original = tied[0].parametrizations.weight.original
+    before = tied(x).detach()
+    torch.testing.assert_close(fold_parametrizations(tied)(x), before)
+
+
+def test_folding_keeps_what_takes_a_gradient_and_what_does_not():
+    torch.manual_seed(0)
+    frozen, free = (parametrizations.orthogonal(nn.Linear(4, 4)) for _ in range(2))
+    frozen.requires_grad_(False)
+    fold_parametrizations(nn.Sequential(frozen, free))
+    assert not frozen.weight.requires_grad
+    assert free.weight.requires_grad
+    assert free.weight.is_leaf
 
 
 def test_an_orthonormal_head_has_orthonormal_rows():

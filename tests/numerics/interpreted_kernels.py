@@ -23,7 +23,7 @@ from benchmarks import kernels as benchmark
 from clustr_core.certificates.ladder import certified_radius
 from clustr_core.models import classifiers
 from clustr_core.models.clusters import Clusters, fit_clusters
-from clustr_core.numerics import kernels
+from clustr_core.numerics import chunks, kernels
 from clustr_core.numerics.kernels import dispatch, reference, tiles
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -119,7 +119,7 @@ def test_chunks_of_rows_give_what_the_whole_gives(neighbours, monkeypatch):
     leaves, weight = (z.requires_grad_(), mu.requires_grad_()), torch.ones(150, 3)
     whole = cluster_logits(*leaves, labels, variance, 3, neighbours)
     to_z, to_mu = torch.autograd.grad(whole, leaves, weight)
-    monkeypatch.setattr(tiles, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "KERNEL_TABLE_BYTES", 1)
     assert [rows.stop for rows in tiles.row_chunks(150, 5)] == [64, 128, 150]
     chunked = cluster_logits(*leaves, labels, variance, 3, neighbours)
     assert torch.equal(whole, chunked)
@@ -265,7 +265,7 @@ def test_radius_in_chunks_and_strided(monkeypatch):
     z, mu, labels, _ = draw(150, 4, [0, 1, 0, 2, 1])
     predicted, between = labels[torch.cdist(z, mu).argmin(dim=1)], between_of(mu)
     whole = pairwise_radius(z, mu, labels, predicted, between, 1e-6, 0.0)
-    monkeypatch.setattr(tiles, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "KERNEL_TABLE_BYTES", 1)
     assert torch.equal(whole, pairwise_radius(z, mu, labels, predicted, between, 1e-6, 0.0))
     strided = pairwise_radius(z.T.contiguous().T, mu.T.contiguous().T, labels, predicted, between.T, 1e-6, 0.0)
     torch.testing.assert_close(whole, strided)
@@ -450,3 +450,19 @@ def test_of_centroids_that_coincide_only_so_many_vote():
     logits = cluster_logits(z, centroids, labels, torch.ones(4), 2, 2)
     assert logits.argmax(dim=1).tolist() == [0, 0]
     torch.testing.assert_close(logits[:, 1], -(2 - z.squeeze(1)).square() / 2)
+
+
+@pytest.mark.parametrize("neighbours", [None, 2])
+def test_second_derivatives_are_those_of_the_reference(neighbours):
+    z, mu, labels, variance = draw(7, 5, [2, 0, 0, 1, 0])
+    seconds = []
+    for kernel, dtype in ((cluster_logits, torch.float32), (reference.cluster_logits, torch.float64)):
+        leaves = z.to(dtype).requires_grad_(), mu.to(dtype).requires_grad_()
+        logits = kernel(*leaves, labels, variance, 3, neighbours)
+        firsts = torch.autograd.grad(logits.sin().sum(), leaves, create_graph=True)
+        penalty = sum(first.square().sum() for first in firsts)
+        assert penalty.requires_grad
+        seconds.append(torch.autograd.grad(penalty, leaves))
+    for mine, theirs in zip(*seconds, strict=True):
+        assert theirs.abs().max() > 1e-3
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())

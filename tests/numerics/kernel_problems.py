@@ -27,7 +27,7 @@ def draw(n, dim, labels, *, seed=0, dtype=torch.float32, scale=1.0):
 
 def logit_error(z, mu, variance, dtype):
     """What float32 may lose of d^2 / (2 sigma^2), and the inputs' dtype of the logit, for each row."""
-    origin = 0 if dtype in tiles.HALVES else mu.double().mean(dim=0)
+    origin = 0 if dtype in tiles.HALF_DTYPES else mu.double().mean(dim=0)
     reach = (z.double() - origin).norm(dim=1) + (mu.double() - origin).norm(dim=1).max()
     d2 = torch.cdist(z.double(), mu.double()).square()
     units = (z.shape[1] + 8) * torch.finfo(torch.float32).eps * reach.square() + torch.finfo(dtype).eps * d2.amax(1)

@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -15,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from clustr_core.storage.files import HOST, digest, home, read_json, write_json, written_whole
+from clustr_core.storage.files import digest, home, read_json, write_json, written_whole
 from clustr_core.storage.provenance import environment
 from clustr_core.storage.tables import read_table, write_table
 
@@ -166,26 +164,3 @@ def test_a_damaged_table_is_named(path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{path}: expected a table, got something empty or damaged"):
         read_table(path)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from clustr_core.storage.files import written_whole
-with written_whole(Path(sys.argv[1])) as temporary:
-    temporary.write_text("half", encoding="utf-8")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_what_a_killed_writer_left_goes_at_the_next_write(tmp_path):
-    path = tmp_path / "a[b]*.txt"
-    subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
-    (left,) = tmp_path.iterdir()
-    alive = tmp_path / f".{path.name}.{HOST}-{os.getppid()}.tmp"
-    foreign = tmp_path / f"{left.name}".replace(HOST, "elsewhere")
-    other = tmp_path / left.name.replace("a[b]", "a")
-    for name in (alive, foreign, other):
-        name.touch()
-    write_json(path, {})
-    assert set(tmp_path.iterdir()) == {path, alive, foreign, other}

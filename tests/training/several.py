@@ -13,7 +13,7 @@ from clustr_core.measuring import attacked, pieces
 from clustr_core.measuring.attacked import attacks_of
 from clustr_core.measuring.certified import certificates_of
 from clustr_core.measuring.profile import Profile, Protocol, SandwichBudget, SmoothingBudget
-from clustr_core.measuring.sandwich import sandwich_of
+from clustr_core.measuring.sandwiched import sandwich_of
 from clustr_core.models.classifiers import LinearClassifier
 from clustr_core.storage.files import digest, write_json
 from clustr_core.training import loop, refresh
@@ -141,9 +141,9 @@ def tables(folder: Path) -> dict:
     """The table of every measurement of some runs, and which pieces this process made."""
     made, real, chunk = [], pieces.write_table, pieces.CHUNK
 
-    def noted(path, table):
+    def noted(path, table, **options):
         made.append(str(path))
-        real(path, table)
+        real(path, table, **options)
 
     pieces.write_table, pieces.CHUNK = noted, CHUNK
     found = {}

@@ -14,7 +14,7 @@ from clustr_core.certificates.ladder import certified_radius, radius_from_magnet
 from clustr_core.certificates.linear import linear_radius
 from clustr_core.models.classifiers import cluster_logits, nearest_logits
 from clustr_core.models.clusters import Clusters, fit_clusters
-from clustr_core.numerics import distances
+from clustr_core.numerics import chunks
 from clustr_core.training.losses import (
     certificate_loss,
     consistency_loss,
@@ -677,7 +677,7 @@ def test_no_table_of_examples_and_clusters_is_whole(name, monkeypatch):
     clusters = Clusters(torch.randn(40, 3, generator=g), torch.arange(40) % 4, torch.ones(40))
     z, labels = torch.randn(2000, 3, generator=g), torch.arange(2000) % 4
     expected = CHUNKED[name](z, clusters, labels)
-    monkeypatch.setattr(distances, "CHUNK_BYTES", 4 * 40 * 100)
+    monkeypatch.setattr(chunks, "TABLE_BYTES", 4 * 40 * 100)
     with torch.no_grad(), LargestTensor() as largest:
         found = CHUNKED[name](z, clusters, labels)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)

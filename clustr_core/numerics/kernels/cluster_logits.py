@@ -3,8 +3,9 @@
 Without ``neighbours`` a program holds a tile of rows and classes, and walks through the clusters of its classes: first
 each class's first cluster, then each one's second, and so on, so that classes may differ in size. Where a table of
 distances cannot be avoided (to find the nearest centroids, and in the backward pass) rows are taken in chunks, whose
-tables fit in `tiles.CHUNK_BYTES`. Nothing but the inputs is kept for the backward pass, which computes the distances
-again. No sum depends on the order in which programs run, so the same inputs give the same bits.
+tables fit in `chunks.KERNEL_TABLE_BYTES`. Nothing but the inputs is kept for the backward pass, which computes the
+distances again; second derivatives are those of the reference in float64. No sum depends on the order in which programs
+run, so the same inputs give the same bits.
 """
 
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clustr_core.numerics.kernels import register, tiles
+from clustr_core.numerics.derivatives import Gradients, gradients_of
+from clustr_core.numerics.kernels import reference, register, tiles
 from clustr_core.numerics.kernels.tiles import (
     COLUMNS,
-    HALVES,
     ROWS,
     by_class,
     distances_from,
@@ -28,6 +29,7 @@ from clustr_core.numerics.kernels.tiles import (
     product_constants,
     row_chunks,
 )
+from clustr_core.numerics.rounding import HALF_DTYPES
 
 # rows summed by one program for the gradient of a centroid
 SPAN = 1024
@@ -60,7 +62,7 @@ def cluster_logits(
     if variance.requires_grad:
         raise ValueError("variance: expected one without gradient, which this kernel does not compute; detach it")
     dtype = torch.promote_types(embeddings.dtype, centroids.dtype)
-    if dtype not in (torch.float32, *HALVES):
+    if dtype not in (torch.float32, *HALF_DTYPES):
         raise TypeError(f"embeddings, centroids: expected float32, bfloat16 or float16, got {dtype}")
     if neighbours is not None and neighbours >= len(centroids):
         neighbours = None
@@ -87,21 +89,31 @@ class _ClusterLogits(torch.autograd.Function):
         return logits.to(embeddings.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         embeddings, centroids, labels, variance = ctx.saved_tensors
-        targets = _targets(centroids, labels, variance, ctx.num_classes)
-        centred = (centroids.float() - targets.origin).contiguous()
-        pulls = torch.empty_like(embeddings) if ctx.needs_input_grad[0] else None
-        total = torch.zeros_like(centred) if ctx.needs_input_grad[1] else None
-        for rows in row_chunks(len(embeddings), max(centroids.shape)):
-            weights = _weights(embeddings[rows], targets, gradient[rows].float(), ctx.neighbours)
-            points = (embeddings[rows].float() - targets.origin).contiguous()
-            if pulls is not None:
-                pulls[rows] = _pull(weights, centred, points, embeddings.dtype, span=len(centroids))
-            if total is not None:
-                total += _pull(weights.T, points, centred, embeddings.dtype, span=SPAN)
-        return pulls, None if total is None else total.to(centroids.dtype), None, None, None, None
+
+        def formula(points, targets):
+            logits = reference.cluster_logits(points, targets, labels, variance, ctx.num_classes, ctx.neighbours)
+            return logits.to(embeddings.dtype)
+
+        gradients = gradients_of(formula, (embeddings, centroids), (gradient,), lambda above: _gradients(ctx, above))
+        return *gradients, None, None, None, None
+
+
+def _gradients(ctx, above: Tensor) -> Gradients:
+    embeddings, centroids, labels, variance = ctx.saved_tensors
+    targets = _targets(centroids, labels, variance, ctx.num_classes)
+    centred = (centroids.float() - targets.origin).contiguous()
+    pulls = torch.empty_like(embeddings) if ctx.needs_input_grad[0] else None
+    total = torch.zeros_like(centred) if ctx.needs_input_grad[1] else None
+    for rows in row_chunks(len(embeddings), max(centroids.shape)):
+        weights = _weights(embeddings[rows], targets, above[rows].float(), ctx.neighbours)
+        points = (embeddings[rows].float() - targets.origin).contiguous()
+        if pulls is not None:
+            pulls[rows] = _pull(weights, centred, points, embeddings.dtype, span=len(centroids))
+        if total is not None:
+            total += _pull(weights.T, points, centred, embeddings.dtype, span=SPAN)
+    return pulls, None if total is None else total.to(centroids.dtype)
 
 
 @dataclass(frozen=True)
@@ -204,7 +216,7 @@ def _pull(weights: Tensor, sources: Tensor, points: Tensor, dtype: torch.dtype, 
 
     Inputs of half precision lose nothing that they had when their weights are rounded to TF32.
     """
-    product = {"DEPTH": 32, "PRECISION": "tf32"} if dtype in HALVES else {"DEPTH": 16, "PRECISION": "ieee"}
+    product = {"DEPTH": 32, "PRECISION": "tf32"} if dtype in HALF_DTYPES else {"DEPTH": 16, "PRECISION": "ieee"}
     parts = triton.cdiv(len(sources), span)
     pulls = points.new_empty(parts, *points.shape)
     grid = (triton.cdiv(points.shape[0], ROWS), triton.cdiv(points.shape[1], COLUMNS), parts)

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clustr_core.numerics.kernels import register, tiles
-from clustr_core.numerics.kernels.tiles import COLUMNS, HALVES, ROWS, by_class
+from clustr_core.numerics.kernels.tiles import COLUMNS, ROWS, by_class
+from clustr_core.numerics.rounding import HALF_DTYPES
 
 # points summed by one program
 SPAN = 1024
@@ -49,7 +50,7 @@ def kmeans(
     Source: Lloyd 1982; Arthur and Vassilvitskii 2007 (the starts: one draw a centroid, where scikit-learn tries several
         and keeps the best).
     """
-    if points.dtype not in (torch.float32, *HALVES):
+    if points.dtype not in (torch.float32, *HALF_DTYPES):
         raise TypeError(f"points: expected float32, bfloat16 or float16, got {points.dtype}")
     problem = grouped(points, labels)
     generator = torch.Generator(points.device).manual_seed(seed)

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clustr_core.numerics.kernels import register, tiles
-from clustr_core.numerics.kernels.tiles import HALVES, ROWS, by_class, inner_products, product_constants, row_chunks
+from clustr_core.numerics.kernels.tiles import ROWS, by_class, inner_products, product_constants, row_chunks
+from clustr_core.numerics.rounding import HALF_DTYPES
 
 # rivals in a tile: twice as many, and the walk through the own clusters no longer fits in registers
 COLUMNS = 32
@@ -55,7 +56,7 @@ def pairwise_radius(
     Source: this book, Proposition 2.
     """
     for name, tensor in (("embeddings", embeddings), ("centroids", centroids)):
-        if tensor.dtype not in (torch.float32, *HALVES):
+        if tensor.dtype not in (torch.float32, *HALF_DTYPES):
             raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
     info = torch.finfo(torch.float32)
     origin = centroids.float().mean(dim=0)

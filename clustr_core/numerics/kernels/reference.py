@@ -1,7 +1,7 @@
 """What the kernels are held to: each formula in its obvious broadcast form, in float64 whatever comes.
 
-Nothing here is fast or small, and nothing runs it but tests and benchmarks: a table of every example, cluster and class
-is made, and gradients are autograd's.
+Nothing here is fast or small: a table of every example, cluster and class is made, and gradients are autograd's. Tests
+and benchmarks run it, and `cluster_logits` gives a kernel its second derivatives.
 """
 
 import torch

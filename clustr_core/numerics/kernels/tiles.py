@@ -13,16 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from triton import knobs
 
-# the largest table of a chunk of rows, in bytes: a few such tables are held at once
-CHUNK_BYTES = 2**26
+from clustr_core.numerics import chunks
+from clustr_core.numerics.rounding import HALF_DTYPES
+
 ROWS = 64
 COLUMNS = 64
-HALVES = (torch.bfloat16, torch.float16)
 
 
 def row_chunks(count: int, width: int) -> Iterator[slice]:
-    """Slices of ``count`` rows, so that a float32 table of ``width`` columns stays within `CHUNK_BYTES`."""
-    rows = max(ROWS, CHUNK_BYTES // (4 * width))
+    """Slices of ``count`` rows, so that a float32 table of ``width`` columns has at most `KERNEL_TABLE_BYTES`."""
+    rows = max(ROWS, chunks.KERNEL_TABLE_BYTES // (4 * width))
     return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 
@@ -41,14 +41,14 @@ def operand(
     origin among the centroids. Rows of half precision stay as they are: a product of two has all its digits in
     float32, where they are summed, while their difference to the origin would have to be rounded.
     """
-    points = (points if points.dtype in HALVES else points - origin).contiguous()
+    points = (points if points.dtype in HALF_DTYPES else points - origin).contiguous()
     return points, torch.linalg.vector_norm(points, dim=1, dtype=torch.float32).square()
 
 
 def product_constants(dtype: torch.dtype) -> dict[str, Any]:
     """How the tiles of `inner_products` are multiplied: float32 is never rounded to TF32."""
     # Triton's interpreter multiplies the bits of bfloat16 as integers
-    return {"DEPTH": 64 if dtype in HALVES else 32, "WIDEN": knobs.runtime.interpret}
+    return {"DEPTH": 64 if dtype in HALF_DTYPES else 32, "WIDEN": knobs.runtime.interpret}
 
 
 def by_class(labels: Int[Tensor, " item"], num_classes: int) -> tuple[Int[Tensor, " item"], Int[Tensor, " boundary"]]:

@@ -1,0 +1,119 @@
+"""Certificates that are broken: which rows break one, and the pair of images that is kept as the proof."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clustr_core.storage.files import written_whole
+
+# in units of pixels, L2. A certificate speaks of the real model: the rounding of an image's pixels in float32 (3e-6 for
+# 3072 of them) and that inside the encoder move the border that is found.
+ROUNDING = 1e-5
+
+
+class CertificateBroken(RuntimeError):
+    """A misclassified image lies inside a certified ball, or a curve is above one that bounds it."""
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """A misclassified image inside a ball that was certified.
+
+    Args:
+        index, label: of the clean image in its test set.
+        radius, norm: the certified radius, and the L2 distance of the two images, in units of pixels.
+    """
+
+    image: Float[Tensor, "channel height width"]
+    adversarial: Float[Tensor, "channel height width"]
+    label: int
+    index: int
+    radius: float
+    norm: float
+    attack: str
+
+
+def violations(rows: pd.DataFrame, *, tolerance: float = ROUNDING) -> pd.DataFrame:
+    """The rows that break a certificate, those first that lie deepest inside their ball.
+
+    norm < radius - tolerance, strictly, for an example classified correctly. A certified ball is open: a misclassified
+    image on its sphere is no contradiction, nor is one that is inside by no more than ``tolerance``: so much rounding
+    may explain.
+
+    Args:
+        rows: of `sandwich_rows`.
+        tolerance: in units of pixels, L2.
+    Raises:
+        ValueError: if the tolerance is not a number of at least 0, or a norm or radius is NaN.
+    """
+    if not 0 <= tolerance < float("inf"):
+        raise ValueError(f"tolerance: expected a finite number of at least 0, got {tolerance}")
+    if rows[["norm", "radius"]].isna().to_numpy().any():
+        raise ValueError("rows: expected numbers as norm and radius, got NaN")
+    broken = rows.loc[rows["correct"] & (rows["norm"] < rows["radius"] - tolerance)]
+    return broken.iloc[(broken["norm"] - broken["radius"]).argsort(kind="stable")]
+
+
+def check_sandwich(rows: pd.DataFrame, *, tolerance: float = ROUNDING) -> None:
+    """Refuse a table in which an attack broke a certificate.
+
+    Args:
+        rows, tolerance: as in `violations`.
+    Raises:
+        CertificateBroken: names attack, index, radius and norm of the worst row.
+        ValueError: as `violations`.
+    """
+    broken = violations(rows, tolerance=tolerance)
+    if len(broken):
+        worst = broken.iloc[0]
+        raise CertificateBroken(_complaint(worst["attack"], int(worst["index"]), worst["radius"], worst["norm"]))
+
+
+def save_counterexample(path: Path, found: Counterexample) -> None:
+    """Write a counterexample as safetensors, whole or not at all.
+
+    Raises:
+        OSError: as the file system says.
+    """
+    tensors = {
+        "image": found.image.detach().cpu().contiguous(),
+        "adversarial": found.adversarial.detach().cpu().contiguous(),
+        "label": torch.tensor(found.label),
+        "index": torch.tensor(found.index),
+        "radius": torch.tensor(found.radius, dtype=torch.float64),
+        "norm": torch.tensor(found.norm, dtype=torch.float64),
+    }
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata={"attack": found.attack})
+
+
+def load_counterexample(path: Path) -> Counterexample:
+    """Read what `save_counterexample` wrote."""
+    with safe_open(path, framework="pt") as file:
+        image, adversarial = file.get_tensor("image"), file.get_tensor("adversarial")
+        label, index, radius, norm = (file.get_tensor(name).item() for name in ("label", "index", "radius", "norm"))
+        return Counterexample(image, adversarial, label, index, radius, norm, file.metadata()["attack"])
+
+
+def kept_counterexample(found: Counterexample, folder: Path) -> CertificateBroken:
+    """The error to raise, once the counterexample is on the disk; a full disk must not hide a broken certificate."""
+    path = folder / f"counterexample-{found.attack}-{found.index}.safetensors"
+    complaint = _complaint(found.attack, found.index, found.radius, found.norm)
+    try:
+        save_counterexample(path, found)
+    except OSError as error:
+        return CertificateBroken(f"{complaint}; it could not be kept: {error}")
+    return CertificateBroken(f"{complaint}; both images are kept in {path}")
+
+
+def _complaint(attack: str, index: int, radius: float, norm: float) -> str:
+    return (
+        f"{attack}: expected no misclassified image nearer to example {index} than its certified radius {radius:.9g}, "
+        f"got one at L2 distance {norm:.9g}"
+    )

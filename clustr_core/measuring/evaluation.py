@@ -1,0 +1,150 @@
+"""An evaluation that is judged: the released attack on a surface of a model, and what else it would have found."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from clustr_core.attacks.ball import Images, check_inputs
+from clustr_core.attacks.gradient import pgd
+from clustr_core.attacks.names import PAPER_STEP_SIZE
+from clustr_core.attacks.paper import paper_pgd
+from clustr_core.attacks.result import AttackResult, Model, misclassified
+from clustr_core.attacks.temperature import rescaled
+
+# the released rule as it is, with one ingredient put right, and with all of them
+CHANGES = ("released", "surface", "bookkeeping", "steps", "target", "all")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation to be judged: the released rule (L-inf), climbing cross-entropy on a surface, on some images.
+
+    Args:
+        surface: what the attack climbs, such as `paper.paper_surface` of the model.
+        model: the same classifier's log-domain logits.
+        eps: radius of the ball, in units of pixels in [0, 1].
+        steps, restarts: the evaluation's budget.
+        step_size: None is the released 2/255 where that many steps of it lead from the centre to the ball's border,
+            else 2.5 eps / steps: what is judged is a surface and a rule, not a step far too short for the ball.
+    Raises:
+        ValueError: as `attacks.pgd`; or if surface and model differ in their classes, or there is no image.
+    """
+
+    surface: Model
+    model: Model
+    images: Images
+    labels: Int[Tensor, " batch"]
+    eps: float
+    steps: int = 20
+    restarts: int = 2
+    step_size: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check sizes, pixels, labels and outputs."""
+        given = 1.0 if self.step_size is None else self.step_size
+        check_inputs(
+            self.images, self.labels, norm="linf", eps=self.eps, step_size=given, steps=self.steps,
+            restarts=self.restarts,
+        )  # fmt: skip
+        if not len(self.images):
+            raise ValueError("images: expected at least one, got none")
+        misclassified(self.model, self.images[:1], self.labels[:1])
+        misclassified(self.surface, self.images[:1], self.labels[:1])
+        theirs, ours = (outputs_of(model, self.images[:1]).shape[1] for model in (self.surface, self.model))
+        if theirs != ours:
+            raise ValueError(f"surface: expected the model's {ours} classes, got {theirs}")
+
+    @property
+    def step(self) -> float:
+        """The step that is taken, in units of pixels."""
+        if self.step_size is not None:
+            return self.step_size
+        return PAPER_STEP_SIZE if self.steps * PAPER_STEP_SIZE >= self.eps else 2.5 * self.eps / self.steps
+
+    @cached_property
+    def logits(self) -> Model:
+        """The model at a temperature at which cross-entropy has a gradient."""
+        return rescaled(self.model, self.images)
+
+    @cached_property
+    def attacked(self) -> AttackResult:
+        """What the evaluation's attack did."""
+        return self.released()
+
+    @property
+    def robust(self) -> Bool[Tensor, " batch"]:
+        """Which images the evaluation calls robust."""
+        return ~self.attacked.success
+
+    @property
+    def robust_accuracy(self) -> float:
+        """The number that the evaluation reports."""
+        return share(self.robust)
+
+    def released(self, surface: Model | None = None, **changed) -> AttackResult:
+        """The evaluation's attack, on another surface or with other options of `paper.paper_pgd`."""
+        options = {"eps": self.eps, "steps": self.steps, "step_size": self.step, "restarts": self.restarts}
+        on = self.surface if surface is None else surface
+        return paper_pgd(on, self.images, self.labels, seed=self.seed, **{**options, **changed})
+
+    def pgd(self, surface: Model, loss: str, eps: float, *, step_size: float | None = None) -> AttackResult:
+        """`attacks.pgd` with the evaluation's steps and restarts; the step is 2.5 eps / steps unless given."""
+        step_size = 2.5 * eps / self.steps if step_size is None else step_size
+        with warnings.catch_warnings():
+            # that surfaces are no logits is a finding here, and reported as one
+            warnings.filterwarnings("ignore", message="model: expected logits", category=UserWarning)
+            return pgd(
+                surface, self.images, self.labels, eps=eps, step_size=step_size, steps=self.steps,
+                restarts=self.restarts, loss=loss, seed=self.seed,
+            )  # fmt: skip
+
+    @cached_property
+    def ablations(self) -> pd.DataFrame:
+        """The released rule, put right one ingredient at a time, and all at once.
+
+        surface: cooled log-domain logits. bookkeeping: any success is kept, and the start is clipped (`attacks.pgd`).
+        steps: 100 of 2.5 eps / 100. target: margin in place of cross-entropy.
+
+        Returns:
+            columns ``change robust_accuracy drop``, one row for each of `CHANGES`; ``drop`` is from "released".
+        """
+        many = 100
+        fine = {"steps": many, "step_size": 2.5 * self.eps / many}
+        results = {
+            "released": self.attacked,
+            "surface": self.released(self.logits),
+            "bookkeeping": self.pgd(self.surface, "ce", self.eps, step_size=self.step),
+            "steps": self.released(**fine),
+            "target": self.released(loss="margin"),
+            "all": replace(self, surface=self.logits, **fine).pgd(self.logits, "margin", self.eps),
+        }
+        accuracies = [share(~results[change].success) for change in CHANGES]
+        table = pd.DataFrame({"change": CHANGES, "robust_accuracy": accuracies})
+        return table.assign(drop=self.robust_accuracy - table["robust_accuracy"])
+
+
+def outputs_of(model: Model, images: Images) -> Float[Tensor, "batch class"]:
+    """What a model returns, without gradients."""
+    with torch.no_grad():
+        return model(images)
+
+
+def share(which: Bool[Tensor, " batch"]) -> float:
+    """Of how many images something holds, in [0, 1]."""
+    return which.double().mean().item()
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """For surfaces that draw: the global generators of the CPU and of every GPU are put back."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(gpus)):
+        yield

@@ -1,0 +1,571 @@
+"""What the book says of a profile: its rows, and the tables that the chapters and the first page make of them.
+
+The rows are the regenerated ones, ``results/<profile>/``, where every table of the profile is there, else the
+published ones, ``results/published/<profile>/``, else they are measured now. PyTorch is imported only where something
+is measured.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from clustr_core.attacks.names import Norm
+from clustr_core.certificates.names import HARD_BOUNDS
+from clustr_core.measuring.accuracy import (
+    best_bound,
+    both_protocols,
+    certified_accuracy,
+    on_common_images,
+    robust_accuracy,
+    robust_accuracy_by_loss,
+    summary_table,
+)
+from clustr_core.measuring.profile import Profile, Protocol, load_profile
+from clustr_core.storage.files import home
+from clustr_core.storage.tables import read_table
+from clustr_core.training.recipes import run_folder
+
+# the profile that `make figures` runs, and whose run makes the twins
+BOOK = "quick"
+# what each method is called, in the order in which the book shows them
+METHOD_NAMES = {
+    "ce": "cross-entropy",
+    "ce-clusters": "cross-entropy, clusters fitted after",
+    "pgd-at": "PGD adversarial training",
+    "trades": "TRADES",
+    "free-at": "free adversarial training",
+    "fast-at": "fast adversarial training",
+    "clustr": "ClusTR",
+    "clustr-qtrades": "ClusTR+QTRADES",
+    "free-clustr": "free ClusTR",
+    "clustr-cert": "ClusTR-cert",
+    "clustr-lip": "ClusTR-lip",
+    "lip-linear": "1-Lipschitz linear head",
+    "smoothing": "randomised smoothing",
+    "prototypes": "prototypes on raw pixels",
+}
+# [channel, height, width] of the data sets that the book knows
+SHAPES = {
+    "digits": (1, 8, 8),
+    "mnist5k": (1, 28, 28),
+    "mnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+    "cifar100": (3, 32, 32),
+    "svhn": (3, 32, 32),
+    "folder:data/cifar10-jpeg": (3, 32, 32),
+}
+# L2 radii at which certificates are shown where a profile names none: those of the digits
+RADII = (0.14, 0.28, 0.5)
+HEADINGS = {
+    "clean": "clean, %",
+    "paper": "paper's protocol, %",
+    "correct": "correct attacks, %",
+    "certified": "certified, %",
+}
+CHANGES = ("released", "bookkeeping", "steps", "target", "surface", "all")
+ABSENT = "–"
+Source = Literal["regenerated", "published", "measured now"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One profile, its rows and where they come from.
+
+    Args:
+        folder: of its tables; None measures what is asked for.
+        radii: L2, in pixels of [0, 1], at which its certificates are shown.
+    """
+
+    profile: Profile
+    source: Source
+    folder: Path | None
+    radii: tuple[float, ...] = RADII
+
+    @property
+    def name(self) -> str:
+        """The profile's."""
+        return self.profile.name
+
+    @property
+    def dataset(self) -> str:
+        """The data set, as its recipes name it."""
+        return next(iter(self.profile.recipes.values())).dataset
+
+    @property
+    def data(self) -> str:
+        """The data set without the folders in which it lies."""
+        return self.dataset.split("/")[-1]
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """[channel, height, width] of an image.
+
+        Raises:
+            ValueError: for images in a folder of which nothing is known yet.
+        """
+        if self.dataset in SHAPES:
+            return SHAPES[self.dataset]
+        for recipe in self.profile.recipes.values():
+            if (record := run_folder(recipe) / "run.json").exists():
+                return tuple(json.loads(record.read_text(encoding="utf-8"))["image_shape"])
+        raise ValueError(f"dataset: expected one of {sorted(SHAPES)} or a finished run on it, got {self.dataset!r}")
+
+    @property
+    def pixels(self) -> int:
+        """Of an image, channels counted one by one."""
+        channels, height, width = self.shape
+        return channels * height * width
+
+    @property
+    def photographs(self) -> bool:
+        """Whether its images have colours; their radii are then printed in steps of a byte, 8/255."""
+        return self.shape[0] == 3
+
+    def amount(self, radius: float) -> str:
+        """A radius as it is printed: "8/255" for photographs where that is a whole number of bytes, else "0.1"."""
+        steps = round(255 * radius)
+        return f"{steps}/255" if self.photographs and abs(255 * radius - steps) < 1e-3 else f"{radius:.3g}"
+
+    def eps(self, norm: Norm = "linf") -> float:
+        """Where the methods are compared: the first eps of AutoAttack in that norm, else of the first attack in it.
+
+        Raises:
+            ValueError: if no attack of the profile is in that norm.
+        """
+        there = [each for each in self.profile.attacks.values() if each.norm == norm]
+        if not there:
+            raise ValueError(f"profile {self.name}: expected an attack in {norm}, got none")
+        return next((each for each in there if each.attack == "autoattack"), there[0]).eps[0]
+
+    @property
+    def title(self) -> str:
+        """The data and the eps of the comparison."""
+        return f"{self.data}, eps {self.amount(self.eps())}"
+
+    @property
+    def paper(self) -> Protocol:
+        """The paper's protocol, as the profile runs it.
+
+        Raises:
+            ValueError: if the profile does not.
+        """
+        for protocol in self.profile.attacks.values():
+            if protocol.attack == "paper":
+                return protocol
+        raise ValueError(f"profile {self.name}: expected an attack 'paper', got none")
+
+    @property
+    def ordinary(self) -> list[str]:
+        """The methods without a guarantee, "ce-clusters" among them, in the order in which they are shown."""
+        return in_order(set(self.attacks["method"]) - set(self.profile.lipschitz))
+
+    @property
+    def lipschitz(self) -> list[str]:
+        """The methods on 1-Lipschitz encoders, in the order in which they are shown."""
+        return in_order(self.profile.lipschitz)
+
+    @property
+    def certifying(self) -> list[str]:
+        """Whatever has a guarantee, prototypes included, in the order in which it is shown."""
+        return in_order(set(self.certificates["method"]) - set(self.profile.ordinary))
+
+    @cached_property
+    def attacks(self) -> pd.DataFrame:
+        """Rows of `attacked.measure`, of all methods."""
+        return self._rows("attacks")
+
+    @cached_property
+    def certificates(self) -> pd.DataFrame:
+        """Rows of `certified.certificate_table`, of all methods and of the prototypes."""
+        return self._rows("certificates")
+
+    @cached_property
+    def diagnostics(self) -> pd.DataFrame:
+        """The findings of the battery, of all methods without a guarantee."""
+        return self._rows("diagnostics")
+
+    @cached_property
+    def ablations(self) -> pd.DataFrame:
+        """The paper's evaluation with one thing put right at a time, of all methods without a guarantee."""
+        return self._rows("ablations")
+
+    @cached_property
+    def sandwich(self) -> pd.DataFrame:
+        """What searches for the nearest misclassified image found, of all methods on 1-Lipschitz encoders."""
+        return self._rows("sandwich")
+
+    def _rows(self, kind: str) -> pd.DataFrame:
+        methods = self.profile.measured[kind]
+        if self.folder is None:
+            tables = [_measured(self.profile, kind, method) for method in methods]
+        else:
+            tables = [read_table(self.folder / f"{kind}-{method}.csv") for method in methods]
+        return pd.concat(tables, ignore_index=True)
+
+
+def read_study(
+    profile: str | Path | Profile, *, published: bool = False, radii: Sequence[float] | None = None
+) -> Study:
+    """A profile with its rows: regenerated if all of its tables are, else published, else measured when asked for.
+
+    Args:
+        profile: as `load_profile` takes it, or a profile.
+        published: take the published rows, whatever has been regenerated.
+        radii: for certificates; None takes those of the profile's chapter 7, else `RADII`.
+    Raises:
+        FileNotFoundError: if ``published`` and a table is not; the first that is missing is named.
+    """
+    profile = profile if isinstance(profile, Profile) else load_profile(profile)
+    shown = tuple(profile.chapters.get("07-certified", {}).get("radii", RADII) if radii is None else radii)
+    folders: dict[Source, Path] = {
+        "regenerated": home() / "results" / profile.name,
+        "published": home() / "results/published" / profile.name,
+    }
+    for source, folder in folders.items():
+        missing = _missing(profile, folder)
+        if not missing and not (published and source == "regenerated"):
+            return Study(profile, source, folder, shown)
+        if published and source == "published":
+            raise FileNotFoundError(f"{missing[0]}: expected a published table, got none")
+    return Study(profile, "measured now", None, shown)
+
+
+def studies_beside(mine: Study) -> dict[str, Study]:
+    """A profile's study, and after it the published ones of the larger profiles, by name; not `BOOK`."""
+    others = (name for name in published_profiles() if name not in (BOOK, mine.name))
+    return {mine.name: mine, **{name: read_study(name, published=True) for name in others}}
+
+
+def published_profiles() -> list[str]:
+    """The names of the book's profiles of which rows are published."""
+    known = {path.stem for path in (home() / "profiles").glob("*.yaml")}
+    folders = (home() / "results/published").glob("*/")
+    return sorted(path.name for path in folders if path.name in known)
+
+
+def in_order(methods: Sequence[str] | set[str] | Mapping[str, object]) -> list[str]:
+    """Methods in the order of `METHOD_NAMES`, and after them those of one's own by name."""
+    order = {name: place for place, name in enumerate(METHOD_NAMES)}
+    return sorted(methods, key=lambda name: (order.get(name, len(order)), name))
+
+
+def method_name(method: str) -> str:
+    """What a method is called in a table or figure; a method of one's own by its name."""
+    return METHOD_NAMES.get(method, method)
+
+
+def where(table: pd.DataFrame, mask: Any) -> pd.DataFrame:
+    """The rows of a table for which a mask is true."""
+    return pd.DataFrame(table[mask])
+
+
+def with_interval(share: float, low: float, high: float) -> str:
+    """A share with its interval, in per cent: "55.1 [52.0, 58.2]"."""
+    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def with_intervals(table: pd.DataFrame, value: str = "accuracy") -> list[str]:
+    """`with_interval` of each row: a column of shares and the columns low and high."""
+    return [with_interval(*row) for row in table[[value, "low", "high"]].itertuples(index=False)]
+
+
+def beside(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Tables of several data sets, one under the other, with what each is called in a first column ``data``."""
+    if not tables:
+        return pd.DataFrame({"data": ["no published rows"]})
+    return pd.concat(tables, names=["data"]).reset_index(level="data").reset_index(drop=True)
+
+
+def protocol_curves(study: Study) -> pd.DataFrame:
+    """`accuracy.both_protocols` of the methods without a guarantee; correct attacks without AutoAttack, which comes on
+    fewer images."""
+    rows = study.attacks
+    return both_protocols(where(rows, (rows["attack"] != "autoattack") & rows["method"].isin(study.ordinary)))
+
+
+def summary(study: Study, norm: Norm = "linf") -> pd.DataFrame:
+    """`accuracy.summary_table` at the eps of the comparison, with the column ``profile``."""
+    eps, certificates = study.eps(norm), study.certificates
+    found = summary_table(study.attacks, certificates, eps=eps, pixels=study.pixels, norm=norm)
+    return found.assign(profile=study.name)
+
+
+def protocol_table(study: Study) -> pd.DataFrame:
+    """Claimed, clean, by the paper's protocol, correctly attacked, certified: in words, a row each method."""
+    cells = _wide(summary(study), "column", study.ordinary + study.lipschitz, list(HEADINGS))
+    cells.insert(0, "claimed", [_claimed_of(study, method) for method in cells.index])
+    return _titled(cells.rename(columns=HEADINGS))
+
+
+def l2_table(study: Study) -> pd.DataFrame:
+    """Clean, correctly attacked in L2, certified: in words, a row each method."""
+    cells = _wide(summary(study, "l2"), "column", study.ordinary + study.lipschitz, ["clean", "correct", "certified"])
+    cells.insert(0, "$L_2$ eps", study.amount(study.eps("l2")))
+    return _titled(cells.rename(columns=HEADINGS))
+
+
+def certified_table(study: Study, methods: Sequence[str] | None = None) -> pd.DataFrame:
+    """Clean, and certified at each of the study's radii (r1, r2, ...): in words, a row each method.
+
+    Args:
+        methods: those shown, in that order; None takes all that have a guarantee.
+    """
+    radii = [0.0, *study.radii]
+    found = certified_accuracy(best_bound(study.certificates), radii)
+    found = found.rename(columns={"certified_accuracy": "accuracy", "at": "column"})
+    shown = [each for each in methods or study.certifying if each in set(found["method"])]
+    cells = _wide(found, "column", shown, radii)
+    first, *others = (f"at r{n}, %" for n in range(1, len(radii)))
+    cells.columns = ["clean, %", f"certified {first}", *others]
+    return _titled(cells.assign(images=found.groupby("method")["examples"].first().loc[shown]))
+
+
+def attack_table(study: Study) -> pd.DataFrame:
+    """Robust accuracy in % under each attack and loss on its own, and under all correct ones: a column each method."""
+    rows = study.attacks
+    here = on_common_images(where(rows, (rows["norm"] == "linf") & ((rows["eps"] - study.eps()).abs() < 1e-6)))
+    alone = robust_accuracy_by_loss(here).assign(name=lambda t: t["attack"] + ", " + t["loss"])
+    together = robust_accuracy(where(here, here["attack"] != "paper")).query("eps > 0")
+    together = together.assign(name="all correct attacks")
+    wide = pd.concat([alone, together]).pivot_table("robust_accuracy", index="name", columns="method", sort=False)
+    shown = (100 * pd.DataFrame(wide[study.ordinary + study.lipschitz])).round(1)
+    return shown.rename(columns=METHOD_NAMES).rename_axis(None, axis=1).reset_index()
+
+
+def ablation_table(study: Study) -> pd.DataFrame:
+    """Robust accuracy in % under the paper's rule, and with one thing put right: a row each method."""
+    wide = study.ablations.pivot(index="method", columns="change", values="robust_accuracy")
+    return _titled((100 * wide.loc[in_order(list(wide.index)), list(CHANGES)]).round(1))
+
+
+def masked_methods(findings: pd.DataFrame) -> list[str]:
+    """The methods whose evaluation the battery flags as a whole."""
+    from clustr_core.measuring.diagnostics import verdict
+
+    return [name for name in in_order(set(findings["method"])) if verdict(where(findings, findings["method"] == name))]
+
+
+def battery_table(findings: pd.DataFrame, *, speaking: bool = False) -> pd.DataFrame:
+    """The battery's values, a dot at those above the threshold, and its verdict: a row each check.
+
+    Args:
+        speaking: leave out the checks that flag no method.
+    """
+    methods, masked = in_order(set(findings["method"])), masked_methods(findings)
+    silent = _silent(findings)
+    checks = [check for check in dict.fromkeys(findings["check"]) if not (speaking and check in silent)]
+    values = zip(findings["value"], findings["flagged"], strict=True)
+    text = [f"{value:.3g}{' ●' * bool(flagged)}" for value, flagged in values]
+    wide = findings.assign(text=text).pivot(index="check", columns="method", values="text")
+    wide = wide.loc[checks, methods].fillna(ABSENT)
+    thresholds = findings.groupby("check")["threshold"].first().map("{:.3g}".format)
+    wide.insert(0, "threshold", thresholds.loc[wide.index])
+    wide.loc["verdict"] = ["", *("masked" if method in masked else "passes" for method in methods)]
+    return wide.rename(columns=METHOD_NAMES).rename_axis(None, axis=1).rename_axis("check").reset_index()
+
+
+def battery_summary(studies: Mapping[str, Study]) -> pd.DataFrame:
+    """Of each study: what the battery flags, what it would flag without the check "no logits", and which checks speak
+    about a method that passes."""
+    lines = []
+    for study in studies.values():
+        found = study.diagnostics
+        masked = masked_methods(found)
+        alarms = found[found["flagged"] & ~found["method"].isin(masked)].groupby("check", sort=False)["method"]
+        single = [f"{check} ({', '.join(methods)})" for check, methods in alarms]
+        without = masked_methods(where(found, found["check"] != "no logits"))
+        lines.append([study.title, ", ".join(masked), ", ".join(without), "; ".join(single) or "none"])
+    return pd.DataFrame(lines, columns=["data", "flagged", "without 'no logits'", "single alarms about what passes"])
+
+
+def silent_checks(studies: Mapping[str, Study]) -> list[str]:
+    """The checks that flag no method of any study."""
+    return _silent(pd.concat([study.diagnostics for study in studies.values()]))
+
+
+def _silent(findings: pd.DataFrame) -> list[str]:
+    speaking = set(findings.loc[findings["flagged"].astype(bool), "check"])
+    return [check for check in dict.fromkeys(findings["check"]) if check not in speaking]
+
+
+def certified_curve(study: Study, methods: Sequence[str], points: int) -> pd.DataFrame:
+    """Certified accuracy of each method's best bound from radius 0 to twice the last of the study's."""
+    best = best_bound(study.certificates)
+    shown = where(best, best["method"].isin(list(methods)))
+    return certified_accuracy(shown, _grid(study, points)).assign(profile=study.name)
+
+
+def ladder_radii(study: Study, method: str) -> pd.DataFrame:
+    """Certified radii of the images that a method classifies correctly: a row each image, a column each hard bound."""
+    rows = study.certificates
+    mine = rows[(rows["method"] == method) & rows["correct"]]
+    return pd.DataFrame(mine.pivot(index="index", columns="bound", values="radius")[list(HARD_BOUNDS)])
+
+
+def ladder_table(study: Study, methods: Sequence[str]) -> pd.DataFrame:
+    """The mean of `ladder_radii`, in words: a row each method."""
+    means = pd.DataFrame({method: ladder_radii(study, method).mean() for method in methods}).T
+    return _titled(means.map("{:.4f}".format).rename_axis("method"))
+
+
+def sandwich_curve(study: Study, method: str, points: int) -> pd.DataFrame:
+    """`chain.sandwich_curve` of a method from radius 0 to twice the last of the study's, checked to be in order.
+
+    APGD is run up to the largest eps of its grid, and has no rows beyond.
+    """
+    from clustr_core.measuring import chain
+
+    rows = study.sandwich
+    curve = chain.sandwich_curve(where(rows, rows["method"] == method), _grid(study, points))
+    chain.check_chain(curve)
+    budget = study.profile.sandwich
+    reached = max(budget.apgd_eps, default=0.0) if budget else 0.0
+    kept = curve[(curve["column"] != "apgd") | (curve["at"] <= reached)]
+    return kept.assign(profile=study.name, method=method)
+
+
+def nearest_found(study: Study, method: str) -> pd.DataFrame:
+    """Of each correctly classified image the certified radius and the smallest norm at which any attack broke it.
+
+    Images that no attack broke are left out.
+    """
+    rows = study.sandwich
+    mine = rows[(rows["method"] == method) & rows["correct"]].groupby("index")
+    found = mine.agg(radius=("radius", "first"), norm=("norm", "min")).reset_index().assign(profile=study.name)
+    return where(found, found["norm"] < float("inf"))
+
+
+def bought(study: Study, prices: pd.DataFrame) -> pd.DataFrame:
+    """What each method's training costs, and what it buys: robust accuracy at the eps of the comparison and certified
+    accuracy at the first radius.
+
+    Args:
+        prices: columns ``method`` and ``training_ratio``.
+    Returns:
+        columns ``method training_ratio what accuracy``.
+    """
+    robust = summary(study).query("column == 'correct'")
+    certain = certified_accuracy(best_bound(study.certificates), [study.radii[0]])
+    certain = certain.rename(columns={"certified_accuracy": "accuracy"})
+    headings = (
+        f"worst case of correct attacks, $L_\\infty$ {study.amount(study.eps())}",
+        f"certified, $L_2$ {study.amount(study.radii[0])}",
+    )
+    parts = [
+        rows[["method", "accuracy"]].assign(what=what) for what, rows in zip(headings, (robust, certain), strict=True)
+    ]
+    both = prices[["method", "training_ratio"]].merge(pd.concat(parts), on="method")
+    return pd.DataFrame(both[["method", "training_ratio", "what", "accuracy"]])
+
+
+def claims(**conditions: str) -> pd.DataFrame:
+    """What others print, as text with its source: the rows of ``results/claims.csv`` with these values.
+
+    Returns:
+        columns ``method dataset norm eps metric value note source where``; ``value`` as printed there, in per cent;
+        ``source`` is a key of references.bib.
+    """
+    table = pd.read_csv(home() / "results/claims.csv", dtype=str, keep_default_na=False, encoding="utf-8")
+    for column, value in conditions.items():
+        table = where(table, table[column] == value)
+    return pd.DataFrame(table)
+
+
+def claim(**conditions: str) -> str:
+    """The one value that others print under these conditions, in per cent.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    found = claims(**conditions)
+    if len(found) != 1:
+        raise ValueError(f"claims.csv: expected one row with {conditions}, got {len(found)}")
+    return str(found["value"].iloc[0])
+
+
+def systems_table(ours: Study | None = None) -> pd.DataFrame:
+    """What systems certify in L2 on CIFAR-10, as they print it, in per cent: a row each system.
+
+    Args:
+        ours: a study of such images, whose ClusTR-cert is put beside them in a last row.
+    """
+    rows = claims(metric="certified", dataset="cifar10")
+    wide = rows.pivot(index="method", columns="eps", values="value").loc[list(dict.fromkeys(rows["method"]))]
+    radii = sorted(wide, key=Fraction)
+    wide = wide[radii].astype(float).rename_axis(None, axis=1)
+    wide["source"] = rows.drop_duplicates("method").set_index("method")["where"]
+    if ours is not None:
+        mine = where(ours.certificates, ours.certificates["method"] == "clustr-cert")
+        found = certified_accuracy(best_bound(mine), [float(Fraction(radius)) for radius in radii])
+        shares = (100 * found.sort_values("at")["certified_accuracy"]).round(1)
+        wide.loc[f"ClusTR-cert, profile {ours.name}"] = [*shares, "this page"]
+    headings = {radius: f"{'clean' if radius == '0' else radius}, %" for radius in radii}
+    return wide.rename(columns=headings).rename_axis("system").reset_index()
+
+
+def protocol_lines(study: Study) -> list[str]:
+    """The first page's lines of clean, the paper's protocol, correct attacks, and what is certified of it."""
+    return _lines(protocol_table(study).drop(columns="claimed"))
+
+
+def certified_lines(study: Study) -> list[str]:
+    """The first page's lines of clean and certified accuracy at the study's radii."""
+    return _lines(certified_table(study).drop(columns="images"))
+
+
+def _lines(table: pd.DataFrame) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in table.itertuples(index=False)]
+
+
+def _wide(table: pd.DataFrame, columns: str, methods: list[str], shown: Sequence) -> pd.DataFrame:
+    """Accuracies with their intervals: a row each method, a column each of ``shown``."""
+    text = table.assign(text=with_intervals(table)).pivot(index="method", columns=columns, values="text")
+    return text.loc[methods, list(shown)].fillna(ABSENT).rename_axis(None, axis=1)
+
+
+def _titled(table: pd.DataFrame) -> pd.DataFrame:
+    """The methods of the index as a first column, by what they are called."""
+    return table.rename(index=METHOD_NAMES).rename_axis(None, axis=1).reset_index()
+
+
+def _grid(study: Study, points: int) -> list[float]:
+    return np.linspace(0, 2 * study.radii[-1], points).tolist()
+
+
+def _claimed_of(study: Study, method: str) -> str:
+    """What was claimed of a method on these data, at the eps of the comparison."""
+    known = claims(method=method, norm="linf", eps=study.amount(study.eps()), metric="pgd")
+    for dataset, value, note in zip(known["dataset"], known["value"], known["note"], strict=True):
+        if study.data.startswith(dataset):
+            return f"{value} % ({note})" if value else note
+    return ABSENT
+
+
+def _missing(profile: Profile, folder: Path) -> list[Path]:
+    names = (f"{kind}-{method}.csv" for kind, methods in profile.measured.items() for method in methods)
+    return [folder / name for name in names if not (folder / name).exists()]
+
+
+def _measured(profile: Profile, kind: str, method: str) -> pd.DataFrame:
+    """A table that nobody has written yet: the run is trained, if need be, and measured."""
+    from clustr_core.data import load_dataset
+    from clustr_core.measuring import attacked, certified, examination, sandwiched
+    from clustr_core.training.loop import fit
+
+    if method == "prototypes":
+        return certified.prototype_certificates(profile, load_dataset(next(iter(profile.recipes.values())).dataset))
+    measure = {
+        "attacks": attacked.attacks_of,
+        "certificates": certified.certificates_of,
+        "diagnostics": examination.diagnostics_of,
+        "ablations": examination.ablations_of,
+        "sandwich": sandwiched.sandwich_of,
+    }
+    return measure[kind](fit(profile.recipes[method]), profile)

@@ -1,0 +1,17 @@
+"""How much is computed at one time, each size with its reason. No value depends on them, but for its rounding."""
+
+import torch
+
+# the largest table of embeddings against clusters, in bytes: the few that are held at once fit into a core's cache
+TABLE_BYTES = 2**22
+# the same on a GPU, where a table has to be large enough to keep every multiprocessor at work; a few are held at once
+KERNEL_TABLE_BYTES = 2**26
+# images in one pass without gradient: one layer of the paper's ResNet-18 holds at most 128 MiB of activations; the two
+# differ because the published rows were computed so, and a network's last digits may depend on it
+IMAGES_EMBEDDED = 512
+IMAGES_PREDICTED = 256
+
+
+def rows_within(width: int, dtype: torch.dtype) -> int:
+    """How many rows of ``width`` numbers fit into `TABLE_BYTES`; at least one."""
+    return max(1, TABLE_BYTES // (width * dtype.itemsize))

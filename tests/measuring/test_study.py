@@ -1,0 +1,228 @@
+"""A profile's rows and the tables that the book makes of them."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from clustr_core.measuring import study, timings
+from clustr_core.measuring.accuracy import certified_accuracy
+from clustr_core.measuring.profile import load_profile
+from clustr_core.storage.tables import read_table
+
+ROOT = Path(__file__).resolve().parents[2]
+LIGHT = "import sys, clustr_core.measuring.{0}; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A book's root with the published rows of profile quick, and nothing regenerated."""
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    shutil.copytree(ROOT / "results/published/quick", tmp_path / "results/published/quick")
+    shutil.copy(ROOT / "results/claims.csv", tmp_path / "results")
+    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def cifar() -> study.Study:
+    return study.read_study("cpu-cifar10", published=True)
+
+
+@pytest.mark.parametrize("module", ["study", "timings"])
+def test_rows_are_read_without_pytorch(module: str) -> None:
+    subprocess.run([sys.executable, "-c", LIGHT.format(module)], cwd=ROOT, check=True)
+
+
+def test_regenerated_rows_come_before_published_ones_and_all_or_none(home: Path) -> None:
+    assert study.read_study("quick").source == "published"
+    shutil.copytree(home / "results/published/quick", home / "results/quick", ignore=shutil.ignore_patterns("weights"))
+    (home / "results/quick/sandwich-clustr-cert.csv").unlink()
+    # a run that has only begun: two machines' rows do not stand in one table
+    assert study.read_study("quick").source == "published"
+    shutil.copy(home / "results/published/quick/sandwich-clustr-cert.csv", home / "results/quick")
+    table = read_table(home / "results/quick/attacks-ce.csv")
+    table.assign(robust=False).to_csv(home / "results/quick/attacks-ce.csv", index=False)
+    mine = study.read_study("quick")
+    assert (mine.source, mine.folder) == ("regenerated", home / "results/quick")
+    assert not mine.attacks.query("method == 'ce'")["robust"].any()
+    theirs = study.read_study("quick", published=True)
+    assert theirs.source == "published"
+    assert theirs.attacks.query("method == 'ce'")["robust"].any()
+
+
+def test_what_is_neither_is_measured_when_asked_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        study, "_measured", lambda profile, kind, method: asked.append(method) or pd.DataFrame({"method": [method]})
+    )
+    mine = study.read_study("smoke")
+    assert (mine.source, mine.folder) == ("measured now", None)
+    assert asked == []
+    assert list(mine.sandwich["method"]) == asked == [*mine.profile.lipschitz]
+    with pytest.raises(FileNotFoundError, match=r"published/smoke/attacks-ce\.csv: expected a published table"):
+        study.read_study("smoke", published=True)
+
+
+def test_a_published_profile_of_which_a_table_is_missing_is_named(home: Path) -> None:
+    (home / "results/published/quick/certificates-ce.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"certificates-ce\.csv"):
+        study.read_study("quick", published=True)
+
+
+def test_the_larger_profiles_stand_beside_ones_own() -> None:
+    assert list(study.studies_beside(study.read_study("quick", published=True))) == ["quick", "cpu", "cpu-cifar10"]
+    assert list(study.studies_beside(study.read_study("cpu", published=True))) == ["cpu", "cpu-cifar10"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "pixels", "title", "radii"),
+    [
+        ("quick", "digits", 64, "digits, eps 0.1", "0.14 0.28 0.5"),
+        ("cpu", "mnist5k", 784, "mnist5k, eps 0.1", "0.5 1 1.58"),
+        ("cpu-cifar10", "cifar10-jpeg", 3072, "cifar10-jpeg, eps 8/255", "36/255 72/255 108/255"),
+    ],
+)
+def test_each_data_set_is_described_in_its_own_units(name: str, data: str, pixels: int, title: str, radii: str) -> None:
+    mine = study.read_study(name, published=True)
+    assert (mine.data, mine.pixels, mine.title) == (data, pixels, title)
+    assert " ".join(mine.amount(radius) for radius in mine.radii) == radii
+    assert mine.amount(0.3) == "0.3"
+
+
+def test_radii_can_be_given() -> None:
+    assert study.read_study("quick", published=True, radii=[0.2]).radii == (0.2,)
+
+
+def test_the_pixels_of_a_folder_of_images_are_those_of_its_runs(home: Path) -> None:
+    text = (home / "profiles/quick.yaml").read_text(encoding="utf-8").replace("dataset: digits", "dataset: folder:mine")
+    (home / "profiles/mine.yaml").write_text(text, encoding="utf-8")
+    profile = load_profile("mine")
+    with pytest.raises(ValueError, match=r"dataset: expected one of .* or a finished run on it, got 'folder:mine'"):
+        _ = study.read_study(profile).pixels
+    folder = study.run_folder(profile.recipes["ce"])
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"image_shape": [3, 9, 7]}', encoding="utf-8")
+    assert study.read_study(profile).pixels == 3 * 9 * 7
+
+
+def test_methods_are_in_the_books_order_and_ones_own_after_them() -> None:
+    assert study.in_order({"own", "clustr", "another", "ce"}) == ["ce", "clustr", "another", "own"]
+    assert study.method_name("own") == "own"
+    assert study.method_name("ce-clusters") == "cross-entropy, clusters fitted after"
+
+
+def test_intervals_are_printed_in_one_way() -> None:
+    assert study.with_interval(0.5514, 0.52, 0.5816) == "55.1 [52.0, 58.2]"
+    table = pd.DataFrame({"low": [0.0], "high": [1.0], "share": [0.5]})
+    assert study.with_intervals(table, "share") == ["50.0 [0.0, 100.0]"]
+
+
+def test_no_other_file_prints_intervals() -> None:
+    """ "x [low, high]" is printed by `study.with_interval` alone."""
+    pattern = re.compile(r"\[\{[^}]*low[^}]*\}, \{[^}]*high[^}]*\}\]")
+    files = [path for part in ("clustr_core", "tools", "notebooks") for path in (ROOT / part).rglob("*.*")]
+    texts = {p: p.read_text(encoding="utf-8") for p in files if p.suffix in (".py", ".md")}
+    assert [path.name for path, text in texts.items() if pattern.search(text)] == ["study.py"]
+
+
+def test_the_tables_are_the_summary_in_words(cifar: study.Study) -> None:
+    table = study.protocol_table(cifar).set_index("method")
+    found = study.summary(cifar).set_index(["method", "column"])
+    assert list(table.index) == [study.method_name(name) for name in cifar.ordinary + cifar.lipschitz]
+    assert table.loc["ClusTR", "paper's protocol, %"] == study.with_interval(
+        *found.loc[("clustr", "paper"), ["accuracy", "low", "high"]]
+    )
+    assert table.loc["ClusTR+QTRADES", "claimed"] == "74.04 % (authors' model)"
+    assert table.loc["ClusTR", "claimed"] == "see the paper"
+    assert table.loc["TRADES", ["claimed", "certified, %"]].tolist() == [study.ABSENT] * 2
+    certified = study.certified_table(cifar, ["clustr-cert"])
+    best = cifar.certificates.query("method == 'clustr-cert' and bound == 'exact'")
+    shares = certified_accuracy(best, [0.0, *cifar.radii])["certified_accuracy"]
+    assert [cell.split()[0] for cell in certified.iloc[0, 1:5]] == [f"{100 * share:.1f}" for share in shares]
+    assert certified["images"].tolist() == [1000]
+
+
+def test_nothing_was_claimed_of_other_data() -> None:
+    table = study.protocol_table(study.read_study("quick", published=True))
+    assert set(table["claimed"]) == {study.ABSENT}
+
+
+def test_the_battery_in_words(cifar: study.Study) -> None:
+    table = study.battery_table(cifar.diagnostics).set_index("check")
+    masked = study.masked_methods(cifar.diagnostics)
+    assert {name for name in table if table.loc["verdict", name] == "masked"} == set(map(study.method_name, masked))
+    speaking = study.battery_table(cifar.diagnostics, speaking=True)["check"]
+    silent = study.silent_checks({"": cifar})
+    assert sorted([*speaking, *silent]) == sorted(table.index)
+    dots = table.drop(index="verdict").apply(lambda row: row.str.contains("●").any(), axis=1)
+    assert set(dots.index[~dots]) == set(silent)
+
+
+def test_curves_and_searches_end_where_the_study_says(cifar: study.Study) -> None:
+    curve = study.sandwich_curve(cifar, "clustr-cert", 5)
+    assert curve["at"].max() == pytest.approx(2 * cifar.radii[-1])
+    assert curve.query("column == 'apgd'")["at"].max() <= max(cifar.profile.sandwich.apgd_eps)
+    nearest = study.nearest_found(cifar, "clustr-cert")
+    assert (nearest["radius"] <= nearest["norm"]).all()
+    rungs = study.ladder_radii(cifar, "clustr-cert")
+    means = study.ladder_table(cifar, ["clustr-cert"]).set_index("method").loc["ClusTR-cert"]
+    assert means["exact"] == f"{rungs['exact'].mean():.4f}"
+
+
+def test_what_a_training_buys(cifar: study.Study) -> None:
+    found = study.bought(cifar, pd.DataFrame({"method": ["clustr", "own"], "training_ratio": [2.0, 3.0]}))
+    assert found["training_ratio"].tolist() == [2.0, 2.0]
+    assert [what.split()[-1] for what in found["what"]] == ["8/255", "36/255"]
+
+
+def test_tables_of_several_data_sets() -> None:
+    both = study.beside({"a": pd.DataFrame({"x": [1, 2]}), "b": pd.DataFrame({"x": [3]})})
+    assert both.to_dict("list") == {"data": ["a", "a", "b"], "x": [1, 2, 3]}
+    assert study.beside({})["data"].tolist() == ["no published rows"]
+
+
+def test_a_claim_names_a_source_of_the_bibliography() -> None:
+    table = study.claims()
+    keys = set(re.findall(r"^@\w+\{(\w+),", (ROOT / "references.bib").read_text(encoding="utf-8"), re.M))
+    assert set(table["source"]) <= keys
+    assert (table["where"] != "").all()
+    assert not table.duplicated(["method", "dataset", "norm", "eps", "metric"]).any()
+    assert all(re.fullmatch(r"\d+(\.\d+)?", value) for value in table.loc[table["note"] != "see the paper", "value"])
+    assert study.claim(method="clustr-qtrades", metric="pgd") == "74.04"
+    with pytest.raises(ValueError, match=r"claims.csv: expected one row with .*, got 4"):
+        study.claim(method="AOL-Large")
+
+
+def test_no_claim_of_others_stands_in_a_chapters_code() -> None:
+    values = {value for value in study.claims()["value"] if "." in value}
+    for source in (ROOT / "notebooks").glob("0[4-8]*.md"):
+        code = "\n".join(re.findall(r"^```\{code-cell\}.*?^```$", source.read_text(encoding="utf-8"), re.M | re.S))
+        assert not {value for value in values if re.search(rf"(?<![\d.]){re.escape(value)}(?![\d.])", code)}, source
+
+
+def test_systems_and_ours(cifar: study.Study) -> None:
+    table = study.systems_table(cifar)
+    assert list(table) == ["system", "clean, %", "36/255, %", "72/255, %", "108/255, %", "source"]
+    assert table.iloc[0].tolist()[1:5] == [87.0, 78.1, 66.6, 53.5]
+    assert table.iloc[-1, 0] == "ClusTR-cert, profile cpu-cifar10"
+    assert table.iloc[-1, 2] == 55.1
+    assert len(study.systems_table()) == len(table) - 1
+
+
+def test_a_benchmark_that_was_not_published_is_named(home: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"bench/growth\.csv: expected a table that make bench wrote"):
+        timings.bench("growth")
+
+
+def test_timings_in_words() -> None:
+    targets = timings.targets_table(timings.bench("bench"))
+    assert targets["target"].str.startswith("<= ").all()
+    assert set(timings.certification_table()["method"]) == set(timings.CERTIFIERS.values())
+    assert "ClusTR" in set(timings.price_table(timings.bench("methods-cost"))["method"])
+    means = timings.precision_table(timings.bench("precision"))
+    assert means["clean, %"].between(0, 100).all()
