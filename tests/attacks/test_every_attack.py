@@ -268,10 +268,12 @@ def test_a_collapsed_model(name):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_predictions_come_with_the_result(name, problem):
+    """Of a minimum norm there are none: it is judged in the whole batch, by the caller's model."""
     model, images, labels = problem
     found = attacked(name, model, images, labels)
     if isinstance(found, MinimumNorm):
-        pytest.skip("a minimum norm is judged in the whole batch, by the caller's model")
+        assert not hasattr(found, "prediction")
+        return
     with torch.no_grad():
         assert torch.equal(found.clean_prediction, model(images).argmax(dim=1))
         assert torch.equal(found.prediction, model(found.adversarial).argmax(dim=1))
