@@ -24,6 +24,7 @@ from clustr_core.models.one_lipschitz import (
     SLLConv2d,
     SLLLinear,
 )
+from clustr_core.numerics.chunks import FOURIER_BLOCKS
 from clustr_core.numerics.distances import flat_norm, per_item
 
 Shapes = dict[nn.Module, torch.Size]
@@ -144,7 +145,7 @@ def large_convolution_norm(
     rows, columns = blocks.shape[1:]
     slack = 8 * min(rows, columns) * (rows + columns) * torch.finfo(torch.float64).eps
     largest = 0.0
-    for part in (blocks / scale).split(64):
+    for part in (blocks / scale).split(FOURIER_BLOCKS):
         largest = _largest_eigenvalue(part @ part.mH if rows < columns else part.mH @ part, largest, slack)
     return float(scale) * math.sqrt(largest * (1 + 2 * slack))
 

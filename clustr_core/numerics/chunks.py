@@ -15,6 +15,8 @@ IMAGES_EMBEDDED = 512
 IMAGES_PREDICTED = 256
 # images that a random search tries at one time, or a batch of images where that is larger
 IMAGES_TRIED = 256
+# of the Fourier transform of a convolution of 512 channels, in double precision and with its Gram matrices: 0.5 GB
+FOURIER_BLOCKS = 64
 
 
 def rows_within(width: int, dtype: torch.dtype) -> int:
