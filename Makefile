@@ -27,10 +27,10 @@ test-long: $(READY)  ## the random configurations of the certificates, twenty ti
 	CLUSTR_TEST_CONFIGURATIONS=10000 $(BIN)/python -m pytest tests/certificates/test_ladder.py
 
 test: $(READY)  ## every test: units, properties, notebooks in profile smoke, the book
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-fast: $(READY)  ## the inner loop, under two minutes: numerics, storage, models, sampling, attacks' balls and results
-	$(BIN)/python -m pytest -n 2 --dist loadscope -q tests/test_house.py tests/storage tests/numerics/test_distances.py \
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q tests/test_house.py tests/storage tests/numerics/test_distances.py \
 	  tests/models/test_clusters.py tests/models/test_classifiers.py tests/training/test_sampling.py \
 	  tests/training/test_recipes.py tests/attacks/test_ball.py tests/certificates/test_ladder.py
 

@@ -63,7 +63,9 @@ def sampler(effort: Effort) -> list[Row]:
     count, examples = effort.pick((1000, 50_000), (20, 400))
     random = np.random.default_rng(0)
     centroids = torch.from_numpy(random.normal(size=(count, 64)))
-    clusters = Clusters(centroids, torch.arange(count // 10).repeat_interleave(10), torch.ones(count))
+    clusters = Clusters(
+        centroids, torch.arange(count // 10).repeat_interleave(10), torch.ones(count, dtype=torch.float64)
+    )
     batches = ClusterBatches(clusters, torch.from_numpy(random.integers(0, count, examples)))
     losses = torch.from_numpy(random.random(240))
 

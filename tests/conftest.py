@@ -71,8 +71,21 @@ def tiny_book(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     return tmp_path
 
 
+# minutes each, in one process: begun first, so that none is left over when all others are done
+LONGEST = (
+    "test_smoke_chapters",
+    "test_processes",
+    "test_cli",
+    "test_kernels",
+    "test_pipeline",
+    "test_bench",
+    "test_diagnostics",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The one skip that is allowed: a test marked ``gpu`` where there is no CUDA device."""
+    """The longest modules first; and the one skip that is allowed, a test marked ``gpu`` without a CUDA device."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if torch.cuda.is_available():
         return
     for item in items:

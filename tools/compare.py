@@ -18,6 +18,7 @@ import pandas as pd
 
 from clustr_core.measuring.accuracy import best_bound, binomial_interval, certified_accuracy, robust_accuracy
 from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.study import with_interval
 from clustr_core.storage.files import home
 from clustr_core.storage.tables import read_table
 
@@ -97,9 +98,8 @@ def _beside(found: pd.DataFrame, theirs: pd.DataFrame) -> tuple[str, str]:
         return "within", f"within the published intervals (largest difference {100 * largest:.1f} points)"
     columns = ["at", "value_mine", "value", "low", "high"]
     named = [
-        f"{at}: missing" if math.isnan(mine) else f"{at}: {mine:.1f} instead of {value:.1f} [{low:.1f}, {high:.1f}]"
-        for at, *shares in both.loc[~inside, columns].itertuples(index=False)
-        for mine, value, low, high in [[100 * share for share in shares]]
+        f"{at}: missing" if math.isnan(mine) else f"{at}: {100 * mine:.1f} instead of {with_interval(*shares)}"
+        for at, mine, *shares in both.loc[~inside, columns].itertuples(index=False)
     ]
     return "outside", "outside the published intervals: " + "; ".join(named)
 

@@ -29,6 +29,7 @@ from clustr_core.attacks.result import (
     prepared,
     warn_unless_logits,
 )
+from clustr_core.numerics import chunks
 from clustr_core.numerics.checks import check_logits
 from clustr_core.numerics.distances import flat_norm, per_item
 
@@ -40,8 +41,6 @@ HALVINGS = 16
 STRETCHES = (2.0**-14, 2.0**-12, 2.0**-10, 2.0**-8, 2.0**-6)
 # cells of the noise of random directions, in pixels: 1 is isotropic noise, the others are its low frequencies
 CELLS = (1, 2, 4, 8, 16)
-# so many images are tried at once, or a batch if that is larger
-ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ def random_search(
 
     Args:
         radius: as in `pgd_within`.
-        points: how many directions are tried for each image, `ROWS` or a batch of images at once.
+        points: how many directions are tried for each image, `chunks.IMAGES_TRIED` or a batch of images at once.
         seed: fixes the directions, which are drawn for the whole batch.
     Raises:
         ValueError: as `pgd_within`, or if ``points`` is not positive.
@@ -394,7 +393,7 @@ def _directions(
 ) -> Iterator[Float[Tensor, "several batch channel height width"]]:
     """Noise for every image, several times at once: as many points of each of the `CELLS` as come out even."""
     batch, channels, height, width = images.shape
-    at_once = max(1, ROWS // batch)
+    at_once = max(1, chunks.IMAGES_TRIED // batch)
     for place, cell in enumerate(CELLS):
         left = len(range(place, points, len(CELLS)))
         while left:

@@ -1,13 +1,17 @@
 """Norms of convolutions: the largest singular value of many matrices, one for each frequency of a torus."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from clustr_core.numerics.chunks import FOURIER_BLOCKS
+
 # rows times columns: smaller matrices have their singular values computed, larger ones a bound that is quicker to prove
 LARGE = 128 * 64
+# of the iteration that says which block to try first
 _POWER_STEPS = 3
 
 
@@ -43,8 +47,8 @@ def _large_convolution_norm(
         return 0.0
     taps = (weight / peak).permute(2, 3, 0, 1).flatten(2).flatten(0, 1)
     angles = _angles(list(weight.shape[2:]), torus, dilation).to(weight)
-    blocks = torch.complex(angles.cos() @ taps, angles.sin() @ taps).unflatten(1, weight.shape[:2])
-    return peak * blocks_norm(blocks)
+    parts = (torch.complex(part.cos() @ taps, part.sin() @ taps) for part in angles.split(FOURIER_BLOCKS))
+    return peak * _proven_norm(part.unflatten(1, weight.shape[:2]) for part in parts)
 
 
 def _angles(kernel: list[int], torus: list[int], dilation: tuple[int, int]) -> Float[Tensor, "block tap"]:
@@ -70,29 +74,31 @@ def blocks_norm(blocks: Complex[Tensor, "block out in"]) -> float:
     """The largest singular value of any block; of large blocks a bound that exceeds it by less than 1e-8 of itself."""
     if blocks.shape[1:].numel() < LARGE:
         return float(torch.linalg.matrix_norm(blocks, ord=2).max())
-    return _proven_norm(blocks)
+    return _proven_norm(blocks.split(FOURIER_BLOCKS))
 
 
-def _proven_norm(blocks: Complex[Tensor, "block out in"]) -> float:
+def _proven_norm(parts: Iterable[Complex[Tensor, "block out in"]]) -> float:
     """A bound on the largest singular value of many large matrices, few of which have any computed.
 
     The squares are the eigenvalues of the Gram matrices G. That the Cholesky factorisation of T - G succeeds proves
     that G has none above T, in a tenth of the time that its eigenvalues take. The rounding of G, of eigenvalues and of
     the factorisation is at most a few n (rows + columns) u T, n the smaller side: ``slack`` is more than their sum.
 
+    Args:
+        parts: the matrices, all of one shape, some at a time.
     Source: Higham 2002, theorem 10.3 (Cholesky) and equation 3.13 (products); Rump 2006 (proof by factorisation).
     """
-    rows, columns = blocks.shape[1:]
-    slack = 8 * min(rows, columns) * (rows + columns) * torch.finfo(torch.float64).eps
-    largest = 0.0
-    # the most promising one first, so that few eigenvalues have to be computed
-    for i in _power_estimates(blocks).argsort(descending=True).tolist():
-        block = blocks[i]
-        gram = block @ block.mH if rows < columns else block.mH @ block
-        below = gram.neg()
-        below.diagonal().add_(largest)
-        if not largest or torch.linalg.cholesky_ex(below).info:
-            largest = max(largest, float(torch.linalg.eigvalsh(gram)[-1]) * (1 + slack))
+    largest, slack = 0.0, 0.0
+    for blocks in parts:
+        rows, columns = blocks.shape[1:]
+        slack = 8 * min(rows, columns) * (rows + columns) * torch.finfo(torch.float64).eps
+        # the most promising one first, so that few eigenvalues have to be computed
+        for i in _power_estimates(blocks).argsort(descending=True).tolist():
+            gram = blocks[i] @ blocks[i].mH if rows < columns else blocks[i].mH @ blocks[i]
+            below = gram.neg()
+            below.diagonal().add_(largest)
+            if not largest or torch.linalg.cholesky_ex(below).info:
+                largest = max(largest, float(torch.linalg.eigvalsh(gram)[-1]) * (1 + slack))
     return math.sqrt(largest * (1 + slack))
 
 

@@ -363,7 +363,7 @@ def battery_table(findings: pd.DataFrame, *, speaking: bool = False) -> pd.DataF
     checks = [check for check in dict.fromkeys(findings["check"]) if not (speaking and check in silent)]
     values = zip(findings["value"], findings["flagged"], strict=True)
     text = [f"{value:.3g}{' ●' * bool(flagged)}" for value, flagged in values]
-    wide = findings.assign(text=text).pivot(index="check", columns="method", values="text")
+    wide = findings.assign(cell=text).pivot(index="check", columns="method", values="cell")
     wide = wide.loc[checks, methods].fillna(ABSENT)
     thresholds = findings.groupby("check")["threshold"].first().map("{:.3g}".format)
     wide.insert(0, "threshold", thresholds.loc[wide.index])
@@ -526,8 +526,8 @@ def _lines(table: pd.DataFrame) -> list[str]:
 
 def _wide(table: pd.DataFrame, columns: str, methods: list[str], shown: Sequence) -> pd.DataFrame:
     """Accuracies with their intervals: a row each method, a column each of ``shown``."""
-    text = table.assign(text=with_intervals(table)).pivot(index="method", columns=columns, values="text")
-    return text.loc[methods, list(shown)].fillna(ABSENT).rename_axis(None, axis=1)
+    cells = table.assign(cell=with_intervals(table)).pivot(index="method", columns=columns, values="cell")
+    return cells.loc[methods, list(shown)].fillna(ABSENT).rename_axis(None, axis=1)
 
 
 def _titled(table: pd.DataFrame) -> pd.DataFrame:

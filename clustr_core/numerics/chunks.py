@@ -1,4 +1,7 @@
-"""How much is computed at one time, each size with its reason. No value depends on them, but for its rounding."""
+"""How much is computed at one time, each size with its reason.
+
+No value depends on them, but for its rounding, and for the directions that a random search draws in such portions.
+"""
 
 import torch
 
@@ -10,6 +13,10 @@ KERNEL_TABLE_BYTES = 2**26
 # differ because the published rows were computed so, and a network's last digits may depend on it
 IMAGES_EMBEDDED = 512
 IMAGES_PREDICTED = 256
+# images that a random search tries at one time, or a batch of images where that is larger
+IMAGES_TRIED = 256
+# of the Fourier transform of a convolution of 512 channels, in double precision and with its Gram matrices: 0.5 GB
+FOURIER_BLOCKS = 64
 
 
 def rows_within(width: int, dtype: torch.dtype) -> int:

@@ -29,6 +29,7 @@ from clustr_core.attacks.result import AttackResult
 from clustr_core.attacks.temperature import rescaled
 from clustr_core.certificates.ladder import certified_radius
 from clustr_core.certificates.linear import linear_radius
+from clustr_core.numerics import chunks
 
 
 def linear_problem(classes=3, count=12, dtype=torch.float64):
@@ -372,7 +373,7 @@ def test_radius_zero_and_misclassified_examples_are_left_alone(attack):
 
 
 def test_random_directions_stay_on_each_sphere_or_within(monkeypatch):
-    monkeypatch.setattr(minimum_norm, "ROWS", 20)
+    monkeypatch.setattr(chunks, "IMAGES_TRIED", 20)
     seen = []
 
     class Recording(Linear):

@@ -27,9 +27,11 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture
-def all_large(monkeypatch):
+@pytest.fixture(params=[64, 3])
+def all_large(monkeypatch, request):
+    """Every matrix is large, and taken with all others or a few at a time."""
     monkeypatch.setattr(convolution, "LARGE", 1)
+    monkeypatch.setattr(convolution, "FOURIER_BLOCKS", request.param)
 
 
 def both(monkeypatch, weight, *where):

@@ -46,6 +46,7 @@ from clustr_core.measuring.targets import AttackTarget, heads_of, target_of
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.models.classifiers import ClusterClassifier
 from clustr_core.models.embed import embed_all
+from clustr_core.storage.files import read_json, write_json
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import (
     AdversarialTraining,
@@ -354,12 +355,16 @@ def test_another_version_of_the_attacks_is_another_measurement(runs, measure, at
 
 
 def test_other_weights_are_another_measurement(runs, measure, attacked, tmp_path):
-    """Weights that changed under a run's name are measured anew, and not taken for the old ones."""
+    """Weights that changed under a run's name are refused; said to be the run's, they are measured anew."""
     protocol = Protocol(eps=(0.1,), steps=1, examples=2, losses=("ce",))
     copy = shutil.copytree(unmeasured(runs["ce"]).path, tmp_path / "copy")
     measure(load_run(copy), protocol)
     weights = load_file(copy / "model.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected the weights of \w{10}, as run\.json says"):
+        measure(load_run(copy), protocol)
+    record = read_json(copy / "run.json") | {"weights_sha256": load_run(copy).weights_sha256}
+    write_json(copy / "run.json", record)
     measure(load_run(copy), protocol)
     assert len(attacked) == 2
 
@@ -785,7 +790,7 @@ def test_a_changed_dataset_is_noticed(runs, digits):
     every = replace(protocol, examples=None)
     assert len(attack_table(run, every, dataset=fewer, progress=False)) == 40
     assert len(attack_table(run, every, dataset=digits, progress=False)) == 2 * len(digits.test_labels)
-    with pytest.raises(ValueError, match=r"expected the data that .* was trained on .* got others named 'digits'"):
+    with pytest.raises(ValueError, match=r"was trained on other data named 'digits' \(\w{10}\) than those given"):
         attack_table(run, protocol, dataset=replace(digits, train_images=255 - digits.train_images))
     with pytest.raises(ValueError, match=r"dataset: expected 'digits' as in the run, got 'other'"):
         attack_table(run, protocol, dataset=replace(digits, name="other"))

@@ -116,6 +116,6 @@ def test_diagnose(home, capsys):
     assert main(["diagnose", "--profile", "tiny", "--method", "clustr", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "the paper's evaluation (reduced: " in out
-    assert ") of clustr:" in out
+    assert ") of clustr " in out
     assert set(pd.read_csv(home / "results/tiny/diagnostics-clustr.csv")["method"]) == {"clustr"}
     assert len(pd.read_csv(home / "results/tiny/ablations-clustr.csv")) == 6
