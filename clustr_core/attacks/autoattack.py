@@ -174,7 +174,7 @@ def _library(
 ) -> AutoAttack:
     """The authors' object, with the parameters of the version and no more targets than there are wrong classes."""
     norm, device = LIBRARY_NORM[ball.norm], images.device
-    library = AutoAttack(counted, norm=norm, eps=ball.eps, seed=seed, version=version, device=device)
+    library = AutoAttack(counted, norm=norm, eps=float(ball.eps), seed=seed, version=version, device=device)
     for part in (library.apgd_targeted, library.fab):
         part.n_target_classes = min(part.n_target_classes, counted.classes - 1)
     # with all the parameters that the version gave it

@@ -3,12 +3,12 @@
 import math
 import numbers
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import ParamSpec, TypeVar, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from clustr_core.attacks.names import Norm
@@ -31,7 +31,7 @@ class Ball:
         ValueError: if ``norm`` is unknown, or ``eps`` not positive.
     """
 
-    eps: float
+    eps: Eps
     norm: Norm
 
     def __post_init__(self) -> None:
@@ -43,11 +43,15 @@ class Ball:
     def check_fits(self, images: Images) -> None:
         """Raises a ValueError if ``eps`` exceeds the distance of any two images, as 8 in place of 8/255 does."""
         largest = 1.0 if self.norm == "linf" else math.sqrt(math.prod(images.shape[1:]))
-        if self.eps > largest:
+        eps = max(self.eps.tolist(), default=0) if isinstance(self.eps, Tensor) else self.eps
+        if eps > largest:
             raise ValueError(
-                f"eps: expected at most {largest:.4g} in {self.norm} for pixels in [0, 1] (8/255, not 8), "
-                f"got {self.eps}"
+                f"eps: expected at most {largest:.4g} in {self.norm} for pixels in [0, 1] (8/255, not 8), got {eps}"
             )
+
+    def of(self, which: Int[Tensor, " some"]) -> "Ball":
+        """That of some of the images."""
+        return replace(self, eps=self.eps[which]) if isinstance(self.eps, Tensor) else self
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Walk:
         ValueError: if ``step_size`` is not positive, or a count no whole number above 0.
     """
 
-    step_size: float
+    step_size: Eps
     steps: int
     restarts: int
     seed: int
@@ -67,6 +71,10 @@ class Walk:
         """Check the length and the counts."""
         check_positive(step_size=self.step_size)
         check_counts(steps=self.steps, restarts=self.restarts)
+
+    def of(self, which: Int[Tensor, " some"]) -> "Walk":
+        """That of some of the images."""
+        return replace(self, step_size=self.step_size[which]) if isinstance(self.step_size, Tensor) else self
 
 
 def with_gradients(attack: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
@@ -156,6 +164,16 @@ def project(points: Images, images: Images, eps: Eps, norm: Norm) -> Images:
     return offsets.add_(images).clamp_(0, 1)
 
 
+def moved(points: Images, gradient: Images, images: Images, ball: Ball, walk: Walk) -> Images:
+    """One step of projected ascent from some points."""
+    towards = direction(gradient, ball.norm)
+    if isinstance(walk.step_size, Tensor):
+        further = points + per_item(walk.step_size, towards) * towards
+    else:
+        further = points.add(towards, alpha=walk.step_size)
+    return project(further, images, ball.eps, ball.norm)
+
+
 def _each(eps: Eps, like: Images) -> float | Tensor:
     return per_item(eps, like) if isinstance(eps, Tensor) else eps
 
@@ -208,12 +226,34 @@ def check_inputs(
             ``norm`` unknown, images are not floating of shape [batch, channel, height, width], labels are not one
             integer an image, or a pixel is outside [0, 1].
     """
-    ball, _ = Ball(eps, norm), Walk(step_size, steps, restarts, seed=0)
+    for name, length in (("eps", eps), ("step_size", step_size)):
+        if isinstance(length, Tensor) and length.dim():
+            raise ValueError(f"{name}: expected one number for all images, got shape {list(length.shape)}")
+    Walk(step_size, steps, restarts, seed=0)
+    check_within(images, labels, Ball(eps, norm))
+
+
+def check_within(images: Tensor, labels: Tensor | None, ball: Ball) -> None:
+    """The part of `check_inputs` that is of images and labels."""
     check_image_shape(images)
     ball.check_fits(images)
     if labels is not None:
         check_labels(labels, len(images))
     check_images(images)
+
+
+def one_each(images: Tensor, **lengths: Eps) -> list[Eps]:
+    """Lengths of which each is one for all images, or one for each in their dtype and on their device.
+
+    Raises:
+        ValueError: if a tensor is neither.
+    """
+    for name, length in lengths.items():
+        if isinstance(length, Tensor) and length.shape not in {(), images.shape[:1]}:
+            raise ValueError(
+                f"{name}: expected a number, or one for each of {len(images)} images, got shape {list(length.shape)}"
+            )
+    return [each.detach().to(images) if isinstance(each, Tensor) and each.dim() else each for each in lengths.values()]
 
 
 def check_counts(**counts: int) -> None:

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from clustr_core.attacks.ball import (
     Ball,
+    Eps,
     Images,
     Walk,
     as_leaf,
     check_gradient,
-    check_inputs,
-    direction,
-    project,
+    check_within,
+    moved,
+    one_each,
     random_point,
     with_gradients,
 )
@@ -33,8 +34,8 @@ def pgd(
     images: Images,
     labels: Int[Tensor, " batch"],
     *,
-    eps: float,
-    step_size: float,
+    eps: Eps,
+    step_size: Eps,
     steps: int,
     restarts: int = 1,
     norm: Norm = "linf",
@@ -50,8 +51,8 @@ def pgd(
     images may have any strides: neither changes a verdict.
 
     Args:
-        eps: radius of the ball, in units of pixels in [0, 1].
-        step_size: length of a step in ``norm``, in the same units.
+        eps: radius of the ball, in units of pixels in [0, 1]: a number, or one an image.
+        step_size: length of a step in ``norm``, in the same units, and a number or one an image as well.
         restarts: independent runs, each only on what is still unbroken.
         loss: "ce", "margin", "dlr", or a function (logits, labels) -> loss of each example, to be increased.
         random_start: begin uniformly in the ball (drawn for the whole batch, so that an example's fate does not depend
@@ -65,8 +66,9 @@ def pgd(
         UserWarning: if the model returns something else than logits; see `result.not_logits`.
     Source: Madry et al. 2018, section 2.1; the restarts and the kept success as in Carlini et al. 2019.
     """
-    check_inputs(images, labels, norm=norm, eps=eps, step_size=step_size, steps=steps, restarts=restarts)
+    eps, step_size = one_each(images, eps=eps, step_size=step_size)
     climb, ball, walk = attack_loss(loss), Ball(eps, norm), Walk(step_size, steps, restarts, seed)
+    check_within(images, labels, ball)
     images, goals = prepared(model, images, labels)
     clean = predicted(model, images, goals, warn=True)
 
@@ -82,7 +84,7 @@ def fgsm(
     images: Images,
     labels: Int[Tensor, " batch"],
     *,
-    eps: float,
+    eps: Eps,
     norm: Norm = "linf",
     loss: str | AttackLoss = "ce",
 ) -> AttackResult:
@@ -147,6 +149,6 @@ def _one_run(
         if broken.any():
             x, gradient, active = x[~broken], gradient[~broken], active[~broken]
         result.gradients[active] += 1
-        x = project(x.add(direction(gradient, ball.norm), alpha=walk.step_size), images[active], ball.eps, ball.norm)
+        x = moved(x, gradient, images[active], ball.of(active), walk.of(active))
     prediction = predicted(model, x, labels[active])
     result.note(active, x, prediction, prediction != labels[active])

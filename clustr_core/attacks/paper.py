@@ -129,8 +129,10 @@ def paper_restart_rule(losses: Float[Tensor, " active"], highest: Float[Tensor, 
     Args:
         losses: of the images at which the restart ended.
         highest: of the images kept from the restarts before; -infinity before the first.
-    Source: the released evaluation of Alfarra et al. 2021, which follows that of Wong et al. 2020 (fast_adversarial,
-        ``attack_pgd``): ``max_delta[all_loss >= max_loss] = delta.detach()[all_loss >= max_loss]``.
+    Source: the code that Alfarra et al. 2021 released (utils/attacks.py, ``external_attack_pgd``), as that of Wong et
+        al. 2020 (fast_adversarial, ``attack_pgd``):
+        ``max_delta[all_loss >= max_loss] = delta.detach()[all_loss >= max_loss]``.
+        There the highest loss begins at 0, which a cross-entropy never falls below.
     """
     return losses >= highest
 
@@ -147,7 +149,7 @@ def _one_run(
     loss: str,
 ) -> Tensor:
     """One restart, moving ``x`` in place; what the model returns at its end."""
-    moving = torch.arange(len(x), device=x.device)
+    moving, eps = torch.arange(len(x), device=x.device), float(ball.eps)
     outputs = torch.empty(0)
     for _ in range(walk.steps):
         leaf = as_leaf(x[moving])
@@ -164,7 +166,7 @@ def _one_run(
         spent[active[moving]] += 1
         origin = images[active[moving]]
         moved = leaf.detach()[right] + walk.step_size * gradient[right].sign()
-        x[moving] = (origin + (moved - origin).clamp(-ball.eps, ball.eps)).clamp(0, 1)
+        x[moving] = (origin + (moved - origin).clamp(-eps, eps)).clamp(0, 1)
     with torch.no_grad():
         outputs[moving] = logits_of(model, x[moving])
     return outputs

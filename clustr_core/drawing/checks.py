@@ -45,8 +45,8 @@ def check_grid(table: pd.DataFrame, x: str, y: str, *values: str) -> None:
         ValueError: says how many rows came and how many a full grid has; and as `check_rows`.
     """
     check_rows(table, x, y, *values)
-    columns, rows = table[x].nunique(), table[y].nunique()
-    if min(columns, rows) < 2 or len(table) != columns * rows or bool(table.duplicated([x, y]).sum()):
+    columns, rows = len(set(table[x])), len(set(table[y]))
+    if min(columns, rows) < 2 or len(table) != columns * rows or bool(table.duplicated([x, y]).any()):
         raise ValueError(
             f"table: expected a full grid, at least 2 x 2, got {len(table)} rows at {columns} {x} and {rows} {y}"
         )

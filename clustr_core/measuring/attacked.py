@@ -14,12 +14,13 @@ from clustr_core.attacks.autoattack import autoattack, square
 from clustr_core.attacks.cells import cell_walk
 from clustr_core.attacks.gradient import pgd
 from clustr_core.attacks.paper import paper_pgd, paper_surface
-from clustr_core.attacks.result import AttackResult
+from clustr_core.attacks.result import AttackResult, predicted
 from clustr_core.attacks.temperature import Rescaled
 from clustr_core.attacks.transfer import transfer
 from clustr_core.measuring.pieces import CachedRows, collected, dataset_of, image_chunks, kept_at, named
 from clustr_core.measuring.profile import Profile, Protocol
 from clustr_core.measuring.targets import AttackTarget, Head, heads_of, source_of, target_of
+from clustr_core.models.classifiers import ClusterClassifier
 from clustr_core.training.run import Run
 
 
@@ -146,8 +147,9 @@ def attack_rows(
     result = run_attack(
         target.model, images, labels, protocol, eps=eps, loss=loss, cooled=target.cooled, source=climbed
     )
-    with torch.no_grad():
-        after = target.model(result.adversarial).argmax(dim=1)
+    # the paper's attack sees scores, which underflow where logits do not
+    scores = protocol.attack == "paper" and isinstance(target.model, ClusterClassifier)
+    after = predicted(target.model, result.adversarial, labels) if scores else result.prediction
     settled = protocol.attack == "autoattack"
     columns = {
         "index": indices,

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import numbers
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +16,14 @@ def check_finite(embeddings: Float[Tensor, "batch dim"]) -> None:
         raise ValueError("embeddings: expected finite values, got NaN or infinity")
 
 
-def check_positive(**lengths: float) -> None:
-    """Raises a ValueError unless every number is positive and finite."""
+def check_positive(**lengths: float | Tensor) -> None:
+    """Raises a ValueError unless every number is positive and finite, be it alone or in a tensor."""
     for name, length in lengths.items():
-        if isinstance(length, bool | str) or not (length > 0 and math.isfinite(length)):
+        if isinstance(length, Tensor):
+            for i, each in enumerate(length.flatten().tolist()):
+                if not (each > 0 and math.isfinite(each)):
+                    raise ValueError(f"{name}: expected positive numbers, got {each!r} for example {i}")
+        elif isinstance(length, bool) or not isinstance(length, numbers.Real) or not 0 < length < math.inf:
             raise ValueError(f"{name}: expected a positive number, got {length!r}")
 
 

@@ -1,6 +1,7 @@
 """Attacks: as strong as the closed form where there is one, inside the ball always, and not a gradient wasted."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -803,3 +804,51 @@ def test_transfer_says_when_the_source_has_lost_its_way():
 def test_transfer_refuses_an_unknown_loss():
     with pytest.raises(ValueError, match=r"loss: expected one of \['ce', 'dlr', 'margin'\] or a function, got 'cw'"):
         transfer(Linear(), Linear(), some_images(2), torch.tensor([0, 1]), eps=0.1, step_size=0.1, steps=1, loss="cw")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_each_image_may_have_a_ball_of_its_own(norm):
+    model, images = Linear(2), some_images(12)
+    labels = labelled(model, images)
+    radii = linear_radius(model.weight.detach(), model.bias.detach(), images.flatten(1), labels, norm=norm)
+    beyond = torch.arange(12) % 2 == 0
+    eps = radii * (1 + 0.01 * (2 * beyond.to(radii) - 1))
+    found = pgd(model, images, labels, eps=eps, step_size=eps / 8, steps=40, norm=norm, loss="margin")
+    assert torch.equal(found.success, beyond)
+    assert (lengths(found.adversarial - images, norm) <= eps * (1 + 1e-5)).all()
+
+    def each(length):
+        return torch.full((12,), length, dtype=torch.float64)
+
+    # one of each is the same as one for all
+    climb = partial(pgd, steps=5, restarts=2, loss="margin")
+    for attack, sizes in ((climb, {"eps": 0.05, "step_size": 0.01}), (fgsm, {"eps": 0.05})):
+        one = attack(model, images, labels, norm=norm, **sizes)
+        every = attack(model, images, labels, norm=norm, **{name: each(size) for name, size in sizes.items()})
+        assert torch.allclose(one.adversarial, every.adversarial, atol=1e-7)
+        assert torch.equal(one.success, every.success)
+        assert torch.equal(one.gradients, every.gradients)
+
+
+@pytest.mark.parametrize(
+    ("eps", "message"),
+    [
+        (torch.full((3,), 0.1), r"eps: expected a number, or one for each of 4 images, got shape \[3\]"),
+        (torch.tensor([0.1, 0.1, 0.0, 0.1]), "eps: expected positive numbers, got 0.0 for example 2"),
+        (torch.tensor([0.1, 0.1, 0.1, math.nan]), "eps: expected positive numbers, got nan for example 3"),
+        (torch.tensor([0.1, 8.0, 0.1, 0.1]), "eps: expected at most 1 in linf"),
+        ("0.1", "eps: expected a positive number, got '0.1'"),
+        ([0.1] * 4, "eps: expected a positive number"),
+    ],
+)
+def test_balls_that_are_none_are_named(as_installed, eps, message):
+    model, images = Linear(), some_images(4)
+    with pytest.raises(ValueError, match=message):
+        pgd(model, images, labelled(model, images), eps=eps, step_size=0.01, steps=2)
+
+
+@pytest.mark.parametrize("attack", [paper_pgd, partial(autoattack, norm="linf")])
+def test_other_attacks_say_that_their_ball_is_one_for_all(as_installed, attack):
+    model, images = Linear(), some_images(4)
+    with pytest.raises(ValueError, match=r"eps: expected one number for all images, got shape \[4\]"):
+        attack(model, images, labelled(model, images), eps=torch.full((4,), 0.1))
