@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clustr_core.training.recipes import Precision
@@ -133,22 +132,35 @@ class Processes:
 class _Gather(torch.autograd.Function):
     """The parts of all processes; backwards, a part gets the sum of the gradients that it has on each of them.
 
-    Fabric's own gather goes by a function that PyTorch has deprecated.
+    Each is the other's gradient, so that a gradient may be part of a loss. Fabric's own gather goes by a function that
+    PyTorch has deprecated.
     """
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, rank: int, count: int) -> Tensor:
-        ctx.rows = slice(rank * len(part), (rank + 1) * len(part))
+        ctx.rank, ctx.count = rank, count
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(count)]
         torch.distributed.all_gather(parts, part.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        total = gradient.clone(memory_format=torch.contiguous_format)
+        return _OwnSum.apply(gradient, ctx.rank, ctx.count), None, None  # pyright: ignore[reportReturnType]
+
+
+class _OwnSum(torch.autograd.Function):
+    """The own part of the sum over all processes; backwards, everybody's gradients together."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, rank: int, count: int) -> Tensor:
+        ctx.rank, ctx.count = rank, count
+        total = whole.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total)
-        return total[ctx.rows], None, None
+        return total.chunk(count)[rank]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Gather.apply(gradient, ctx.rank, ctx.count), None, None  # pyright: ignore[reportReturnType]
 
 
 def count() -> int:

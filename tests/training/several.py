@@ -110,16 +110,22 @@ def trained(folder: Path, only=None) -> dict:
     return held
 
 
-def magnet_gradient(processes: Processes) -> torch.Tensor:
-    """d/dw of the sum of weighted magnet losses of a batch of 7, in double precision, from each process's own rows."""
+def magnet_gradient(processes: Processes, *, penalty: bool = False) -> torch.Tensor:
+    """d/dw of the sum of weighted magnet losses of a batch of 7, in double precision, from each process's own rows.
+
+    With a penalty, of the square of that sum's gradient by the images.
+    """
     g = torch.Generator().manual_seed(3)
     images, weights = torch.rand(7, 1, 4, 4, generator=g).double(), torch.rand(7, generator=g).double()
     torch.manual_seed(4)
     network = LinearClassifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)), 3, 2).double()
     assignments = torch.tensor([0, 0, 1, 1, 2, 2, 3])
-    step = Step(network, images, assignments // 2, g, assignments, None, processes)
+    step = Step(network, images.requires_grad_(), assignments // 2, g, assignments, None, processes)
     loss = objective(Clustr(), step).loss
-    processes.unpadded_shard(loss * step.mine(weights), 7).sum().backward()
+    total = processes.unpadded_shard(loss * step.mine(weights), 7).sum()
+    if penalty:
+        total = torch.autograd.grad(total, images, create_graph=True)[0].square().sum()
+    total.backward(inputs=list(network.encoder.parameters()))
     gradients = [parameter.grad for parameter in network.encoder.parameters()]
     processes.add_up(gradients)
     return torch.cat([gradient.flatten() for gradient in gradients])
@@ -134,7 +140,8 @@ def gathered(processes: Processes) -> dict:
         assert torch.equal(processes.gathered(part, total), rows)
         shapes[str(total)] = [part.flatten().tolist(), processes.unpadded_shard(part, total).flatten().tolist()]
     word = processes.from_first(lambda: f"said by {processes.rank}")
-    return {"parts": shapes, "word": word, "gradient": magnet_gradient(processes).tolist()}
+    gradients = {str(penalty): magnet_gradient(processes, penalty=penalty).tolist() for penalty in (False, True)}
+    return {"parts": shapes, "word": word, "gradients": gradients}
 
 
 def tables(folder: Path) -> dict:

@@ -132,13 +132,14 @@ def test_parts_together_are_the_whole(total, count):
     assert torch.equal(torch.cat(unpadded), rows)
 
 
-def test_the_gradient_through_a_gathered_batch_is_that_of_one_process(two):
-    """Double precision, so that a factor, a lost row or a row counted twice could not hide."""
-    expected = several.magnet_gradient(ALONE)
+@pytest.mark.parametrize("penalty", [False, True])
+def test_the_gradient_through_a_gathered_batch_is_that_of_one_process(two, penalty):
+    """Double precision, so that a factor, a lost row or a row counted twice could not hide; and the gradient's own."""
+    expected = several.magnet_gradient(ALONE, penalty=penalty)
     assert expected.norm() > 0.1
     for process in told(two, "gather"):
         torch.testing.assert_close(
-            torch.tensor(process["gradient"], dtype=torch.float64), expected, rtol=1e-12, atol=1e-13
+            torch.tensor(process["gradients"][str(penalty)], dtype=torch.float64), expected, rtol=1e-12, atol=1e-13
         )
 
 
