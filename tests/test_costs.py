@@ -2,7 +2,9 @@ import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
+import pandas as pd
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -182,6 +184,29 @@ def test_the_slope_of_growth():
     assert costs.growth_slope(sizes, [5.0] * 4) == pytest.approx(0, abs=1e-12)
     with pytest.raises(ValueError, match="sizes, times: expected two or more positive pairs"):
         costs.growth_slope([1.0, 1.0], [1.0, 2.0])
+
+
+def test_slopes_in_a_table():
+    sizes = [10.0, 20.0, 40.0]
+    kinds = {("k-means", "points"): 1, ("k-means", "clusters"): 2, ("logits", "points"): 0}
+    rows = [(*kind, size, 3 * size**power) for kind, power in kinds.items() for size in sizes]
+    table = costs.slopes_table(pd.DataFrame(rows, columns=["what", "parameter", "size", "seconds"]))
+    assert list(table) == ["what", "clusters", "points"]
+    assert table.set_index("what")["points"].to_dict() == {"k-means": 1, "logits": 0}
+    assert table["clusters"].tolist()[0] == 2
+    assert table["clusters"].isna().tolist() == [False, True]
+
+
+def test_a_table_of_plans_holds_what_each_plan_says():
+    studies = [costs.Study("a", costs.resnet18(width=8), 1000, 100, 10, per_class=k) for k in (1, 5)]
+    table = costs.plan_table(studies, (costs.A100, costs.H100), (1, 8))
+    assert len(table) == 2 * 2 * 2 * len(costs.plan(studies[0], costs.A100))
+    for study, machine, devices in product(studies, (costs.A100, costs.H100), (1, 8)):
+        mine = table[(table.k == study.per_class) & (table.machine == machine.name) & (table.devices == devices)]
+        parts = costs.plan(study, replace(machine, devices=devices))
+        assert mine["part"].tolist() == [part.name for part in parts]
+        assert mine["hours"].tolist() == [part.seconds / 3600 for part in parts]
+        assert mine["flops"].tolist() == [part.flops for part in parts]
 
 
 def test_a_plan_for_imagenet():

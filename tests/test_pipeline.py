@@ -12,7 +12,7 @@ from book_copy import ROOT, copy_of_the_book, execute, run
 from clustr_core.measuring.profile import load_profile
 from clustr_core.training.recipes import run_key
 from tools import notebooks, publish
-from tools.execute import chosen_parameters
+from tools.execute import chosen_parameters, given_parameters
 
 SOURCES = notebooks.sources(ROOT)
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
@@ -169,10 +169,38 @@ def test_a_parameter_from_the_command_line_goes_before_the_profiles(one_chapter:
     assert done.returncode == 0, done.stderr
     shown = nbformat.read(one_chapter / "_build/x.ipynb", as_version=4).cells[-1].outputs
     assert shown[-1].data["text/plain"] == "4"
-    for given, words in (("colums=4", "NAME one of rows in 01-test.md"), ("rows=four", "expected a literal such as 2")):
+    for given, words in (("colums=4", "NAME one of rows in 01-test.md"), ("rows=four", "expected a value such as 2")):
         done = run(one_chapter, *command, "-p", given)
         assert done.returncode == 1
         assert words in done.stderr
+
+
+DECLARED = {"eps": 0.1, "rows": 2, "radii": [0.1, 0.2], "sizes": [1, 2], "method": "clustr"}
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("eps=8/255", 8 / 255),
+        ("eps=1", 1.0),
+        ("rows=4", 4),
+        ("radii=[36/255, 1]", [36 / 255, 1.0]),
+        ("sizes=[3]", [3]),
+        ("method=pgd-at", "pgd-at"),
+        ("method=1", "1"),
+    ],
+)
+def test_a_parameter_is_read_as_a_profile_reads_it(given: str, value: object) -> None:
+    (found,) = given_parameters([given], DECLARED, Path("01-test.md")).values()
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("given", ["eps=one", "eps=[0.1]", "eps=true", "rows=1.5", "radii=0.1", "sizes=[1.5]", "eps="])
+def test_a_parameter_of_another_kind_is_refused(given: str) -> None:
+    name = given.partition("=")[0]
+    with pytest.raises(ValueError, match=f"-p {name}: expected a value such as {re.escape(repr(DECLARED[name]))}, got"):
+        given_parameters([given], DECLARED, Path("01-test.md"))
 
 
 def test_a_changed_source_cannot_be_published(one_chapter: Path) -> None:

@@ -4,7 +4,6 @@ python -m tools.execute notebooks/03-training.md --profile quick --output _build
 """
 
 import argparse
-import ast
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from papermill.exceptions import PapermillExecutionError
 from clustr_core.measuring.profile import load_profile
 from clustr_core.storage.files import home
 from clustr_core.storage.provenance import environment
+from clustr_core.training.fields import field_value, read_yaml
 from tools import notebooks
 
 INLINE = "module://matplotlib_inline.backend_inline"
@@ -44,10 +44,10 @@ def chosen_parameters(
 
 
 def given_parameters(pairs: Sequence[str], declared: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """Parameters from a command line: NAME=VALUE, the value a literal, or text where the default is text.
+    """Parameters from a command line: NAME=VALUE, the value as a profile would hold it (8/255 is a number).
 
     Raises:
-        ValueError: for a name that the chapter does not declare, or a value that is no literal.
+        ValueError: for a name that the chapter does not declare, or a value of another kind than its default's.
     """
     given = {}
     for pair in pairs:
@@ -56,16 +56,23 @@ def given_parameters(pairs: Sequence[str], declared: Mapping[str, Any], source: 
             raise ValueError(
                 f"-p: expected NAME=VALUE, NAME one of {', '.join(declared) or 'none'} in {source.name}, got {pair!r}"
             )
-        if isinstance(declared[name], str):
-            given[name] = value
-            continue
         try:
-            given[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise ValueError(f"-p {name}: expected a literal such as {declared[name]!r}, got {value!r}") from error
-        if isinstance(given[name], list) != isinstance(declared[name], list):
-            raise ValueError(f"-p {name}: expected a value such as {declared[name]!r}, got {value!r}")
+            given[name] = _alike(value, declared[name], f"-p {name}")
+        except ValueError as error:
+            raise ValueError(f"-p {name}: expected a value such as {declared[name]!r}, got {value!r}") from error
     return given
+
+
+def _alike(text: str, default: Any, where: str) -> Any:
+    """A text as a value of its default's kind."""
+    if isinstance(default, str):
+        return text
+    value = read_yaml(text, where)
+    if isinstance(default, list):
+        return list(field_value(value, tuple[type(default[0]) if default else object, ...], where))
+    if isinstance(value, list) or isinstance(value, bool) != isinstance(default, bool):
+        raise ValueError(f"{where}: expected no {type(value).__name__}")
+    return field_value(value, type(default), where)
 
 
 def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] = ()) -> None:
