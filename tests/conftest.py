@@ -7,13 +7,14 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import shapes
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)
 
-# before anything imports the package: its functions then check the shapes in their signatures (an int is a float)
-jaxtyping.install_import_hook("clustr_core", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# before anything imports the package: its functions then check the shapes in their signatures
+shapes.install("clustr_core")
 
 
 @pytest.fixture
@@ -91,6 +92,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))
+
+
+def pytest_runtest_setup() -> None:
+    """Shapes are checked anew in each test."""
+    shapes.begin()
 
 
 @pytest.hookimpl(wrapper=True)
