@@ -547,28 +547,3 @@ def test_the_installed_command(home):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert done.stderr == "clustr: method: expected one of ['ce', 'clustr'] in tiny, got 'none'\n"
-
-
-def test_two_fresh_smoke_runs_give_identical_tables(tmp_path, monkeypatch):
-    """Every method of profile smoke, trained, certified and, as the pipeline has it, attacked from nothing, twice."""
-    found = []
-    for name in ("one", "two"):
-        root = tmp_path / name
-        (root / "profiles").mkdir(parents=True)
-        lines = (Path(__file__).parents[1] / "profiles/smoke.yaml").read_text().splitlines(keepends=True)
-        # AutoAttack costs more than all else together, and is repeated in tests of its own
-        kept = [line for line in lines if not line.startswith("  autoattack:")]
-        assert len(kept) == len(lines) - 1
-        (root / "profiles/smoke.yaml").write_text("".join(kept))
-        monkeypatch.setenv("CLUSTR_HOME", str(root))
-        profile = load_profile("smoke")
-        asked = {"attack": profile.attacked, "certify": [*profile.recipes, "prototypes"], "sandwich": profile.lipschitz}
-        for command, methods in asked.items():
-            for method in methods:
-                assert clustr(command, method=method, profile="smoke") == 0
-        found.append({path.name: path.read_bytes() for path in (root / "results/smoke").iterdir()})
-    assert set(profile.recipes) == set(METHODS)
-    tables = [name for name in found[0] if name.endswith(".csv")]
-    assert len(tables) == sum(len(methods) for methods in asked.values()) == (11 + 13 + 3)
-    assert {Path(name).stem for name in found[0]} == {Path(name).stem for name in tables}
-    assert found[0] == found[1]

@@ -1,4 +1,4 @@
-"""Every chapter runs headlessly, in profile smoke, and draws its figures."""
+"""Every chapter runs headlessly, in profile smoke, and draws its figures; what they measure is measured alike anew."""
 
 import shutil
 from pathlib import Path
@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 from book_copy import ROOT, copy_of_the_book, execute
 
+from clustr_core import cli
+from clustr_core.measuring.profile import load_profile
+from clustr_core.training.recipes import METHODS
 from tools import notebooks
 
 SOURCES = notebooks.sources(ROOT)
+COMMANDS = {"attacks": "attack", "certificates": "certify", "sandwich": "sandwich"}
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +33,24 @@ def test_every_chapter_runs_in_profile_smoke(home: Path, source: Path) -> None:
     for label in notebooks.figure_labels(notebooks.read_source(source)):
         for suffix in (".svg", ".png", ".csv"):
             assert (home / "figures/smoke" / f"{label}{suffix}").stat().st_size > 0
+
+
+def tables(root: Path) -> dict[str, bytes]:
+    """Tables of a home by the commands of the pipeline, each with its sidecar."""
+    profile = load_profile("smoke")
+    assert set(profile.recipes) == set(METHODS)
+    for kind, command in COMMANDS.items():
+        for method in profile.measured[kind]:
+            assert cli.main([command, "--profile", "smoke", "--method", method, "--device", "cpu"]) == 0
+    return {path.name: path.read_bytes() for path in (root / "results/smoke").iterdir()}
+
+
+def test_two_fresh_runs_give_identical_tables(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method, trained and measured from nothing: in the chapters' kernels, and here."""
+    shutil.copytree(home / "profiles", tmp_path / "profiles")
+    found = []
+    for root in (home, tmp_path):
+        monkeypatch.setenv("CLUSTR_HOME", str(root))
+        found.append(tables(root))
+    assert len(found[0]) == 2 * (11 + 13 + 3)
+    assert found[0] == found[1]

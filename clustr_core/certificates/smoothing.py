@@ -5,9 +5,9 @@ import numbers
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts are loaded on first use: statistics take a second
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import beta, binomtest, norm
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -106,7 +106,7 @@ def predict_smoothed(
     sizes = {"samples": samples}
     drawn = _votes(model, images, sizes, noise, failure_prob, batch_size, seed, indices, progress)
     counts, classes = drawn["samples"].topk(2, dim=1)
-    doubts = [binomtest(first, first + second).pvalue for first, second in counts.tolist()]
+    doubts = [scipy.stats.binomtest(first, first + second).pvalue for first, second in counts.tolist()]
     return classes[:, 0].masked_fill(torch.tensor(doubts) > failure_prob, ABSTAIN).to(images.device)
 
 
@@ -127,8 +127,8 @@ def _radius(counts: Int[Tensor, " batch"], samples: int, noise: float, failure_p
     """noise * Phi^-1(p), p the one-sided Clopper-Pearson bound; 0 where p <= 1/2."""
     k = counts.numpy()
     # a class without a vote has the bound 0, for which the beta distribution has no parameter
-    lower = np.where(k > 0, beta.ppf(failure_prob, np.maximum(k, 1), samples - k + 1), 0.0)
-    return torch.from_numpy(noise * norm.ppf(np.maximum(lower, 0.5)))
+    lower = np.where(k > 0, scipy.stats.beta.ppf(failure_prob, np.maximum(k, 1), samples - k + 1), 0.0)
+    return torch.from_numpy(noise * scipy.stats.norm.ppf(np.maximum(lower, 0.5)))
 
 
 def _votes(

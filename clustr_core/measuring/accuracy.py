@@ -3,7 +3,7 @@
 from functools import cache
 
 import pandas as pd
-from scipy.stats import binomtest
+import scipy  # its parts are loaded on first use: statistics take a second
 
 from clustr_core.attacks.names import Norm
 from clustr_core.certificates.names import HARD_BOUNDS
@@ -160,7 +160,9 @@ def binomial_interval(successes: int, trials: int, *, confidence: float = 0.95) 
     """
     if trials < 1:
         raise ValueError(f"trials: expected at least one, got {trials}")
-    found = binomtest(int(successes), int(trials)).proportion_ci(confidence_level=confidence, method="exact")
+    found = scipy.stats.binomtest(int(successes), int(trials)).proportion_ci(
+        confidence_level=confidence, method="exact"
+    )
     return float(found.low), float(found.high)
 
 
