@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import shapes
 import torch
 
 from clustr_core.numerics.distances import flat_norm, squared_distances
@@ -13,7 +14,9 @@ pytest_plugins = ["pytester"]
 
 def test_only_a_gpu_test_may_be_skipped(pytester, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())
+    here = Path(__file__).parent
+    pytester.makeconftest((here / "conftest.py").read_text())
+    pytester.makepyfile(shapes=(here / "shapes.py").read_text())
     pytester.makeini("[pytest]\nmarkers = gpu: needs a GPU\n")
     pytester.makepyfile(
         test_functions="""
@@ -36,7 +39,15 @@ def test_only_a_gpu_test_may_be_skipped(pytester, monkeypatch):
     assert result.ret == pytest.ExitCode.TESTS_FAILED
 
 
-def test_shapes_are_checked_here():
+@pytest.mark.parametrize("after", ["nothing", "another test"])
+def test_shapes_are_checked_here(after):
+    """In the first calls of each test, and in one of many after these."""
+    for _ in range(shapes.FIRST):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            squared_distances(torch.zeros(2, 3), torch.zeros(2, 4))
+    for _ in range(shapes.FIRST, shapes.EVERY - 1):
+        with pytest.raises(RuntimeError):
+            squared_distances(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(jaxtyping.TypeCheckError):
         squared_distances(torch.zeros(2, 3), torch.zeros(2, 4))
 

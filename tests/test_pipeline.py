@@ -169,10 +169,9 @@ def test_a_parameter_from_the_command_line_goes_before_the_profiles(one_chapter:
     assert done.returncode == 0, done.stderr
     shown = nbformat.read(one_chapter / "_build/x.ipynb", as_version=4).cells[-1].outputs
     assert shown[-1].data["text/plain"] == "4"
-    for given, words in (("colums=4", "NAME one of rows in 01-test.md"), ("rows=four", "expected a value such as 2")):
-        done = run(one_chapter, *command, "-p", given)
-        assert done.returncode == 1
-        assert words in done.stderr
+    done = run(one_chapter, *command, "-p", "colums=4")
+    assert done.returncode == 1
+    assert "NAME one of rows in 01-test.md" in done.stderr
 
 
 DECLARED = {"eps": 0.1, "rows": 2, "radii": [0.1, 0.2], "sizes": [1, 2], "method": "clustr"}

@@ -21,7 +21,7 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
     """A Python of its own, since Triton decides on import whether it compiles or interprets."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", kernels.VARIABLE)
-    }
+    } | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment | variables, capture_output=True, text=True
     )
