@@ -57,7 +57,7 @@ book: $(READY)  ## build the site into _build/html (needs internet once, for the
 	$(BIN)/python -m jupyter_book build --html --strict
 
 publish: figures  ## make what was regenerated the published: results/published/, figures/published/, the chapters' twins
-	$(BIN)/python -m tools.publish --profile $(PROFILE)
+	$(BIN)/python -m tools.publish --profile '$(PROFILE)'
 
 lint: $(READY)  ## ruff, ruff format, pyright
 	$(BIN)/ruff check .

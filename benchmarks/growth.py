@@ -99,7 +99,7 @@ def _rows(calls: dict[tuple[str, int], Call], parameter: str, effort: Effort) ->
 def layouts(effort: Effort) -> pd.DataFrame:
     """Channels last, and torch.compile where there is a C++ compiler, over contiguous weights without either.
 
-    Not for training, which keeps the contiguous layout: see `encoders.lay_out`.
+    Not for training, which keeps the contiguous layout: see `to_channels_last_frozen`.
 
     Returns:
         columns ``encoder width pass layout ratio``.

@@ -107,7 +107,7 @@ def drawn_dataset(recipe: Recipe, count: int) -> data.Dataset:
 
 
 class Trainee:
-    """A recipe about to train: what `training.fit` has in hand before its first epoch."""
+    """A recipe about to train: what `loop.fit` has in hand before its first epoch."""
 
     def __init__(self, recipe: Recipe, count: int) -> None:
         self.recipe = replace(recipe, warm_start=None)

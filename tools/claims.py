@@ -4,7 +4,7 @@ A measured number in the prose (a percentage, a decimal, points, times, a durati
 where it comes from, in a comment before its paragraph, list, table or directive: `<!-- COMMENT -->`, which no reader
 sees wherever the page is shown, or a MyST comment, `% COMMENT`. COMMENT is one of
 
-    cell: NUMBER = EXPRESSION                       as it is printed; once for each time that it is printed
+    cell: NUMBER = EXPRESSION                       as it is printed; once for each time that it is printed, in order
     rows: protocols(PROFILE)                        the table that follows holds these rows of `measuring.study`,
     rows: certificates(PROFILE)                     and no others
     not from a table: NUMBER, NUMBER: WHY           in the text that follows
@@ -223,17 +223,18 @@ def _listed(comment: Comment) -> list[str]:
 
 def _block_faults(root: Path, block: Block, constants: set[str]) -> Iterator[tuple[int, str]]:
     tokens, cells, excused = block.tokens(), Counter(), set(constants)
+    numbers, read = [token.number for token in tokens], 0
     for comment in block.comments:
         if comment.kind == "cell":
             number = comment.text.partition(" = ")[0]
             cells[number] += 1
             if fault := _cell_fault(root, comment.text):
                 yield comment.line, fault
-            elif cells[number] > sum(token.number == number for token in tokens):
-                yield (
-                    comment.line,
-                    f"expected {number} in the text that follows, got none{' more' * (cells[number] > 1)}",
-                )
+            elif number in numbers[read:]:
+                read = numbers.index(number, read) + 1
+            else:
+                later = " after the cells before" * (number in numbers)
+                yield comment.line, f"expected {number} in the text that follows{later}, got none"
         elif comment.kind == "rows":
             yield from _rows_faults(root, comment, block)
             rows = {number for number, line in block.lines if _in_table(line)}

@@ -43,7 +43,7 @@ class Ball:
     def check_fits(self, images: Images) -> None:
         """Raises a ValueError if ``eps`` exceeds the distance of any two images, as 8 in place of 8/255 does."""
         largest = 1.0 if self.norm == "linf" else math.sqrt(math.prod(images.shape[1:]))
-        eps = max(self.eps.tolist(), default=0) if isinstance(self.eps, Tensor) else self.eps
+        eps = max(self.eps.flatten().tolist(), default=0) if isinstance(self.eps, Tensor) else self.eps
         if eps > largest:
             raise ValueError(
                 f"eps: expected at most {largest:.4g} in {self.norm} for pixels in [0, 1] (8/255, not 8), got {eps}"
@@ -51,7 +51,7 @@ class Ball:
 
     def of(self, which: Int[Tensor, " some"]) -> "Ball":
         """That of some of the images."""
-        return replace(self, eps=self.eps[which]) if isinstance(self.eps, Tensor) else self
+        return replace(self, eps=_some(self.eps, which))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,11 @@ class Walk:
 
     def of(self, which: Int[Tensor, " some"]) -> "Walk":
         """That of some of the images."""
-        return replace(self, step_size=self.step_size[which]) if isinstance(self.step_size, Tensor) else self
+        return replace(self, step_size=_some(self.step_size, which))
+
+
+def _some(length: Eps, which: Int[Tensor, " some"]) -> Eps:
+    return length[which] if isinstance(length, Tensor) and length.dim() else length
 
 
 def with_gradients(attack: Callable[_Given, _Result]) -> Callable[_Given, _Result]:

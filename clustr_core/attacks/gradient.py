@@ -47,8 +47,8 @@ def pgd(
 
     The direction is the gradient's sign ("linf") or the gradient over its L2 norm ("l2"). Every iterate is judged: a
     success is kept, and its example leaves the batch, so that no gradient is spent on an example already broken.
-    Iterates stay in the eps-ball and in [0, 1]. Weights get no gradients. Callers may have switched gradients off, and
-    images may have any strides: neither changes a verdict.
+    Iterates stay in the eps-ball, up to rounding, and in [0, 1]. Weights get no gradients. Callers may have switched
+    gradients off, and images may have any strides: neither changes a verdict.
 
     Args:
         eps: radius of the ball, in units of pixels in [0, 1]: a number, or one an image.

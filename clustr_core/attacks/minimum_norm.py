@@ -167,7 +167,7 @@ def ddn(
 
     Args:
         loss: "ce" is the paper's; it loses its gradient where logits lie tens of nats apart, so that such a model needs
-            `attacks.rescaled`, a cross-entropy of cooled logits, or "margin".
+            `temperature.rescaled`, a cross-entropy of cooled logits, or "margin".
     The rest, Raises and Warns as in `fmn`.
     Source: Rony et al. 2019, algorithm 1. Deviations: no quantisation of the pixels; the bisection, steps in units of
         eps, and restarts, as in `fmn`, each from eps = 1 or the smallest norm so far, if that is less.

@@ -90,7 +90,7 @@ def paper_pgd(
     Returns:
         ``success`` is that of the image kept; ``gradients`` those really spent.
     Raises:
-        ValueError: as `attacks.pgd`.
+        ValueError: as `gradient.pgd`.
     Source: the released code of Alfarra et al. 2021 (its evaluation follows Wong et al. 2020).
     """
     check_inputs(images, labels, norm="linf", eps=eps, step_size=step_size, steps=steps, restarts=restarts)
@@ -124,7 +124,7 @@ def paper_restart_rule(losses: Float[Tensor, " active"], highest: Float[Tensor, 
     """Which examples keep the image of the restart that has just ended: those whose loss is highest so far, or equal.
 
     Departure from good practice: whether either image is misclassified is not asked, so a failure of higher loss takes
-    the place of a success. A correct rule keeps any success, and stops there (`attacks.pgd`).
+    the place of a success. A correct rule keeps any success, and stops there (`gradient.pgd`).
 
     Args:
         losses: of the images at which the restart ended.

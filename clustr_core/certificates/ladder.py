@@ -49,7 +49,7 @@ def certified_radius(
         exact     min_j dist(z, {p : d_j(p) <= d_i(p) for all i in c}) / L
 
     triangle <= nearest <= pairwise <= exact, and each is sound; no certificate that knows only z and L exceeds "exact".
-    The soft rule has bounds of its own, "soft-global" to "soft-dual": see `soft_bounds.soft_radius`.
+    The soft rule has bounds of its own, "soft-global" to "soft-dual": see `soft.soft_radius`.
 
     Negative radii become 0, and no gradient goes through: `losses.certificate_loss` is for that. The radius is lowered
     by a bound on the rounding of this computation, in the inputs' dtype, the wider of two (half precision is computed

@@ -201,22 +201,41 @@ def layer_bound(module: nn.Module, shapes: Shapes) -> float:
 def own_layer(module: nn.Module) -> OwnLayer | None:
     """What was registered for a layer's class; nothing of a subclass or where a hook or an attribute changes it."""
     replaced = any(callable(getattr(type(module), name, None)) for name in vars(module))
-    if module._forward_hooks or module._forward_pre_hooks or replaced:
+    if _hooked(module) or replaced:
         return None
     return OWN_LAYERS.get(type(module))
 
 
+# what runs when a module is called
+_CALLED = ("__call__", "_call_impl", "forward", "_conv_forward")
+
+
+def _hooked(module: nn.Module) -> bool:
+    everywhere = nn.modules.module
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            everywhere._global_forward_hooks,
+            everywhere._global_forward_pre_hooks,
+        )
+    )
+
+
 def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module computes what a kind of layer computes: it is one, and neither a subclass nor an attribute of
-    its own nor a hook puts something else in place of that."""
-    if not isinstance(module, kind) or module._forward_hooks or module._forward_pre_hooks:
+    """Whether a module computes what a kind of layer does.
+
+    It does not where a subclass has another ``forward``, where an attribute of the module replaces it, or where a hook
+    may change what goes in or comes out.
+    """
+    if not isinstance(module, kind) or _hooked(module):
         return False
-    return inherits(type(module), kind) and not {"forward", "_conv_forward"} & vars(module).keys()
+    return inherits(type(module), kind) and not {*_CALLED} & vars(module).keys()
 
 
 def inherits(layer: type[nn.Module], kind: type[nn.Module]) -> bool:
     """Whether a class is another, or a subclass that computes the same."""
-    names = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
+    names = [name for name in _CALLED if hasattr(kind, name)]
     return issubclass(layer, kind) and all(getattr(layer, name) is getattr(kind, name) for name in names)
 
 

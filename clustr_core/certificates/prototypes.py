@@ -40,7 +40,7 @@ def pixel_prototype_rows(
     Args:
         indices: of the test images; None takes all of them.
     Returns:
-        the columns of `evaluation.certificate_table`, ``bound index label prediction correct feature_radius radius
+        the columns of `certified.certificate_table`, ``bound index label prediction correct feature_radius radius
         lipschitz lipschitz_lower_bound``, for every bound of the nearest rule; both constants are 1, so that
         ``radius`` is ``feature_radius``, in pixels of [0, 1].
     Raises:

@@ -194,7 +194,9 @@ def _weight_of(layer: nn.Module, shapes: Shapes) -> tuple[Tensor, Tensor, int, f
         linear = layer.linear if isinstance(layer, OrthogonalPointwise) else layer
         assert isinstance(linear, nn.Linear)
         weight = linear.weight.detach()
-    places = math.prod(shapes[layer][1:]) if isinstance(layer, OrthogonalPointwise) else 1
+    # a pointwise layer mixes channels at every pixel, a linear one the last axis at every place of the others
+    shape = shapes[layer]
+    places = math.prod(shape[1:] if isinstance(layer, OrthogonalPointwise) else shape[:-1])
     return weight, _bias(linear, weight), places, float(torch.linalg.matrix_norm(weight.double().abs(), ord=2))
 
 

@@ -34,7 +34,7 @@ class Evaluation:
         step_size: None is the released 2/255 where that many steps of it lead from the centre to the ball's border,
             else 2.5 eps / steps: what is judged is a surface and a rule, not a step far too short for the ball.
     Raises:
-        ValueError: as `attacks.pgd`; or if surface and model differ in their classes, or there is no image.
+        ValueError: as `gradient.pgd`; or if surface and model differ in their classes, or there is no image.
     """
 
     surface: Model
@@ -96,7 +96,7 @@ class Evaluation:
         return paper_pgd(on, self.images, self.labels, seed=self.seed, **{**options, **changed})
 
     def pgd(self, surface: Model, loss: str, eps: float, *, step_size: float | None = None) -> AttackResult:
-        """`attacks.pgd` with the evaluation's steps and restarts; the step is 2.5 eps / steps unless given."""
+        """`gradient.pgd` with the evaluation's steps and restarts; the step is 2.5 eps / steps unless given."""
         step_size = 2.5 * eps / self.steps if step_size is None else step_size
         with warnings.catch_warnings():
             # that surfaces are no logits is a finding here, and reported as one
@@ -110,7 +110,7 @@ class Evaluation:
     def ablations(self) -> pd.DataFrame:
         """The released rule, put right one ingredient at a time, and all at once.
 
-        surface: cooled log-domain logits. bookkeeping: any success is kept, and the start is clipped (`attacks.pgd`).
+        surface: cooled log-domain logits. bookkeeping: any success is kept, and the start is clipped (`gradient.pgd`).
         steps: 100 of 2.5 eps / 100. target: margin in place of cross-entropy.
 
         Returns:

@@ -28,7 +28,7 @@ class Protocol:
         steps, restarts: of each attack; AutoAttack has its own.
         step_size: of every attack; None takes 2.5 eps / steps, which can cross the ball, and for "paper" the paper's
             2/255.
-        losses: what "pgd", "paper" and "transfer" climb, as `attacks.pgd` takes it; empty for the usual ones.
+        losses: what "pgd", "paper" and "transfer" climb, as `gradient.pgd` takes it; empty for the usual ones.
         examples: how many test images, in an order drawn once; None for all.
         source: the method whose model "transfer" climbs.
     Raises:
@@ -258,7 +258,11 @@ def load_profile(name: str | Path) -> Profile:
         ValueError: for an unknown key or method, or a value without meaning; the key is named.
     """
     path = _path_of(name)
-    content = mapping(read_yaml(path.read_text(encoding="utf-8"), path.name), path.name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}: expected text in UTF-8, got {error}") from error
+    content = mapping(read_yaml(text, path.name), path.name)
     parts = ("shared", "methods", "attacks", "chapters")
     known = [*parts, "certified_examples", "plugins", *_BUDGETS]
     if unknown := sorted(set(content) - set(known), key=str):

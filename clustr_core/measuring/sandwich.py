@@ -80,7 +80,7 @@ def sandwich_rows(
         radius: certified L2 radius of each image, in units of pixels; that of a misclassified image is taken as 0.
         indices: what the images are called in the table.
         attacks: which of `ATTACKS`; "apgd" needs float32 images, and is left out where the budget has no ``apgd_eps``.
-        temperature: of the logits under cross-entropy; None takes that of `attacks.rescaled` on these images.
+        temperature: of the logits under cross-entropy; None takes that of `temperature.rescaled` on these images.
         seed: of every attack.
     Returns:
         one row for each attack and image, columns ``attack index label correct radius norm gradients``: ``norm`` is the

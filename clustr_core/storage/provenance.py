@@ -1,5 +1,6 @@
 """Where a number comes from: commit, versions, processor, threads; and the sidecar that says so beside each table."""
 
+import json
 import os
 import platform
 import subprocess
@@ -73,7 +74,8 @@ def write_sidecar(table: Path, made: Mapping[str, Any], *, note: str = "") -> No
             not known is None.
         note: in words, what a reader must know beyond that.
     """
-    write_json(sidecar_of(table), {"table": _contents(table), "made": dict(made), "note": note})
+    content = {"table": _contents(table), "made": dict(made), "note": note}
+    write_json(sidecar_of(table), content | {"sha256": _seal(content)})
 
 
 def check_sidecar(table: Path) -> dict[str, Any]:
@@ -81,7 +83,8 @@ def check_sidecar(table: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if a table has no sidecar.
-        ValueError: if the table is not the one that the sidecar speaks of; what differs is named.
+        ValueError: if the table is not the one that the sidecar speaks of; what differs is named. If the sidecar itself
+            was changed after it was written.
     """
     path = sidecar_of(table)
     if not path.exists():
@@ -93,7 +96,14 @@ def check_sidecar(table: Path) -> dict[str, Any]:
     if wrong := sorted(key for key in found if said.get(key) != found[key]):
         differing = ", ".join(f"{key} {said.get(key)!r}, found {found[key]!r}" for key in wrong)
         raise ValueError(f"{table}: expected the table that its sidecar describes: {differing}")
+    if content.pop("sha256", None) != _seal(content):
+        raise ValueError(f"{path}: expected the sidecar as it was written, got one that was changed since (sha256)")
     return content
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """A digest of all that a sidecar says, whatever its layout."""
+    return digest(json.dumps(content, sort_keys=True))
 
 
 def _contents(table: Path) -> dict[str, Any]:

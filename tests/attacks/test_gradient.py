@@ -847,6 +847,17 @@ def test_balls_that_are_none_are_named(as_installed, eps, message):
         pgd(model, images, labelled(model, images), eps=eps, step_size=0.01, steps=2)
 
 
+def test_a_length_may_be_a_tensor_of_one_number(as_installed):
+    model, images = Linear(), some_images(4)
+    labels = labelled(model, images)
+    plain = pgd(model, images, labels, eps=0.125, step_size=0.0625, steps=3)
+    for attack in (pgd, paper_pgd):
+        tensors = attack(model, images, labels, eps=torch.tensor(0.125), step_size=torch.tensor(0.0625), steps=3)
+        numbers = attack(model, images, labels, eps=0.125, step_size=0.0625, steps=3)
+        assert torch.equal(tensors.adversarial, numbers.adversarial)
+    assert plain.gradients.any()
+
+
 @pytest.mark.parametrize("attack", [paper_pgd, partial(autoattack, norm="linf")])
 def test_other_attacks_say_that_their_ball_is_one_for_all(as_installed, attack):
     model, images = Linear(), some_images(4)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from clustr_core.certificates.convolution import convolution_norm
 from clustr_core.certificates.lipschitz import lipschitz_lower_bound, lipschitz_upper_bound
@@ -308,7 +309,7 @@ def test_a_layer_that_computes_something_else_is_refused_among_its_neighbours_to
 
 
 @pytest.mark.parametrize("place", ["normalize", "conv", "norm"])
-@pytest.mark.parametrize("way", ["attribute", "hook", "pre-hook"])
+@pytest.mark.parametrize("way", ["attribute", "call", "hook", "pre-hook"])
 def test_a_layer_that_was_changed_in_place_is_refused(place, way):
     parts = plain_parts()
     chain, layer = nn.Sequential(*parts.values()).eval(), parts[place]
@@ -316,12 +317,37 @@ def test_a_layer_that_was_changed_in_place_is_refused(place, way):
     if way == "attribute":
         real = layer.forward
         layer.forward = lambda images: 10 * real(images)
+    elif way == "call":
+        own = layer._call_impl
+        layer._call_impl = lambda images: 10 * own(images)
     elif way == "hook":
         layer.register_forward_hook(lambda module, inputs, output: 10 * output)
     else:
         layer.register_forward_pre_hook(lambda module, inputs: (10 * inputs[0],))
     with pytest.raises(TypeError, match=f"no Lipschitz bound is known for the layer {type(layer).__name__}"):
         lipschitz_upper_bound(chain, (2, 6, 6))
+
+
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+def test_a_hook_on_all_modules_is_one_on_each(register):
+    chain = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
+    handle = register(lambda *_: None)
+    try:
+        with pytest.raises(TypeError, match="no Lipschitz bound is known for the layer Sequential"):
+            lipschitz_upper_bound(chain, (1, 2, 2))
+    finally:
+        handle.remove()
+    assert lipschitz_upper_bound(chain, (1, 2, 2)) > 0
+
+
+class Called(nn.Linear):
+    def __call__(self, images):
+        return 10 * super().__call__(images)
+
+
+def test_a_layer_that_is_called_in_another_way_is_refused():
+    with pytest.raises(TypeError, match="no Lipschitz bound is known for the layer Called"):
+        lipschitz_upper_bound(nn.Sequential(nn.Flatten(), Called(4, 2)).eval(), (1, 2, 2))
 
 
 @pytest.mark.parametrize("name", ["small-cnn", "lip-mlp", "lip-cnn"])

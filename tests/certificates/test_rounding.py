@@ -482,3 +482,17 @@ def test_a_class_cannot_change_by_rounding_inside_the_radius():
     half = certified_radius(seen, clusters, embedding_error=error / 2)
     moved = evaluated(images - half[:, None] * torch.tensor([1.0, 0.0]).double(), -1.0)
     assert ((moved[:, 0] <= 0.5) & (seen[:, 0] > 0.5) & (half > 0)).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 1), (3, 32, 2)])
+def test_a_linear_layer_pays_for_every_place_that_it_is_applied_at(shape):
+    """Its input is not flattened: it mixes the last axis, at each place of the others."""
+    size = shape[-1]
+    torch.manual_seed(0)
+    layer = nn.Linear(size, size)
+    with torch.no_grad():
+        layer.bias.fill_(333.3)
+    encoder = nn.Sequential(layer, nn.Flatten()).eval()
+    images = images_of(shape)
+    far = (encoder(images).double() - exact(encoder)(images.double())).norm(dim=1).amax().item()
+    assert 0 < far <= embedding_error(encoder, shape)

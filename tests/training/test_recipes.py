@@ -227,6 +227,12 @@ def test_whole_numbers_of_any_length_stay_what_they_are():
     assert override(CrossEntropy(), {"seed": 2**60 + 1}).seed == 2**60 + 1
 
 
+def test_a_profile_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "own.yaml").write_bytes(b"shared: {dataset: \xff}")
+    with pytest.raises(ValueError, match=r"own\.yaml: expected text in UTF-8, got"):
+        load_profile(tmp_path / "own.yaml")
+
+
 def test_fractions_are_numbers_in_the_chapters_too(profile):
     found = profile("chapters: {04-pgd: {pictured_eps: 8/255, radii: [36/255, 0.5]}}")
     assert found.chapters == {"04-pgd": {"pictured_eps": 8 / 255, "radii": [36 / 255, 0.5]}}
