@@ -8,7 +8,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from clustr_core.attacks.names import Norm
@@ -49,8 +49,8 @@ class Ball:
                 f"eps: expected at most {largest:.4g} in {self.norm} for pixels in [0, 1] (8/255, not 8), got {eps}"
             )
 
-    def of(self, which: Int[Tensor, " some"]) -> "Ball":
-        """That of some of the images."""
+    def of(self, which: Tensor) -> "Ball":
+        """That of some of the images, by their indices or a mask."""
         return replace(self, eps=_some(self.eps, which))
 
 
@@ -72,12 +72,12 @@ class Walk:
         check_positive(step_size=self.step_size)
         check_counts(steps=self.steps, restarts=self.restarts)
 
-    def of(self, which: Int[Tensor, " some"]) -> "Walk":
-        """That of some of the images."""
+    def of(self, which: Tensor) -> "Walk":
+        """That of some of the images, by their indices or a mask."""
         return replace(self, step_size=_some(self.step_size, which))
 
 
-def _some(length: Eps, which: Int[Tensor, " some"]) -> Eps:
+def _some(length: Eps, which: Tensor) -> float | Float[Tensor, " some"]:
     return length[which] if isinstance(length, Tensor) and length.dim() else length
 
 

@@ -132,7 +132,7 @@ def _one_run(
     walk: Walk,
 ) -> None:
     """One start on the examples still unbroken; successes are written into the result as they are found."""
-    x = start[active]
+    x, ball, walk = start[active], ball.of(active), walk.of(active)
     for _ in range(walk.steps):
         x = as_leaf(x)
         logits, values = ascend(x, active, restart)
@@ -147,8 +147,9 @@ def _one_run(
         check_gradient(gradient)
         x = x.detach()
         if broken.any():
-            x, gradient, active = x[~broken], gradient[~broken], active[~broken]
+            left = ~broken
+            x, gradient, active, ball, walk = x[left], gradient[left], active[left], ball.of(left), walk.of(left)
         result.gradients[active] += 1
-        x = moved(x, gradient, images[active], ball.of(active), walk.of(active))
+        x = moved(x, gradient, images[active], ball, walk)
     prediction = predicted(model, x, labels[active])
     result.note(active, x, prediction, prediction != labels[active])
