@@ -83,8 +83,8 @@ def check_sidecar(table: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if a table has no sidecar.
-        ValueError: if the table is not the one that the sidecar speaks of; what differs is named. If the sidecar itself
-            was changed after it was written.
+        ValueError: if the table is not the one that the sidecar speaks of, what differs being named, or the sidecar was
+            changed after it was written.
     """
     path = sidecar_of(table)
     if not path.exists():
@@ -97,7 +97,10 @@ def check_sidecar(table: Path) -> dict[str, Any]:
         differing = ", ".join(f"{key} {said.get(key)!r}, found {found[key]!r}" for key in wrong)
         raise ValueError(f"{table}: expected the table that its sidecar describes: {differing}")
     if content.pop("sha256", None) != _seal(content):
-        raise ValueError(f"{path}: expected the sidecar as it was written, got one that was changed since (sha256)")
+        raise ValueError(
+            f"{path}: expected the sidecar as it was written, got one of another sha256, changed since or of an "
+            "earlier version: make the table again"
+        )
     return content
 
 
