@@ -61,7 +61,7 @@ def warm_start(wildcards):
 def figures(chapter):
     """The files that a chapter draws."""
     labels = notebooks.figure_labels(CHAPTERS[chapter])
-    return [f"figures/{NAME}/{label}{suffix}" for label in labels for suffix in (".svg", ".png", ".csv")]
+    return [f"figures/{NAME}/{label}{suffix}" for label in labels for suffix in (".svg", ".png", ".csv", ".json")]
 
 
 wildcard_constraints:

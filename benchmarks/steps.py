@@ -211,8 +211,8 @@ def _passes(encoder: torch.nn.Module) -> Iterator[list[float]]:
             hook.remove()
 
 
-def methods_cost(effort: Effort, profile: str = "cpu-cifar10") -> pd.DataFrame:
-    """What each method of a profile costs beside cross-entropy.
+def methods_cost(effort: Effort) -> pd.DataFrame:
+    """What each method of profile cpu-cifar10 costs beside cross-entropy; of profile smoke in a quick run.
 
     Returns:
         one row a method: ``step_ratio``, one training step over one of ce, for each image of the batch; ``steps`` in an
@@ -221,7 +221,8 @@ def methods_cost(effort: Effort, profile: str = "cpu-cifar10") -> pd.DataFrame:
         ``certificate_ratio``, one certified image over one forward pass of the same encoder, NaN for an ordinary one:
         "exact" for clusters, the margin of a linear head, 1,000 samples (and 100 to select) for smoothing.
     """
-    recipes, count, images = load_profile(profile).recipes, effort.pick(1200, 120), 50_000
+    recipes, images = load_profile(effort.pick("cpu-cifar10", "smoke")).recipes, 50_000
+    count = effort.pick(1200, 120)
     trainees = {method: Trainee(recipe, count) for method, recipe in recipes.items()}
     trained = interleaved({method: trainee.train for method, trainee in trainees.items()}, effort)
     refreshed = interleaved(

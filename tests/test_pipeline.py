@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from book_copy import ROOT, copy_of_the_book, execute, run
+from book_copy import ROOT, called, copy_of_the_book, execute, run
 
 from clustr_core.measuring.profile import load_profile
 from clustr_core.training.recipes import run_key
@@ -141,7 +141,7 @@ def test_two_runs_publish_the_same_bytes(one_chapter: Path) -> None:
     for _ in range(2):
         done = execute(one_chapter, "01-test", "quick")
         assert done.returncode == 0, done.stderr
-        done = run(one_chapter, "tools.publish", "--profile", "quick")
+        done = called(publish.main, one_chapter, "--profile", "quick")
         assert done.returncode == 0, done.stderr
         files = [one_chapter / "notebooks/01-test.ipynb", *sorted(one_chapter.glob("figures/published/quick/*"))]
         published.append([path.read_bytes() for path in files])
@@ -157,19 +157,18 @@ def test_two_runs_publish_the_same_bytes(one_chapter: Path) -> None:
 
 def test_another_profile_publishes_its_figures_and_no_twin(one_chapter: Path) -> None:
     assert execute(one_chapter, "01-test").returncode == 0
-    done = run(one_chapter, "tools.publish", "--profile", "smoke")
+    done = called(publish.main, one_chapter, "--profile", "smoke")
     assert done.returncode == 0, done.stderr
     assert (one_chapter / "figures/published/smoke/fig-test.csv").exists()
     assert not (one_chapter / "notebooks/01-test.ipynb").exists()
 
 
 def test_a_parameter_from_the_command_line_goes_before_the_profiles(one_chapter: Path) -> None:
-    command = ("tools.execute", "notebooks/01-test.md", "--profile", "smoke", "--output", "_build/x.ipynb")
-    done = run(one_chapter, *command, "-p", "rows=4")
+    done = execute(one_chapter, "01-test", "smoke", "-p", "rows=4")
     assert done.returncode == 0, done.stderr
-    shown = nbformat.read(one_chapter / "_build/x.ipynb", as_version=4).cells[-1].outputs
+    shown = nbformat.read(one_chapter / "_build/smoke/01-test.ipynb", as_version=4).cells[-1].outputs
     assert shown[-1].data["text/plain"] == "4"
-    done = run(one_chapter, *command, "-p", "colums=4")
+    done = execute(one_chapter, "01-test", "smoke", "-p", "colums=4")
     assert done.returncode == 1
     assert "NAME one of rows in 01-test.md" in done.stderr
 
@@ -205,7 +204,7 @@ def test_a_parameter_of_another_kind_is_refused(given: str) -> None:
 def test_a_changed_source_cannot_be_published(one_chapter: Path) -> None:
     assert execute(one_chapter, "01-test").returncode == 0
     (one_chapter / "notebooks/01-test.md").write_text(CHAPTER.replace("A line.", "A straight line."))
-    done = run(one_chapter, "tools.publish", "--profile", "smoke")
+    done = called(publish.main, one_chapter, "--profile", "smoke")
     assert done.returncode == 1
     assert "source changed since it was executed" in done.stderr
     assert not (one_chapter / "notebooks/01-test.ipynb").exists()

@@ -110,9 +110,16 @@ def test_a_changed_row_is_seen_even_if_its_sidecar_is_made_to_agree(copy: Path) 
     assert any("the page says 54.7, the table 54.3" in fault for fault in claims.faults(copy))
 
 
-def test_a_changed_row_is_seen(copy: Path) -> None:
-    edit(copy / "results/published/quick/certificates-ce.csv", "True", "False")
-    assert any("certificates-ce.csv" in fault and "sha256" in fault for fault in claims.sidecar_faults(copy))
+@pytest.mark.parametrize(
+    ("path", "pattern", "replacement"),
+    [
+        ("results/published/quick/certificates-ce.csv", "True", "False"),
+        ("figures/published/quick/fig-pairwise-gain.csv", r"(\d)\n", r"\g<1>1\n"),
+    ],
+)
+def test_a_changed_row_is_seen(copy: Path, path: str, pattern: str, replacement: str) -> None:
+    edit(copy / path, pattern, replacement)
+    assert any(path in fault and "sha256" in fault for fault in claims.sidecar_faults(copy))
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def publish(root: Path, profile: str) -> list[Path]:
     """
     twins = _twins(root, profile)
     tables = sorted((root / "results" / profile).glob("*.csv"))
-    for table in tables:
+    for table in (*tables, *sorted((root / "figures" / profile).glob("*.csv"))):
         check_sidecar(table)
     figures = sorted((root / "figures" / profile).iterdir()) if (root / "figures" / profile).is_dir() else []
     rows = [path for table in tables for path in (table, sidecar_of(table))]

@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from clustr_core.storage.files import home, written_whole
+from clustr_core.storage.provenance import environment, write_sidecar
 from clustr_core.storage.tables import write_table
 
 
@@ -94,7 +95,7 @@ def house_style() -> None:
 
 
 def save_figure(figure: Figure, label: str, table: pd.DataFrame, *, profile: str | None = None) -> Path:
-    """Write figures/<profile>/<label>.svg, .png and .csv, the table that it was drawn from.
+    """Write figures/<profile>/<label>.svg, .png, .csv, the table that it was drawn from, and .json, its sidecar.
 
     Args:
         profile: None takes ``$CLUSTR_PROFILE``, which a headless run sets, or "quick".
@@ -113,8 +114,10 @@ def save_figure(figure: Figure, label: str, table: pd.DataFrame, *, profile: str
         # a fixed salt: the same table gives the same bytes
         with written_whole(stem.with_suffix(suffix)) as temporary, mpl.rc_context({"svg.hashsalt": label}):
             figure.savefig(temporary, format=suffix[1:], metadata=undated, bbox_inches="tight")
-    write_table(stem.with_suffix(".csv"), table)
-    return stem.with_suffix(".csv")
+    drawn_from = stem.with_suffix(".csv")
+    write_table(drawn_from, table)
+    write_sidecar(drawn_from, environment() | {"profile": profile})
+    return drawn_from
 
 
 def each_group(table: pd.DataFrame, column: str) -> Iterator[tuple[Any, pd.DataFrame]]:

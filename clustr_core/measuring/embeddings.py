@@ -1,6 +1,8 @@
 """What the embedding space looks like: maps, purity and separation, neighbours, and the path of an attack."""
 
-from functools import partial
+from contextlib import suppress
+from functools import cache, partial
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -37,8 +39,7 @@ def umap_map(
     Source: McInnes et al. 2018, through umap-learn.
     """
     _check_points(len(embeddings))
-    import umap
-
+    umap = _umap()
     neighbours = min(neighbours, len(embeddings) - 1)
     threads = torch.get_num_threads()
     mapper = umap.UMAP(n_neighbors=neighbours, min_dist=min_dist, random_state=seed, n_jobs=1)
@@ -46,6 +47,24 @@ def umap_map(
     # its compiler sets the threads of the whole process, PyTorch's among them
     torch.set_num_threads(threads)
     return found
+
+
+@cache
+def _umap() -> ModuleType:
+    """umap-learn, whose machine code is kept on disk from here on: each process would compile it for 20 seconds."""
+    import umap
+    import umap.distances
+    import umap.layouts
+    import umap.utils
+    from numba.core.dispatcher import Dispatcher
+
+    for module in (umap.umap_, umap.utils, umap.layouts, umap.distances):
+        for function in vars(module).values():
+            # where no folder may be written, numba compiles as it did
+            with suppress(RuntimeError):
+                if isinstance(function, Dispatcher):
+                    function.enable_caching()
+    return umap
 
 
 def _check_points(count: int) -> None:

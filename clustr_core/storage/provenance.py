@@ -16,19 +16,26 @@ from clustr_core.storage.files import digest, home, read_json, write_json
 VERSIONED = ("torch", "torchvision", "numpy", "scikit-learn", "umap-learn")
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str | None = None) -> dict[str, Any]:
     """What a reader needs to judge a number, and what may move it: versions, device, processor, threads, commit.
 
-    ``threads`` is None where PyTorch is not loaded, ``commit`` where the book is no git repository.
+    ``threads`` is what ``$OMP_NUM_THREADS`` gives to the processes begun from here where PyTorch is not loaded, None if
+    it gives none; ``commit`` is None where the book is no git repository.
+
+    Args:
+        device: None says "cuda" if this process has used it, else "cpu".
     """
     torch = sys.modules.get("torch")
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if device is None:
+        device = "cuda" if torch and torch.cuda.is_initialized() else "cpu"
     return {
         "commit": commit(home().resolve()),
         "device": device,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": processor(),
-        "threads": torch.get_num_threads() if torch else None,
+        "threads": torch.get_num_threads() if torch else int(given) if given.isdecimal() else None,
         "versions": {name: metadata.version(name) for name in VERSIONED},
     }
 

@@ -24,6 +24,7 @@ from clustr_core.drawing.results import (
     draw_shares,
 )
 from clustr_core.measuring.study import METHOD_NAMES
+from clustr_core.storage.provenance import check_sidecar
 from clustr_core.training.recipes import METHODS
 
 
@@ -54,11 +55,12 @@ def a_figure():
     return figure
 
 
-def test_a_figure_is_three_files_and_the_same_bytes_each_time(home):
+def test_a_figure_is_four_files_and_the_same_bytes_each_time(home):
     path = save_figure(a_figure(), "fig-test", TABLE, profile="smoke")
     assert path == home / "figures/smoke/fig-test.csv"
     first = contents(home)
-    assert set(first) == {f"figures/smoke/fig-test{suffix}" for suffix in (".csv", ".png", ".svg")}
+    assert set(first) == {f"figures/smoke/fig-test{suffix}" for suffix in (".csv", ".json", ".png", ".svg")}
+    assert check_sidecar(path)["made"].items() > {"profile": "smoke", "device": "cpu", "threads": 1}.items()
     assert first["figures/smoke/fig-test.csv"] == b"x,y\n0,0.25\n1,0.5\n2,0.333333333\n"
     assert first["figures/smoke/fig-test.png"].startswith(b"\x89PNG")
     assert b"<svg" in first["figures/smoke/fig-test.svg"]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 
 import numpy as np
 import pandas as pd
@@ -154,6 +155,14 @@ def test_the_environment_is_what_a_reader_needs():
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert json.loads(json.dumps(found)) == found
     assert os.uname().nodename not in json.dumps(found)
+    assert environment() == found
+
+
+def test_without_pytorch_the_threads_are_those_of_the_processes_begun_from_here(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")
+    for said, threads in (("3", 3), ("", None), ("3,2", None)):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert environment("cpu")["threads"] == threads
 
 
 @pytest.mark.parametrize(
