@@ -1,9 +1,15 @@
-"""What `test_parallel` runs under torchrun, and the recipes that it runs: several.py FOLDER TASK [TASK ...]."""
+"""What `test_processes` has two processes do, the recipes that it trains, and what begins these processes.
+
+    several.py      reads lines of JSON, each a folder and its tasks, and answers each by how the two processes ended
+"""
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -214,5 +220,35 @@ def main(folder: Path, tasks: list[str]) -> None:
         write_json(folder / f"{task}-{processes.rank}.json", told)
 
 
+def begin(folder: str, tasks: list[str], port: int, rank: int) -> None:
+    """One of two processes, with what torchrun gives to each."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CLUSTR_HOME": f"{folder}/home"}
+    output = os.open(f"{folder}/output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    main(Path(folder), tasks)
+
+
+def ended(folder: str, tasks: list[str]) -> list[int | None]:
+    """How two processes end that are begun by forking this one; if one of them fails, the other is ended with it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    two = [fork.Process(target=begin, args=(folder, tasks, port, rank)) for rank in (0, 1)]
+    for process in two:
+        process.start()
+    wait([process.sentinel for process in two])
+    for process in two:
+        if any(each.exitcode for each in two):
+            process.terminate()
+        process.join()
+    return [process.exitcode for process in two]
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    import lightning_fabric  # noqa: F401  loaded once, as PyTorch is
+
+    for line in sys.stdin:
+        print(json.dumps(ended(*json.loads(line))), flush=True)

@@ -1,10 +1,13 @@
 """Two processes are one: the same batches, clusters, losses, tables; what is lost is done again, and nothing else."""
 
+import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,26 +28,36 @@ ROOT = Path(__file__).resolve().parents[2]
 LOSS, WEIGHTS = 1e-5, 1e-4
 
 
-def launch(folder: Path, *tasks: str, count: int = 2) -> subprocess.CompletedProcess[str]:
-    """Processes of their own, as torchrun starts them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    command += [str(ROOT / "tests/training/several.py"), str(folder), *tasks]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CLUSTR_HOME": str(folder / "home")}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+@pytest.fixture(scope="module")
+def launch() -> Iterator[Callable[..., list[int]]]:
+    """Has two processes do tasks in a folder: how they end. They are forked from one that has loaded PyTorch."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests/training/several.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as server:
+
+        def ended(folder: Path, *tasks: str) -> list[int]:
+            print(json.dumps([str(folder), tasks]), file=server.stdin, flush=True)
+            return json.loads(server.stdout.readline())
+
+        yield ended
+
+
+def said(folder: Path) -> str:
+    """All that the processes of a folder printed."""
+    return (folder / "output").read_text()
 
 
 def told(folder: Path, task: str) -> list[dict]:
-    """What each of two processes said."""
+    """What each of two processes found."""
     return [read_json(folder / f"{task}-{rank}.json") for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
+def two(launch, tmp_path_factory) -> Path:
     """All that two processes do when nobody dies."""
     folder = tmp_path_factory.mktemp("two")
-    done = launch(folder, "gather", "train")
-    assert done.returncode == 0, done.stderr[-4000:]
-    (folder / "stderr").write_text(done.stderr)
+    assert launch(folder, "gather", "train") == [0, 0], said(folder)
     return folder
 
 
@@ -96,8 +109,8 @@ def test_both_processes_hold_the_same_at_the_end(two):
 
 
 def test_batch_norm_on_cpus_says_what_it_is(two):
-    said = "batch norm: 2 processes on CPUs, each with the statistics of its own rows"
-    assert (two / "stderr").read_text().count(said) == 1
+    expected = "batch norm: 2 processes on CPUs, each with the statistics of its own rows"
+    assert said(two).count(expected) == 1
     run = load_run(two / "batch-norm")
     assert run.history["loss"].map(math.isfinite).all()
 
@@ -172,18 +185,17 @@ def test_several_processes_do_not_share_a_gpu(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def measured(one, tmp_path_factory) -> Path:
+def measured(launch, one, tmp_path_factory) -> Path:
     """The runs of one process, measured by two; the second died during the first attacks."""
     folder = tmp_path_factory.mktemp("measured")
     for name in several.MEASURED:
         shutil.copytree(one / name, folder / name)
-    died = launch(folder, "lose-an-attack")
-    assert died.returncode != 0
-    assert "SIGKILL" in died.stderr
+    first, second = launch(folder, "lose-an-attack")
+    assert second == -signal.SIGKILL
+    assert first
     left = {path: path.stat().st_mtime_ns for path in folder.rglob("tables/*.csv")}
     assert left
-    done = launch(folder, "measure")
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert launch(folder, "measure") == [0, 0], said(folder)
     # what the lost process and the one that waited for it had made is there still, and untouched
     assert left.items() <= {path: path.stat().st_mtime_ns for path in folder.rglob("tables/*.csv")}.items()
     write_json(folder / "left.json", {"left": sorted(map(str, left))})
@@ -207,13 +219,12 @@ def test_two_processes_measure_as_one_and_nothing_twice(one, measured, monkeypat
     assert abs(len(first["made"]) - len(second["made"])) <= len(alone["tables"]) * 2
 
 
-def test_a_lost_process_ends_the_training_and_two_others_go_on(two, tmp_path):
-    died = launch(tmp_path, "lose-a-training")
-    assert died.returncode != 0
-    assert "SIGKILL" in died.stderr
+def test_a_lost_process_ends_the_training_and_two_others_go_on(launch, two, tmp_path):
+    first, second = launch(tmp_path, "lose-a-training")
+    assert second == -signal.SIGKILL
+    assert first
     assert not (tmp_path / "lost/run.json").exists()
-    done = launch(tmp_path, "resume")
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert launch(tmp_path, "resume") == [0, 0], said(tmp_path)
     assert [process["epochs"] for process in told(tmp_path, "resume")] == [4, 4]
     for name in ("model.safetensors", "history.csv", "checkpoint.safetensors"):
         assert (tmp_path / "lost" / name).read_bytes() == (two / "long" / name).read_bytes(), name
@@ -226,7 +237,7 @@ def test_of_several_processes_at_the_command_line_one_speaks_and_writes(tmp_path
         "methods:\n  ce: {epochs: 1}\n"
         "attacks:\n  linf: {norm: linf, eps: [0.1], steps: 2, examples: 20}\n"
     )
-    said, tables = [], []
+    spoken, tables = [], []
     for number, start in enumerate((["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], [])):
         home = tmp_path / str(number)
         shutil.copytree(tmp_path / "profiles", home / "profiles")
@@ -236,10 +247,10 @@ def test_of_several_processes_at_the_command_line_one_speaks_and_writes(tmp_path
             [*command, "--device", "cpu"], env=environment, cwd=home, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        said.append(done.stdout)
+        spoken.append(done.stdout)
         tables.append((home / "results/tiny/attacks-ce.csv").read_bytes())
-    assert said[0] == said[1]
-    assert said[0].count("wrote results/tiny/attacks-ce.csv (80 rows)") == 1
+    assert spoken[0] == spoken[1]
+    assert spoken[0].count("wrote results/tiny/attacks-ce.csv (80 rows)") == 1
     assert tables[0] == tables[1]
 
 
