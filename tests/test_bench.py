@@ -106,14 +106,8 @@ def test_a_ratio_is_the_median_within_rounds():
     assert Row("s", "n", math.nan, "ratio", "", "", 1.0).met == Row("s", "n", 1.0, "ratio", "", "").met == ""
 
 
-def allocation(count: int):
-    """A job that holds so many megabytes for a moment."""
-    return lambda: torch.zeros(count * 10**6 // 4).add_(1)
-
-
 def test_peak_memory_is_that_of_the_call():
-    # through this file, as the suites are called
-    megabytes = harness.peak_extra_megabytes("tests.test_bench:allocation", count=64)
+    megabytes = harness.peak_extra_megabytes("tests.memory:allocation", count=64)
     assert 60 <= megabytes <= 80
 
 

@@ -32,9 +32,9 @@ PROFILE = """\
 shared: {dataset: digits, width: 8, train_examples: 400}
 methods:
   ce: {epochs: 2}
-  pgd-at: {epochs: 20, eps: 0.1, step_size: 0.05, steps: 4}
+  pgd-at: {epochs: 14, eps: 0.1, step_size: 0.05, steps: 4}
 attacks:
-  linf: {norm: linf, eps: [0.05, 0.1, 0.2], steps: 40, restarts: 2, losses: [ce, margin]}
+  linf: {norm: linf, eps: [0.05, 0.1, 0.2], steps: 25, restarts: 2, losses: [ce, margin]}
 """
 
 
@@ -196,7 +196,7 @@ def test_a_lost_training_and_a_lost_attack_go_on_and_nothing_else_runs(home: Pat
     assert rules == {"train": 2, "attack": 1}, text
     # lost are the rest of the epoch, and of the chunk
     epoch, before, pieces = epochs_done(pgd / "checkpoint.safetensors"), times(ce), len(list(ce.glob("tables/*.csv")))
-    assert 2 <= epoch < 20
+    assert 2 <= epoch < 14
     assert 2 <= pieces < 36
     assert not (pgd / "run.json").exists()
     assert not (home / "results").exists()
