@@ -10,9 +10,6 @@ import pytest
 import shapes
 import torch
 
-# before a test imports nbformat, which starts slowly without it
-import tools  # noqa: F401
-
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)
 
