@@ -187,16 +187,16 @@ def pages(root: Path) -> list[Path]:
 
 def sidecar_faults(root: Path) -> Iterator[str]:
     """Published tables that are not what their sidecars describe, and tables or sidecars that stand alone."""
-    for published in (root / "results/published", root / "figures/published"):
-        for table in sorted(published.rglob("*.csv")):
-            if table.parent.parent.name != "weights":
-                try:
-                    check_sidecar(table)
-                except (ValueError, OSError) as error:
-                    yield str(error).replace(f"{root}/", "")
-        for sidecar in sorted(published.glob("*/*.json")):
-            if not sidecar.with_suffix(".csv").exists():
-                yield f"{sidecar.relative_to(root)}: expected the table {sidecar.stem}.csv beside its sidecar, got none"
+    published = (root / "results/published", root / "figures/published")
+    for table in sorted(path for folder in published for path in folder.rglob("*.csv")):
+        if table.parent.parent.name != "weights":
+            try:
+                check_sidecar(table)
+            except (ValueError, OSError) as error:
+                yield str(error).replace(f"{root}/", "")
+    for sidecar in sorted(path for folder in published for path in folder.glob("*/*.json")):
+        if not sidecar.with_suffix(".csv").exists():
+            yield f"{sidecar.relative_to(root)}: expected the table {sidecar.stem}.csv beside its sidecar, got none"
 
 
 def page_faults(root: Path, page: Path) -> Iterator[str]:

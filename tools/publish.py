@@ -122,9 +122,9 @@ def publish(root: Path, profile: str) -> list[Path]:
     """
     twins = _twins(root, profile)
     tables = sorted((root / "results" / profile).glob("*.csv"))
-    for table in (*tables, *sorted((root / "figures" / profile).glob("*.csv"))):
+    figures = sorted((root / "figures" / profile).glob("*"))
+    for table in (*tables, *(path for path in figures if path.suffix == ".csv")):
         check_sidecar(table)
-    figures = sorted((root / "figures" / profile).iterdir()) if (root / "figures" / profile).is_dir() else []
     rows = [path for table in tables for path in (table, sidecar_of(table))]
     _replace(root / "results/published" / profile, rows)
     _replace(root / "figures/published" / profile, figures)

@@ -58,12 +58,12 @@ def _umap() -> ModuleType:
     import umap.utils
     from numba.core.dispatcher import Dispatcher
 
-    for module in (umap.umap_, umap.utils, umap.layouts, umap.distances):
-        for function in vars(module).values():
-            # where no folder may be written, numba compiles as it did
-            with suppress(RuntimeError):
-                if isinstance(function, Dispatcher):
-                    function.enable_caching()
+    modules = (umap.umap_, umap.utils, umap.layouts, umap.distances)
+    compiled = [each for module in modules for each in vars(module).values() if isinstance(each, Dispatcher)]
+    # where no folder may be written, numba compiles as it did
+    with suppress(RuntimeError):
+        for function in compiled:
+            function.enable_caching()
     return umap
 
 

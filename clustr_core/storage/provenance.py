@@ -19,14 +19,12 @@ VERSIONED = ("torch", "torchvision", "numpy", "scikit-learn", "umap-learn")
 def environment(device: str | None = None) -> dict[str, Any]:
     """What a reader needs to judge a number, and what may move it: versions, device, processor, threads, commit.
 
-    ``threads`` is what ``$OMP_NUM_THREADS`` gives to the processes begun from here where PyTorch is not loaded, None if
-    it gives none; ``commit`` is None where the book is no git repository.
+    ``threads`` is None where nobody has set any, ``commit`` where the book is no git repository.
 
     Args:
         device: None says "cuda" if this process has used it, else "cpu".
     """
     torch = sys.modules.get("torch")
-    given = os.environ.get("OMP_NUM_THREADS", "")
     if device is None:
         device = "cuda" if torch and torch.cuda.is_initialized() else "cpu"
     return {
@@ -35,9 +33,15 @@ def environment(device: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": processor(),
-        "threads": torch.get_num_threads() if torch else int(given) if given.isdecimal() else None,
+        "threads": torch.get_num_threads() if torch else _threads_of_children(),
         "versions": {name: metadata.version(name) for name in VERSIONED},
     }
+
+
+def _threads_of_children() -> int | None:
+    """What ``$OMP_NUM_THREADS`` gives to each process begun from here."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() else None
 
 
 @cache

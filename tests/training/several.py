@@ -1,6 +1,6 @@
 """What `test_processes` has two processes do, the recipes that it trains, and what begins these processes.
 
-    several.py      reads lines of JSON, each a folder and its tasks, and answers each by how the two processes ended
+several.py      reads lines of JSON, each a folder and its tasks, and answers each by how the two processes ended
 """
 
 import json
@@ -78,6 +78,8 @@ PROFILE = Profile(
     sandwich=SandwichBudget(examples=12, steps=2, points=3),
     smoothing=SmoothingBudget(examples=12, samples=20, selection_samples=5, failure_prob=0.1),
 )
+# seconds that two processes may take
+TIMEOUT = 300
 MEASURED = ("ce", "clustr", "clustr-cert", "lip-linear", "smoothing")
 CHUNK = 5
 
@@ -231,7 +233,7 @@ def begin(folder: str, tasks: list[str], port: int, rank: int) -> None:
 
 
 def ended(folder: str, tasks: list[str]) -> list[int | None]:
-    """How two processes end that are begun by forking this one; if one of them fails, the other is ended with it."""
+    """How two processes end that are begun by forking this one; if one fails, or is late, the other ends with it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -239,10 +241,12 @@ def ended(folder: str, tasks: list[str]) -> list[int | None]:
     two = [fork.Process(target=begin, args=(folder, tasks, port, rank)) for rank in (0, 1)]
     for process in two:
         process.start()
-    wait([process.sentinel for process in two])
-    for process in two:
-        if any(each.exitcode for each in two):
+    if not wait([process.sentinel for process in two], TIMEOUT) or any(process.exitcode for process in two):
+        for process in two:
             process.terminate()
+    for process in two:
+        process.join(TIMEOUT)
+        process.kill()
         process.join()
     return [process.exitcode for process in two]
 
