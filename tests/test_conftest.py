@@ -16,7 +16,7 @@ def test_only_a_gpu_test_may_be_skipped(pytester, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     here = Path(__file__).parent
     pytester.makeconftest((here / "conftest.py").read_text())
-    pytester.makepyfile(shapes=(here / "shapes.py").read_text())
+    pytester.makepyfile(shapes=(here / "shapes.py").read_text(), tools=(here.parent / "tools/__init__.py").read_text())
     pytester.makeini("[pytest]\nmarkers = gpu: needs a GPU\n")
     pytester.makepyfile(
         test_functions="""

@@ -121,7 +121,7 @@ def test_products_around_the_network():
 
 
 @pytest.mark.parametrize("bound", costs.BOUNDS)
-@pytest.mark.parametrize(("points", "classes", "per_class", "dim"), [(500, 60, 10, 64), (400, 20, 5, 32)])
+@pytest.mark.parametrize(("points", "classes", "per_class", "dim"), [(300, 30, 10, 64), (400, 20, 5, 32)])
 def test_certificates_are_the_products_that_pytorch_counts(bound, points, classes, per_class, dim):
     g = torch.Generator().manual_seed(0)
     count = classes * per_class

@@ -3,6 +3,7 @@
 import ast
 import re
 import tomllib
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def test_constraints_pin_every_requirement_inside_its_range() -> None:
         assert item.specifier.contains(pinned[name]), f"{name}: {pinned[name]} is outside {item.specifier}"
 
 
+@cache
 def imported_modules() -> set[str]:
     """Top-level modules that the package, the tools and the chapters import."""
     scripts = [p.read_text() for folder in ("clustr_core", "tools") for p in (ROOT / folder).rglob("*.py")]

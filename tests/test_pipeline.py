@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from book_copy import ROOT, called, copy_of_the_book, execute, run
+from book_copy import ROOT, called, copy_of_the_book, execute, planned, run
 
 from clustr_core.measuring.profile import load_profile
 from clustr_core.training.recipes import run_key
@@ -89,7 +89,7 @@ def test_every_profile_sets_only_what_the_chapters_declare(profile: str) -> None
 @pytest.mark.parametrize("profile", PROFILES)
 def test_dag(home: Path, tmp_path: Path, profile: str) -> None:
     shutil.copytree(home, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("runs", "_build", "results"))
-    done = run(tmp_path, "snakemake", "-n", "--cores", "2", "--config", f"profile={profile}")
+    done = planned(tmp_path, "--cores", "2", "--config", f"profile={profile}")
     assert done.returncode == 0, done.stderr[-4000:]
     jobs = Counter({name: int(n) for name, n in re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.M)})
     settings = load_profile(ROOT / "profiles" / f"{profile}.yaml")

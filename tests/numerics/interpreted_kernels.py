@@ -286,7 +286,7 @@ def test_rivals_split_among_programs_give_the_same(monkeypatch):
         ([40, 40], 1, 33, (1, 2, 20)),
         ([150], 17, 3, (1, 2, 20)),
         ([1, 1, 1], 1, 1, (1, 2, 20)),
-        ([1100, 5], 2, 66, (1, 3)),
+        ([1100, 5], 2, 66, (2,)),
     ],
 )
 def test_lloyd_takes_the_steps_of_a_plain_loop(sizes, k, dim, steps):
@@ -303,14 +303,14 @@ def test_lloyd_takes_the_steps_of_a_plain_loop(sizes, k, dim, steps):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kmeans_reaches_the_inertia_of_scikit_learn(dtype):
     z, labels = blobs([60, 45, 80], 2, 6, dtype=dtype)
-    centroids, assignments = kmeans(z, labels, 2, 6, 30, 0)
+    centroids, assignments = kmeans(z, labels, 2, 3, 15, 0)
     assert centroids.dtype == dtype
     assert torch.equal(assignments // 2, labels)
     for label in range(3):
         own = z[labels == label].float()
         table = torch.cdist(own, centroids[2 * label : 2 * label + 2].float()).square()
         found = table.gather(1, assignments[labels == label][:, None] - 2 * label).sum().item()
-        best = KMeans(2, n_init=6, max_iter=30, random_state=0).fit(own.numpy()).inertia_
+        best = KMeans(2, n_init=3, max_iter=15, random_state=0).fit(own.numpy()).inertia_
         # the rounding of the centroids to the points' dtype adds its square
         assert found == pytest.approx(best, rel=1e-5 + 64 * torch.finfo(dtype).eps ** 2)
 

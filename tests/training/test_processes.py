@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import several
 import torch
+from book_copy import called, run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from clustr_core.cli import main
 from clustr_core.models.encoders import build_encoder
 from clustr_core.storage.files import read_json, write_json
 from clustr_core.training.processes import ALONE, TORCHRUN, Processes, count, device_here, is_first, join
@@ -237,15 +239,12 @@ def test_of_several_processes_at_the_command_line_one_speaks_and_writes(tmp_path
         "methods:\n  ce: {epochs: 1}\n"
         "attacks:\n  linf: {norm: linf, eps: [0.1], steps: 2, examples: 20}\n"
     )
+    command = ["attack", "--profile", "tiny", "--method", "ce", "--device", "cpu"]
+    two = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "clustr_core.cli"]
     spoken, tables = [], []
-    for number, start in enumerate((["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], [])):
-        home = tmp_path / str(number)
-        shutil.copytree(tmp_path / "profiles", home / "profiles")
-        command = [sys.executable, *start, "-m", "clustr_core.cli", "attack", "--profile", "tiny", "--method", "ce"]
-        environment = os.environ | {"CLUSTR_HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, "--device", "cpu"], env=environment, cwd=home, capture_output=True, text=True, check=False
-        )
+    for number, begin in enumerate((lambda home: run(home, *two, *command), lambda home: called(main, home, *command))):
+        home = shutil.copytree(tmp_path / "profiles", tmp_path / str(number) / "profiles").parent
+        done = begin(home)
         assert done.returncode == 0, done.stderr[-4000:]
         spoken.append(done.stdout)
         tables.append((home / "results/tiny/attacks-ce.csv").read_bytes())
