@@ -34,7 +34,7 @@ test-fast: $(READY)  ## the inner loop, under two minutes: numerics, storage, mo
 	  tests/models/test_clusters.py tests/models/test_classifiers.py tests/training/test_sampling.py \
 	  tests/training/test_recipes.py tests/attacks/test_ball.py tests/certificates/test_ladder.py
 
-verify: $(READY)  ## every number of the text against its table, every table against its sidecar, a share of the rows again
+verify: $(READY)  ## every measured number of the pages against its table, every table against its sidecar, a share of the rows again
 	$(BIN)/python -m tools.verify
 
 bench: $(READY)  ## everything that is timed, beside its targets (nothing else should be running): results/bench/

@@ -52,6 +52,12 @@ def measured(text: str) -> list[str]:
         (":::{note}\nIt is 1.5.\n\n`0.1` and 2.5.\n:::\n", ["1.5", "2.5"]),
         ("```{code-cell} ipython3\nx = 0.5\n\ny = 0.6\n```\n\n```{math}\n0.5\n```\n", []),
         ("```bash\n0.1\n```\n", []),
+        (":::{admonition} Robust to 99.9 %\n:class: tip\nText.\n:::\n", ["99.9"]),
+        (
+            "{strong}`99.9 %`, **98** %, 97 **%**, .96, 95× and 94x, 93-fold",
+            ["99.9", "98", "97", ".96", "95", "94", "93"],
+        ),
+        ("90 pp, 80/100 images, 70 out of 100; 8 x 8, 16 × 16, 1/2", ["90", "80/100", "70"]),
         ("---\ntitle: 0.5\n---\n\n0.7", ["0.7"]),
     ],
 )

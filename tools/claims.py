@@ -1,8 +1,8 @@
 r"""Does each number of the prose come from where it says? Level *claims* of `tools.verify`: seconds, no PyTorch.
 
-A measured number in the prose (a percentage, a decimal, points, times, a duration, "x of y", a radius n/255) must say
-where it comes from, in a comment before its paragraph, list, table or directive: `<!-- COMMENT -->`, which no reader
-sees wherever the page is shown, or a MyST comment, `% COMMENT`. COMMENT is one of
+A measured number in the prose (a percentage, a decimal, points, times, a duration, "x of y", a quotient such as n/255)
+must say where it comes from, in a comment before its paragraph, list, table or directive: `<!-- COMMENT -->`, which no
+reader sees wherever the page is shown, or a MyST comment, `% COMMENT`. COMMENT is one of
 
     cell: NUMBER = EXPRESSION                       as it is printed; once for each time that it is printed, in order
     rows: protocols(PROFILE)                        the table that follows holds these rows of `measuring.study`,
@@ -42,7 +42,7 @@ from clustr_core.storage.files import home
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.storage.tables import read_table
 
-_NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
+_NUMBER = r"(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
 _COMMENT = re.compile(
     r"\s*(?:%|<!--) *(?P<kind>cell|rows|not from a table|constants of this page): *(?P<text>.*?) *(?:-->)? *"
 )
@@ -54,22 +54,24 @@ _CELL = re.compile(
 _LISTED = re.compile(rf"(?P<numbers>-?{_NUMBER}(?:/255)?(?:, -?{_NUMBER}(?:/255)?)*): *(?P<why>\S.*)")
 _ROWS = re.compile(r"(?P<kind>protocols|certificates)\((?P<profile>[\w./-]+)\)")
 
-_FENCE = re.compile(r"(?P<fence>`{3,}|:{3,})\{?(?P<name>[\w-]*)(?P<brace>\}?)")
+_FENCE = re.compile(r"(?P<fence>`{3,}|:{3,})\{?(?P<name>[\w-]*)(?P<brace>\}?) *(?P<title>.*)")
 # what these directives hold is no prose
 _SILENT = ("code-cell", "math", "code", "code-block", "mermaid")
-# what is no measurement: code, roles, links, options but the alt text, the list's own numbers, the level of an interval
+# a role whose content is read as it stands
+_TEXT_ROLE = re.compile(r"\{(?:strong|emphasis|abbr|sub|sup|u|del|smallcaps)\}`([^`]+)`")
+# what is no measurement: code, other roles, links, options but the alt text, a list's own numbers, an interval's level
 _MASKED = re.compile(
     r"^(?P<inner>`{3,}).*?^(?P=inner)|`[^`]+`|\]\([^)\s]*\)|https?://\S+|^:(?!alt|caption)[\w-]+:.*?$|^\s*\d+\.\s"
     r"|\b95\s%\s(?:\w+\s)?(?:intervals?|bands?)\b",
     re.M | re.S,
 )
 _TOKEN = re.compile(
-    rf"(?<![\w./,])(?<![A-Za-z]-)(?:(?<![\w)\]}}])[-−])?(?P<digits>{_NUMBER})(?P<over>/255)?(?![\w/]|\.\d|,\d{{3}})"
+    rf"(?<![\w./,])(?<![A-Za-z]-)(?:(?<![\w)\]}}])[-−])?(?P<digits>{_NUMBER})(?P<over>/\d{{2,}})?(?!(?!x\b)[\w/]|\.\d|,\d{{3}})"
 )
 _MEASURED = re.compile(
-    rf"(?:(?:,| and| or| to| ?[-–])\s?{_NUMBER})*(?:\s|\\,)*"
-    r"(?:\\?%|per\s?cent\b|(?:percentage\s)?points?\b|times\b|(?:[CG]PU\s)?(?:ms|s|seconds?|minutes?|hours?)\b"
-    r"|of\s(?:the\s|all\s)?\d)"
+    rf"(?:(?:,| and| or| to| ?[-–])\s?{_NUMBER})*(?:\s|\\,|\*|_)*"
+    r"(?:\\?%|[×x](?!\s*\d|\w)|-?fold\b|pp\b|per\s?cent\b|(?:percentage\s)?points?\b|times\b|(?:[CG]PU\s)?(?:ms|s|seconds?|minutes?|hours?)\b"
+    r"|(?:out\s)?of\s(?:the\s|all\s)?\d)"
 )
 
 
@@ -116,6 +118,7 @@ class Block:
     def tokens(self) -> list[Token]:
         """The numbers of its text, in order."""
         text = "\n".join(line for _, line in self.lines)
+        text = _TEXT_ROLE.sub(lambda match: match[1].rjust(len(match[0])), text)
         text = _MASKED.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
         return [self._token(text, match) for match in _TOKEN.finditer(text)]
 
@@ -158,6 +161,8 @@ def blocks(page: str) -> Iterator[Block]:
             comments, lines = [], []
         if opened:
             fence, silent = opened["fence"], not opened["brace"] or opened["name"] in _SILENT
+            if opened["title"] and not silent:
+                lines.append((number, opened["title"]))
         elif fence and line.strip() == fence:
             yield Block(tuple(comments), tuple(lines))
             comments, lines, fence, silent = [], [], "", False

@@ -104,7 +104,8 @@ class ExaminedRun:
     source_sha256: str | None
 
     def diagnostics(self) -> pd.DataFrame:
-        """The rows of `diagnostics_of`."""
+        """The rows of `diagnostics_of`; the ablations, which one of its checks needs, are kept beside them."""
+        self.ablations()
         count = len(asked_with(self.source_sha256 is not None))
         return self._rows("diagnostics", ExaminedHead.diagnostics, count, self.source_sha256)
 

@@ -167,15 +167,15 @@ class _AllVotes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, centroids: Tensor, clusters: Clusters) -> Tensor:
         with full_precision(embeddings.device):
-            electorate = PackedClusters.of(clusters)
-            rows, kept = electorate.rows(), []
-            logits = embeddings.new_empty(len(embeddings), electorate.num_classes)
+            packed = PackedClusters.of(clusters)
+            rows, kept = packed.rows(), []
+            logits = embeddings.new_empty(len(embeddings), packed.num_classes)
             for part, out in zip(embeddings.split(rows), logits.split(rows), strict=True):
-                points, votes, highest, total = electorate.votes(part)
+                points, votes, highest, total = packed.votes(part)
                 torch.add(highest, total.log(), out=out)
                 if any(ctx.needs_input_grad):
                     kept += [points, votes, total]
-        ctx.electorate = electorate
+        ctx.packed = packed
         # as they are now, whatever is written to them before the backward pass
         ctx.constants = clusters.labels.clone(), clusters.variance.clone()
         ctx.save_for_backward(embeddings, centroids, *kept)
@@ -188,42 +188,40 @@ class _AllVotes(torch.autograd.Function):
             lambda points, targets: _formula(points, Clusters(targets, *ctx.constants)),
             (embeddings, centroids),
             (gradient,),
-            lambda above: _gradients_of_votes(
-                ctx.electorate, kept, above, centroids if ctx.needs_input_grad[1] else None
-            ),
+            lambda above: _gradients_of_votes(ctx.packed, kept, above, centroids if ctx.needs_input_grad[1] else None),
         )
         return of_embeddings, of_centroids, None
 
 
 def _gradients_of_votes(
-    electorate: PackedClusters, kept: list[Tensor], above: Tensor, centroids: Tensor | None
+    packed: PackedClusters, kept: list[Tensor], above: Tensor, centroids: Tensor | None
 ) -> Gradients:
     """d/dz = sum_j share_j ratio_j (mu_j - z), minus each term for its mu_j; a share is a vote over its total.
 
     Args:
         centroids: None where their gradient is not wanted.
     """
-    of_embeddings = above.new_empty(len(above), electorate.weights.shape[1])
-    pulls, share_of = torch.zeros_like(electorate.weights), torch.zeros_like(electorate.ratios)
-    rows = electorate.rows()
+    of_embeddings = above.new_empty(len(above), packed.weights.shape[1])
+    pulls, share_of = torch.zeros_like(packed.weights), torch.zeros_like(packed.ratios)
+    rows = packed.rows()
     # one buffer for all chunks: fresh memory costs more than the arithmetic
     buffer = torch.empty_like(kept[1]) if kept else above
     # into units of sigma, as everything here
-    scaled = above / electorate.sigma
+    scaled = above / packed.sigma
     chunks = zip(kept[::3], kept[1::3], kept[2::3], scaled.split(rows), of_embeddings.split(rows), strict=True)
     with full_precision(above.device):
         for points, votes, total, part, out in chunks:
             shares = torch.mul(votes, (part / total)[:, None], out=buffer[: len(points)]).flatten(1)
             # the shares of a class add up to what comes from above
-            own = part.sum(dim=1) if electorate.shared else shares @ electorate.ratios
-            torch.mul(points, own.neg_()[:, None], out=out).addmm_(shares, electorate.weights)
+            own = part.sum(dim=1) if packed.shared else shares @ packed.ratios
+            torch.mul(points, own.neg_()[:, None], out=out).addmm_(shares, packed.weights)
             if centroids is not None:
                 pulls.addmm_(shares.T, points)
                 share_of += shares.sum(dim=0)
     if centroids is None:
         return of_embeddings, None
-    moved = electorate.ratios[:, None] * pulls - share_of[:, None] * electorate.weights
-    return of_embeddings, torch.zeros_like(centroids).index_add_(0, electorate.order, moved)
+    moved = packed.ratios[:, None] * pulls - share_of[:, None] * packed.weights
+    return of_embeddings, torch.zeros_like(centroids).index_add_(0, packed.order, moved)
 
 
 def _place_below(logits: Tensor, nearest: Tensor, has_vote: Tensor) -> Tensor:

@@ -278,10 +278,10 @@ def test_variables_of_torchrun_that_were_left_behind_are_refused(left, said, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_the_shell_says_so_in_one_line():
-    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "clustr_core.cli", "train", "--method", "ce"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_the_shell_says_so_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    done = called(main, tmp_path, "train", "--method", "ce")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("clustr: environment: expected all that torchrun sets, got WORLD_SIZE=2 without ")
     assert done.stderr.count("\n") == 1
