@@ -100,8 +100,9 @@ class Times:
 
 def interleaved(calls: Mapping[str, Call], effort: Effort) -> Times:
     """Run the callables in turn, once unmeasured (not where speed means nothing) and then round after round."""
-    for call in () if effort.quick else calls.values():
-        call()
+    if not effort.quick:
+        for call in calls.values():
+            call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     for done in range(effort.rounds):

@@ -31,7 +31,7 @@ def copy_of_the_book(to: Path) -> Path:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """What a command of the project finds in a copy of the project."""
+    """What a command of the project finds in a copy of the project, or in a folder that has none of its code."""
     where = home if (home / "clustr_core").exists() else ROOT
     return {"CLUSTR_HOME": str(home), "PYTHONPATH": str(where), "OMP_NUM_THREADS": "1"}
 
@@ -48,6 +48,7 @@ def called(main: Callable[[list[str]], int], home: Path, *arguments: str) -> Com
     told, said = io.StringIO(), io.StringIO()
     with (
         patch.dict(os.environ, environment(home)),
+        patch.object(sys, "path", [*sys.path]),
         chdir(home),
         warnings.catch_warnings(action="default"),
         redirect_stdout(told),
@@ -59,8 +60,7 @@ def called(main: Callable[[list[str]], int], home: Path, *arguments: str) -> Com
 
 def planned(home: Path, *arguments: str) -> CompletedProcess[str]:
     """A dry run of the pipeline in a copy of the project."""
-    with patch.object(sys, "path", [*sys.path]):
-        return called(_snakemake, home, "-n", *arguments)
+    return called(_snakemake, home, "-n", *arguments)
 
 
 def _snakemake(arguments: list[str]) -> int:

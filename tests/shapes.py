@@ -12,7 +12,7 @@ from typing import Any
 import jaxtyping
 
 # calls of a function that are checked in each test, and of the later ones one in so many
-FIRST, EVERY = 2, 100
+FIRST, EVERY = 5, 100
 BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
 _calls: dict[int, int] = {}

@@ -79,6 +79,7 @@ def test_a_number_is_named_with_its_line() -> None:
         f"% cell: 40.3 = {CERTIFIED}\n\n```{{figure}} #fig-x\n:alt: x\n\nA caption\n\nof 40.3 %\n```\n",
         f"% cell: 2,000 = max({TABLE}, examples)\nOf 2,000 images\n",
         f"% cell: 0.85 = {CERTIFIED} - table({TABLE}, certified_36_255, convolution=AOL)\n0.85\n",
+        "% not from a table: 80/100, .5: an example's\n80/100 of the images, or .5\n",
         "% not from a table: 0.5, 8/255: the paper's\n0.5 and again 0.5, at 8/255\n",
         "It is 8/255.\n\n% constants of this page: 8/255, 0.5: the paper's\nIt is 0.5.\n\n- 8/255\n",
     ],

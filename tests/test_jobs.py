@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from book_copy import ROOT, copy_of_the_book, planned
+from book_copy import ROOT, copy_of_the_book, environment, planned
 from disk import contents
 from safetensors import safe_open
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
@@ -136,9 +136,9 @@ def start(home: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "profile=lost", *config]
         command += ["--keep-incomplete", "--rerun-incomplete", "--keep-going", "--nolock", "--"]
         command += ["results/lost/attacks-ce.csv", "results/lost/attacks-pgd-at.csv"]
-        environment = os.environ | {"CLUSTR_HOME": str(home), "PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"}
+        options = {"cwd": home, "env": os.environ | environment(home), "start_new_session": True, "text": True}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        begun.append(subprocess.Popen(command, cwd=home, env=environment, text=True, start_new_session=True, **pipes))
+        begun.append(subprocess.Popen(command, **options, **pipes))
         return begun[-1]
 
     yield pipeline

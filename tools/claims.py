@@ -43,6 +43,8 @@ from clustr_core.storage.provenance import check_sidecar
 from clustr_core.storage.tables import read_table
 
 _NUMBER = r"(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
+# a quotient is one number, a radius such as 8/255; 1/2 and 2/3 are words
+_QUOTIENT = rf"{_NUMBER}(?:/\d{{2,}})?"
 _COMMENT = re.compile(
     r"\s*(?:%|<!--) *(?P<kind>cell|rows|not from a table|constants of this page): *(?P<text>.*?) *(?:-->)? *"
 )
@@ -51,7 +53,7 @@ _CELL = re.compile(
     rf"(?P<number>-?{_NUMBER}) = (?:(?P<factor>[\d.]+) \* )?"
     rf"{_TERM.format('left')}(?: (?P<operator>[-/]) {_TERM.format('right')})?"
 )
-_LISTED = re.compile(rf"(?P<numbers>-?{_NUMBER}(?:/255)?(?:, -?{_NUMBER}(?:/255)?)*): *(?P<why>\S.*)")
+_LISTED = re.compile(rf"(?P<numbers>-?{_QUOTIENT}(?:, -?{_QUOTIENT})*): *(?P<why>\S.*)")
 _ROWS = re.compile(r"(?P<kind>protocols|certificates)\((?P<profile>[\w./-]+)\)")
 
 _FENCE = re.compile(r"(?P<fence>`{3,}|:{3,})\{?(?P<name>[\w-]*)(?P<brace>\}?) *(?P<title>.*)")
@@ -66,12 +68,13 @@ _MASKED = re.compile(
     re.M | re.S,
 )
 _TOKEN = re.compile(
-    rf"(?<![\w./,])(?<![A-Za-z]-)(?:(?<![\w)\]}}])[-−])?(?P<digits>{_NUMBER})(?P<over>/\d{{2,}})?(?!(?!x\b)[\w/]|\.\d|,\d{{3}})"
+    rf"(?<![\w./,])(?<![A-Za-z]-)(?:(?<![\w)\]}}])[-−])?(?P<number>{_QUOTIENT})"
+    r"(?!(?!x\b)[\w/]|\.\d|,\d{3})"
 )
 _MEASURED = re.compile(
     rf"(?:(?:,| and| or| to| ?[-–])\s?{_NUMBER})*(?:\s|\\,|\*|_)*"
-    r"(?:\\?%|[×x](?!\s*\d|\w)|-?fold\b|pp\b|per\s?cent\b|(?:percentage\s)?points?\b|times\b|(?:[CG]PU\s)?(?:ms|s|seconds?|minutes?|hours?)\b"
-    r"|(?:out\s)?of\s(?:the\s|all\s)?\d)"
+    r"(?:\\?%|per\s?cent\b|pp\b|(?:percentage\s)?points?\b|[×x](?!\s*\d|\w)|times\b|-?fold\b"
+    r"|(?:[CG]PU\s)?(?:ms|s|seconds?|minutes?|hours?)\b|(?:out\s)?of\s(?:the\s|all\s)?\d)"
 )
 
 
@@ -123,7 +126,7 @@ class Block:
         return [self._token(text, match) for match in _TOKEN.finditer(text)]
 
     def _token(self, text: str, match: re.Match[str]) -> Token:
-        measured = bool(match["over"]) or "." in match["digits"] or _MEASURED.match(text, match.end())
+        measured = not match["number"].replace(",", "").isdecimal() or _MEASURED.match(text, match.end())
         line = self.lines[text.count("\n", 0, match.start())][0]
         return Token(line, match[0].replace("−", "-"), bool(measured))
 

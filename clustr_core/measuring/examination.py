@@ -104,8 +104,7 @@ class ExaminedRun:
     source_sha256: str | None
 
     def diagnostics(self) -> pd.DataFrame:
-        """The rows of `diagnostics_of`; the ablations, which one of its checks needs, are kept beside them."""
-        self.ablations()
+        """The rows of `diagnostics_of`."""
         count = len(asked_with(self.source_sha256 is not None))
         return self._rows("diagnostics", ExaminedHead.diagnostics, count, self.source_sha256)
 

@@ -286,7 +286,7 @@ def test_rivals_split_among_programs_give_the_same(monkeypatch):
         ([40, 40], 1, 33, (1, 2, 20)),
         ([150], 17, 3, (1, 2, 20)),
         ([1, 1, 1], 1, 1, (1, 2, 20)),
-        ([1100, 5], 2, 66, (2,)),
+        ([1100, 5], 2, 66, (1, 3)),
     ],
 )
 def test_lloyd_takes_the_steps_of_a_plain_loop(sizes, k, dim, steps):

@@ -281,7 +281,7 @@ def test_variables_of_torchrun_that_were_left_behind_are_refused(left, said, tmp
 def test_the_shell_says_so_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    done = called(main, tmp_path, "train", "--method", "ce")
+    done = run(tmp_path, "clustr_core.cli", "train", "--method", "ce")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("clustr: environment: expected all that torchrun sets, got WORLD_SIZE=2 without ")
     assert done.stderr.count("\n") == 1
