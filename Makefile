@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help figures chapter test test-fast test-long verify bench proofs lab book-check book publish lint clean
+.PHONY: help figures chapter test test-fast test-long verify bench proofs lab book-check page-test book publish lint clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ lab: $(READY)  ## open the chapters in JupyterLab (right click a .md: open with 
 
 book-check: $(READY)  ## validate the whole book offline: references, embeds, links, images, citations
 	$(BIN)/python -m tools.book_check
+
+page-test: $(READY)  ## look at every page of the whole site in a browser: make page-test THEME=PATH-OF-A-BUILT-THEME
+	$(BIN)/python -m tools.page_test '$(THEME)'
 
 book: $(READY)  ## build the site into _build/html (needs internet once, for the theme; Node 20)
 	$(BIN)/python -m jupyter_book build --html --strict

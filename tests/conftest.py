@@ -9,6 +9,7 @@ import jaxtyping
 import pytest
 import shapes
 import torch
+from browsers import CHROMIUM
 
 # before a test imports nbformat, which then starts in a tenth of the time
 import tools  # noqa: F401
@@ -95,6 +96,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))
+
+
+def pytest_report_header() -> str | None:
+    """Says so where the tests in a browser are left out."""
+    return None if CHROMIUM else "no chromium: the tests in tests/browser are not collected"
 
 
 def pytest_runtest_setup() -> None:

@@ -9,6 +9,7 @@ import nbformat
 import pytest
 from jupytext.cli import jupytext
 
+from clustr_core.drawing import widgets
 from clustr_core.measuring.profile import load_profile
 from tools import notebooks, publish
 from tools.book_check import NOT_THE_BOOK, check
@@ -175,7 +176,19 @@ def test_every_figure_is_labelled_captioned_and_described(source: Path) -> None:
 def test_labels_are_unique_and_nothing_else_lies_in_figures() -> None:
     labels = [label for source in SOURCES for label in notebooks.figure_labels(notebooks.read_source(source))]
     assert not [label for label, count in Counter(labels).items() if count > 1]
-    assert {path.stem for path in (ROOT / "figures/published/quick").iterdir()} == set(labels)
+    shown = {f"widget-{name}" for name in widgets.names()}
+    assert {path.stem for path in (ROOT / "figures/published/quick").iterdir()} == {*labels, *shown}
+
+
+@pytest.mark.parametrize("name", widgets.names())
+def test_a_widget_stands_on_a_page_as_its_sources_are(name: str) -> None:
+    published = ROOT / f"notebooks/widgets/{name}.mjs"
+    assert published.read_text(encoding="utf-8") == widgets.module(name), "stale: python -m tools.widgets"
+    assert len(published.read_bytes()) <= 60 * 1024
+    fragment = f"figures/published/quick/widget-{name}.md"
+    assert (ROOT / fragment).stat().st_size <= 500_000
+    pages = [ROOT / "results.md", *SOURCES]
+    assert any(f"{fragment}\n" in page.read_text(encoding="utf-8") for page in pages)
 
 
 def read_twin(source: Path) -> nbformat.NotebookNode:

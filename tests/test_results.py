@@ -215,8 +215,8 @@ def test_the_figure_of_certificates_is_drawn_from_the_rows() -> None:
 
 
 @pytest.mark.parametrize(("profile", "examples"), [("cpu", 256), ("cpu-cifar10", 256)])
-def test_numbers_on_the_first_page_are_those_of_the_rows(profile: str, examples: int) -> None:
-    page = (ROOT / "index.md").read_text(encoding="utf-8")
+def test_numbers_on_the_page_of_results_are_those_of_the_rows(profile: str, examples: int) -> None:
+    page = (ROOT / "results.md").read_text(encoding="utf-8")
     mine = study.read_study(profile, published=True)
     assert set(study.summary(mine)["examples"]) == {examples}
     for line in study.protocol_lines(mine):
@@ -224,7 +224,7 @@ def test_numbers_on_the_first_page_are_those_of_the_rows(profile: str, examples:
 
 
 @pytest.mark.parametrize("profile", ["quick", "cpu", "cpu-cifar10"])
-def test_certificates_on_the_first_page_are_those_of_the_rows(profile: str) -> None:
-    page = (ROOT / "index.md").read_text(encoding="utf-8")
+def test_certificates_on_the_page_of_results_are_those_of_the_rows(profile: str) -> None:
+    page = (ROOT / "results.md").read_text(encoding="utf-8")
     for line in study.certified_lines(study.read_study(profile, published=True)):
         assert line in page

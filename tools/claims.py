@@ -42,6 +42,9 @@ from clustr_core.storage.files import home
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.storage.tables import read_table
 
+# beside the chapters
+PAGES = ("index.md", "how-to-read.md", "results.md", "notation.md", "README.md")
+
 _NUMBER = r"(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
 # a quotient is one number, a radius such as 8/255; 1/2 and 2/3 are words
 _QUOTIENT = rf"{_NUMBER}(?:/\d{{2,}})?"
@@ -190,7 +193,7 @@ def faults(root: Path) -> list[str]:
 
 def pages(root: Path) -> list[Path]:
     """The pages whose numbers are held to the tables."""
-    return [root / "index.md", root / "README.md", *sorted((root / "notebooks").glob("[0-9][0-9]-*.md"))]
+    return [*(root / name for name in PAGES), *sorted((root / "notebooks").glob("[0-9][0-9]-*.md"))]
 
 
 def sidecar_faults(root: Path) -> Iterator[str]:
@@ -411,5 +414,5 @@ def _best(root: Path, profile: str) -> pd.DataFrame:
 
 
 def table_lines(study: Study, kind: str) -> list[str]:
-    """The rows of a table of index.md: "protocols" or "certificates"."""
+    """The rows of a table of results.md: "protocols" or "certificates"."""
     return certified_lines(study) if kind == "certificates" else protocol_lines(study)

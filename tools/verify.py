@@ -1,10 +1,10 @@
 """Do the published numbers hold? Three levels, each with a verdict; the exit status is 1 if one of them fails.
 
     python -m tools.verify [--level claims tables models] [--share 50] [--seed N] [--methods ce clustr]
-    python -m tools.verify --page    prints the tables of index.md as the published rows give them, to be pasted
+    python -m tools.verify --page    prints the tables of results.md as the published rows give them, to be pasted
 
 claims   seconds, no PyTorch: every published table is the one that its sidecar describes, and each measured number
-         of index.md, README.md and the chapters agrees with the cell that it names: see `tools.claims`.
+         of the pages, README.md and the chapters agrees with the cell that it names: see `tools.claims`.
 tables   a random share of profile quick's rows is computed again from the published weights: the same on the machine
          that published them; elsewhere what differs is listed, and fails only where many rows do: `tools.recomputed`.
 models   everything of profile quick anew, in a scratch copy of the book; published accuracies must lie within the
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--share", type=_positive, default=50, help="one in so many pieces of each table (50)")
     parser.add_argument("--seed", type=int, default=None, help="of the draw; printed")
     parser.add_argument("--methods", nargs="+", default=[], help="recompute the tables of these alone")
-    parser.add_argument("--page", action="store_true", help="print the tables of index.md instead")
+    parser.add_argument("--page", action="store_true", help="print the tables of results.md instead")
     options = parser.parse_args(arguments)
     if options.page:
         for study in (read_study(name, published=True) for name in published_profiles()):

@@ -40,7 +40,7 @@ LOOKS = {
     "clustr-qtrades": Look(COLOURS[2], "-.", "D"),
     "free-clustr": Look(COLOURS[3], "-", "*"),
     "clustr-cert": Look("black", "-", "p"),
-    "clustr-lip": Look(COLOURS[5], "--", "h"),
+    "clustr-lip": Look("#762a83", "--", "h"),
     "lip-linear": Look("#08519c", "-.", "d"),
     "smoothing": Look("#006d5b", ":", ">"),
     "prototypes": Look("0.55", "--", "8"),
@@ -63,12 +63,20 @@ def look_of(method: str) -> Look:
 
 SANDWICH_LOOKS = {
     "clean": Look("0.55", ":", ""),
-    "apgd": Look(COLOURS[2], "-.", "D"),
+    # run at a grid of radii: a mark at each
+    "apgd": Look(COLOURS[2], "", "D"),
     "ddn": Look(COLOURS[1], "--", "^"),
     "fmn": Look(COLOURS[0], ":", "s"),
     "worst case": Look(COLOURS[3], "--", ""),
     "certified": Look("black", "-", ""),
 }
+SANDWICH_NAMES = {name: name for name in SANDWICH_LOOKS} | {"apgd": "APGD", "ddn": "DDN", "fmn": "FMN"}
+LOSS_LOOKS = {
+    "ce": Look(COLOURS[7], ":", "s"),
+    "margin": Look(COLOURS[0], "-", "o"),
+    "dlr": Look(COLOURS[1], "--", "^"),
+}
+LOSS_NAMES = {"ce": "climbing cross-entropy", "margin": "climbing the margin", "dlr": "climbing DLR"}
 # two evaluations of the same models
 PROTOCOL_LOOKS = {
     "paper": Look(COLOURS[1], "--", "^"),
@@ -77,12 +85,25 @@ PROTOCOL_LOOKS = {
 PROTOCOL_NAMES = {"paper": "the paper's protocol", "correct": "correct attacks"}
 
 
+# inches: a page's column is 727 pixels wide, 97 an inch, so that 8 points are 11 pixels there
+PAGE = 7.5
+
+
 def house_style() -> None:
     """Set the book's look for every figure that follows; the same table then gives the same bytes."""
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={"axes.grid": True, "grid.alpha": 0.3})
+    sns.set_theme(context="paper", style="ticks", palette="colorblind", rc={"axes.grid": True, "grid.alpha": 0.3})
     mpl.rcParams.update(
         {
-            "figure.dpi": 110,
+            "font.size": 9,
+            "axes.titlesize": 9.5,
+            "axes.labelsize": 9,
+            "xtick.labelsize": 8.5,
+            "ytick.labelsize": 8.5,
+            "legend.fontsize": 8.5,
+            "legend.title_fontsize": 8.5,
+            "figure.labelsize": 9,
+            "figure.figsize": (PAGE, 4),
+            "figure.dpi": 140,
             "savefig.dpi": 160,
             "figure.constrained_layout.use": True,
             "axes.spines.top": False,
@@ -110,6 +131,9 @@ def save_figure(figure: Figure, label: str, table: pd.DataFrame, *, profile: str
         raise ValueError(f"table: expected the rows that {label} was drawn from, got none")
     profile = profile or os.environ.get("CLUSTR_PROFILE", "quick")
     stem = home() / "figures" / profile / label
+    # laid out once for both files and the page
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     for suffix, undated in ((".svg", {"Date": None}), (".png", {"Software": None})):
         # a fixed salt: the same table gives the same bytes
         with written_whole(stem.with_suffix(suffix)) as temporary, mpl.rc_context({"svg.hashsalt": label}):

@@ -9,6 +9,7 @@ import seaborn as sns
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import PercentFormatter
 
 from clustr_core.drawing.checks import check_grid, check_known, check_rows
 from clustr_core.drawing.looks import (
@@ -17,6 +18,7 @@ from clustr_core.drawing.looks import (
     PROTOCOL_LOOKS,
     PROTOCOL_NAMES,
     SANDWICH_LOOKS,
+    SANDWICH_NAMES,
     Look,
     each_group,
     look_of,
@@ -24,6 +26,13 @@ from clustr_core.drawing.looks import (
 from clustr_core.measuring.study import method_name
 
 CLASS_MARKERS = "o^sDPvX<>*"
+REPORT_NAMES = {
+    "reported": "reported",
+    "attacked": "left by correct attacks",
+    "certified": "certified: no attack can break it",
+}
+# where an axis of times is marked
+TIMES = {"1 ms": 1e-3, "0.1 s": 0.1, "10 s": 10, "10 min": 600, "10 h": 36000}
 
 
 def draw_distribution(axes: Axes, table: pd.DataFrame, value: str, *, group: str, looks: dict[str, Look]) -> None:
@@ -58,17 +67,33 @@ def draw_by_group(axes: Axes, table: pd.DataFrame, x: str, y: str, *, group: str
     axes.legend()
 
 
-def draw_accuracy(axes: Axes, table: pd.DataFrame, x: str, y: str, *, loss: str | None = None) -> None:
+def draw_line(axes: Axes, x: Any, y: Any, look: Look, **more: Any) -> None:
+    """One line in its look, with a marker where it is a single point."""
+    axes.plot(x, y, **_style(look, len(x), **more))
+
+
+def in_per_cent(axes: Axes) -> None:
+    """Shares from 0 to 1, written from 0 to 100."""
+    axes.set_ylim(-0.02, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+
+
+def eps_in_bytes(axes: Axes) -> None:
+    """Write the radii of photographs in steps of a byte: 8/255."""
+    top = 255 * axes.get_xlim()[1]
+    step = next((size for size in (2, 4, 8, 16, 32, 64) if top / size <= 4), 128)
+    marks = range(0, int(top) + 1, step)
+    axes.set_xticks([mark / 255 for mark in marks], ["0", *(f"{mark}/255" for mark in marks[1:])])
+
+
+def draw_accuracy(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
     """Accuracy against ``x``, one line a method, with its binomial interval as a band (columns low, high)."""
-    if loss is not None:
-        check_rows(table, words=("loss",))
-        table = pd.DataFrame(table[table["loss"] == loss])
     check_rows(table, x, y, "low", "high", words=("method",))
     for method, rows in each_group(table, "method"):
         look = look_of(method)
-        axes.plot(rows[x], rows[y], label=method_name(method), **_style(look, len(rows), markersize=5))
+        draw_line(axes, rows[x], rows[y], look, label=method_name(method))
         axes.fill_between(rows[x], rows["low"], rows["high"], color=look.color, alpha=0.15, linewidth=0)
-    axes.set_ylim(-0.02, 1.02)
+    in_per_cent(axes)
 
 
 def draw_protocols(axes: Axes, table: pd.DataFrame) -> None:
@@ -81,20 +106,24 @@ def draw_protocols(axes: Axes, table: pd.DataFrame) -> None:
     check_known(table, "protocol", PROTOCOL_LOOKS)
     for protocol, rows in each_group(table, "protocol"):
         look, name = PROTOCOL_LOOKS[protocol], PROTOCOL_NAMES[protocol]
-        axes.plot(rows["eps"], rows["robust_accuracy"], label=name, **_style(look, len(rows), markersize=4))
+        draw_line(axes, rows["eps"], rows["robust_accuracy"], look, label=name)
         axes.fill_between(rows["eps"], rows["low"], rows["high"], color=look.color, alpha=0.15, linewidth=0)
-    axes.set_ylim(-0.02, 1.02)
+    in_per_cent(axes)
 
 
 def draw_certified(axes: Axes, table: pd.DataFrame) -> None:
-    """`accuracy.certified_accuracy` against the radius, one line a method."""
+    """`accuracy.certified_accuracy` against the radius, one line a method; a mark where only radius 0 is certified."""
     check_rows(table, "at", "certified_accuracy", words=("method",))
     for method, rows in each_group(table, "method"):
-        style = _style(look_of(method), len(rows), markersize=5)
-        every = max((len(rows) - 1) // 6, 1)
-        axes.plot(rows["at"], rows["certified_accuracy"], markevery=every, label=method_name(method), **style)
+        reached = rows[(rows["at"] == 0) | (rows["certified_accuracy"] > 0)]
+        kept = reached if len(reached) == 1 else rows
+        every = max((len(kept) - 1) // 6, 1)
+        more = {"markevery": every, "label": method_name(method), "clip_on": False}
+        alone = {"linestyle": "none"} if len(kept) == 1 else {}
+        draw_line(axes, kept["at"], kept["certified_accuracy"], look_of(method), **more, **alone)
     top = float(table["at"].to_numpy(dtype=float).max())
-    axes.set(xlabel="$L_2$ radius", ylim=(-0.02, 1.02), xlim=(0, top) if top > 0 else None)
+    in_per_cent(axes)
+    axes.set(xlabel="$L_2$ radius (pixels in [0, 1])", xlim=(0, top) if top > 0 else None)
 
 
 def draw_surface(axes: Axes, table: pd.DataFrame, x: str, y: str, value: str, *, lost: bool = True) -> Any:
@@ -161,7 +190,51 @@ def draw_protocol_gaps(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_yticks(range(len(groups)), [method_name(method) for method, _ in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlim(-0.03, 1.03)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
     axes.grid(visible=False, axis="y")
+
+
+def draw_reported(axes: Axes, table: pd.DataFrame) -> None:
+    """`study.answer_table`, part "attacked": what was reported and what correct attacks leave, a row each model."""
+    looks = {"reported": PROTOCOL_LOOKS["paper"], "attacked": PROTOCOL_LOOKS["correct"]}
+    for row, shares in enumerate(_draw_pairs(axes, table, looks)):
+        order = sorted(shares.values())
+        for share, offset, side in ((order[1], 9, "left"), (order[0], -9, "right")):
+            _beside_mark(axes, f"{100 * share:.1f} %", (share, row), offset, side)
+
+
+def draw_certain(axes: Axes, table: pd.DataFrame) -> None:
+    """`study.answer_table`, part "certified": what is certified, as a bar, and what attacks leave, a row each model."""
+    looks = {"certified": Look("black", "-", "s"), "attacked": PROTOCOL_LOOKS["correct"]}
+    for row, shares in enumerate(_draw_pairs(axes, table, looks)):
+        axes.barh(row, shares["certified"], 0.5, color="0.8", zorder=0)
+        text = f"{100 * shares['certified']:.1f} / {100 * shares['attacked']:.1f} %"
+        _beside_mark(axes, text, (shares["attacked"], row), 9, "left")
+
+
+def _draw_pairs(axes: Axes, table: pd.DataFrame, looks: Mapping[str, Look]) -> list[dict[str, float]]:
+    """Two marks joined by a line, a row each ``name``; what they are at."""
+    check_rows(table, "accuracy", words=("name", "column"))
+    groups = list(table.groupby("name", sort=False))
+    found = []
+    for row, (_, rows) in enumerate(groups):
+        shares = {str(key): float(share) for key, share in zip(rows["column"], rows["accuracy"], strict=True)}
+        axes.plot(list(shares.values()), [row] * 2, color="0.7", linewidth=3, zorder=1)
+        for column, look in looks.items():
+            style = {"color": look.color, "markersize": 7, "zorder": 3, "clip_on": False}
+            axes.plot(shares[column], row, look.marker, label=REPORT_NAMES[column] if row == 0 else None, **style)
+        found.append(shares)
+    axes.set_yticks(range(len(groups)), [str(name) for name, _ in groups])
+    axes.set(ylim=(len(groups) - 0.5, -0.5), xlim=(-0.12, 1.0))
+    axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    axes.grid(visible=False, axis="y")
+    return found
+
+
+def _beside_mark(axes: Axes, text: str, at: tuple[float, float], offset: float, side: str) -> None:
+    place = {"xytext": (offset, 0), "textcoords": "offset points", "va": "center", "ha": side}
+    axes.annotate(text, at, fontsize="small", **place)
 
 
 def draw_sandwich(axes: Axes, table: pd.DataFrame) -> None:
@@ -177,9 +250,11 @@ def draw_sandwich(axes: Axes, table: pd.DataFrame) -> None:
         if column == "certified":
             axes.fill_between(rows["at"], rows["accuracy"], color="0.85", linewidth=0)
         if len(rows):
-            style = _style(look, len(rows), markersize=4.5)
-            axes.plot(rows["at"], rows["accuracy"], markevery=max(len(rows) // 6, 1), label=column, **style)
-    axes.set(ylim=(-0.02, 1.02), xlabel="$L_2$ radius")
+            every = 1 if column == "apgd" else max(len(rows) // 6, 1)
+            draw_line(axes, rows["at"], rows["accuracy"], look, markevery=every, label=SANDWICH_NAMES[column])
+    in_per_cent(axes)
+    top = float(table.loc[table["column"] == "certified", "at"].max())
+    axes.set(xlabel="$L_2$ radius (pixels in [0, 1])", xlim=(0, top) if top > 0 else None)
 
 
 def draw_tightness(axes: Axes, table: pd.DataFrame) -> None:
@@ -191,7 +266,7 @@ def draw_tightness(axes: Axes, table: pd.DataFrame) -> None:
     axes.fill_between([0, top], [0, top], top, color="0.92", linewidth=0, zorder=0)
     axes.plot([0, top], [0, top], color="black", linewidth=1.2)
     axes.scatter(table["norm"], table["radius"], s=9, alpha=0.5, color=COLOURS[0], linewidth=0, rasterized=True)
-    axes.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel="smallest adversarial norm found")
+    axes.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel="smallest $L_2$ perturbation found")
 
 
 def draw_history(axes: Axes, table: pd.DataFrame, y: str) -> None:
@@ -232,7 +307,7 @@ def draw_map(axes: Axes, table: pd.DataFrame, class_names: Sequence[str]) -> Non
         axes.scatter(rows["x"], rows["y"], s=12, linewidth=0, alpha=0.8, rasterized=True, **style)
     for label, rows in each_group(table, "label"):
         above = (np.median(rows["x"]), np.quantile(rows["y"], 0.9))
-        style = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+        style = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center"}
         text = axes.annotate(str(class_names[label]), above, **style)
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     axes.margins(0.1)
@@ -283,7 +358,7 @@ def draw_image(axes: Axes, image: np.ndarray, title: str = "") -> None:
     grey = image.shape[0] == 1
     top = 255 if image.dtype == np.uint8 else 1
     axes.imshow(image[0] if grey else image.transpose(1, 2, 0), cmap="gray" if grey else None, vmin=0, vmax=top)
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title)
     axes.axis("off")
 
 
@@ -291,7 +366,7 @@ def draw_progress(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
     """One column against another, one line a method."""
     check_rows(table, x, y, words=("method",))
     for method, rows in each_group(table, "method"):
-        axes.plot(rows[x], rows[y], label=method_name(method), **_style(look_of(method), len(rows), markersize=3.5))
+        draw_line(axes, rows[x], rows[y], look_of(method), label=method_name(method), markersize=3.5)
 
 
 def draw_ranges(axes: Axes, table: pd.DataFrame, value: str) -> None:
@@ -368,25 +443,30 @@ def draw_prices(axes: Axes, table: pd.DataFrame) -> None:
         look = look_of(method)
         style = {"marker": look.marker, "color": look.color, "markersize": 9, "linestyle": "none"}
         axes.plot(rows["training_ratio"], rows["accuracy"], label=method_name(method), **style)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
     axes.set(xlabel="training time / cross-entropy's", ylim=(-0.03, max(0.65, table["accuracy"].max() + 0.03)))
 
 
-def draw_hours(axes: Axes, table: pd.DataFrame) -> None:
-    """The hours of each part of a study (columns part devices hours) on a logarithmic axis, a mark each number of GPUs.
+def draw_seconds(axes: Axes, table: pd.DataFrame) -> None:
+    """The least time of each part of a study (columns part devices seconds) on a logarithmic axis, a mark each number
+    of GPUs.
 
     Raises:
-        ValueError: for hours that are not positive, or more numbers of devices than markers; and as `check_rows`.
+        ValueError: for seconds that are not positive, or more numbers of devices than markers; and as `check_rows`.
     """
-    check_rows(table, "hours", "devices", words=("part",))
-    counts, least = sorted(set(table["devices"])), float(np.min(table["hours"]))
+    check_rows(table, "seconds", "devices", words=("part",))
+    counts, least = sorted(set(table["devices"])), float(np.min(table["seconds"]))
     if least <= 0 or len(counts) > len(CLASS_MARKERS):
-        raise ValueError(f"table: expected positive hours of at most ten numbers of devices, got {least:g}, {counts}")
+        raise ValueError(f"table: expected positive seconds of at most ten numbers of devices, got {least:g}, {counts}")
     for n, devices in enumerate(counts):
         rows = table[table["devices"] == devices]
-        style = {"color": "black" if n == 0 else str(0.55 + 0.3 * (n - 1) / len(counts)), "markersize": 8}
+        style = {"color": "black" if n == 0 else str(0.55 + 0.3 * (n - 1) / len(counts)), "markersize": 7}
         name = f"{devices} GPU{'s' * (devices > 1)}"
-        axes.plot(rows["hours"], rows["part"], "os^DvPX<>*"[n], label=name, **style)
-    axes.set(xscale="log", xlabel="hours, at peak")
+        axes.plot(rows["seconds"], rows["part"], "os^DvPX<>*"[n], label=name, linestyle="none", **style)
+    marks = {name: size for name, size in TIMES.items() if least / 10 < size < 10 * float(np.max(table["seconds"]))}
+    axes.set(xscale="log", xlabel="least time")
+    axes.set_xticks(list(marks.values()), list(marks))
+    axes.xaxis.set_minor_formatter("")
     axes.grid(axis="y", alpha=0.3)
 
 

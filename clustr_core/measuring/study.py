@@ -51,6 +51,14 @@ METHOD_NAMES = {
     "smoothing": "randomised smoothing",
     "prototypes": "prototypes on raw pixels",
 }
+DATA_NAMES = {
+    "mnist5k": "MNIST-5k",
+    "mnist": "MNIST",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "svhn": "SVHN",
+    "cifar10-jpeg": "CIFAR-10 (JPEG)",
+}
 # [channel, height, width] of the data sets that the book knows
 SHAPES = {
     "digits": (1, 8, 8),
@@ -70,6 +78,17 @@ HEADINGS = {
     "certified": "certified, %",
 }
 CHANGES = ("released", "bookkeeping", "steps", "target", "surface", "all")
+# attack and loss -> heading of a table
+ATTACK_NAMES = {
+    ("paper", "ce"): "paper's",
+    ("pgd", "ce"): "PGD, ce",
+    ("pgd", "margin"): "PGD, margin",
+    ("pgd", "dlr"): "PGD, DLR",
+    ("cell-walk", "cells"): "cell walk",
+    ("transfer", "margin"): "transfer",
+    ("square", "margin"): "Square",
+    ("autoattack", "standard"): "AutoAttack",
+}
 ABSENT = "–"
 Source = Literal["regenerated", "published", "measured now"]
 
@@ -102,6 +121,11 @@ class Study:
     def data(self) -> str:
         """The data set without the folders in which it lies."""
         return self.dataset.split("/")[-1]
+
+    @property
+    def data_name(self) -> str:
+        """The data set, as the prose calls it."""
+        return DATA_NAMES.get(self.data, self.data)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -147,7 +171,7 @@ class Study:
     @property
     def title(self) -> str:
         """The data and the eps of the comparison."""
-        return f"{self.data}, eps {self.amount(self.eps())}"
+        return f"{self.data_name}, eps {self.amount(self.eps())}"
 
     @property
     def paper(self) -> Protocol:
@@ -267,8 +291,8 @@ def where(table: pd.DataFrame, mask: Any) -> pd.DataFrame:
 
 
 def with_interval(share: float, low: float, high: float) -> str:
-    """A share with its interval, in per cent: "55.1 [52.0, 58.2]"."""
-    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    """A share with its interval, in per cent: "55.1 [52.0, 58.2]", which no line break divides."""
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}[{100 * low:.1f},\N{NO-BREAK SPACE}{100 * high:.1f}]"
 
 
 def with_intervals(table: pd.DataFrame, value: str = "accuracy") -> list[str]:
@@ -298,16 +322,24 @@ def summary(study: Study, norm: Norm = "linf") -> pd.DataFrame:
 
 
 def protocol_table(study: Study) -> pd.DataFrame:
-    """Claimed, clean, by the paper's protocol, correctly attacked, certified: in words, a row each method."""
+    """Claimed, epochs, clean, by the paper's protocol, correctly attacked, certified: in words, a row each method."""
     cells = _wide(summary(study), "column", study.ordinary + study.lipschitz, list(HEADINGS))
     cells.insert(0, "claimed", [_claimed_of(study, method) for method in cells.index])
+    cells.insert(1, "epochs", [epochs_of(study, method) for method in cells.index])
     return _titled(cells.rename(columns=HEADINGS))
+
+
+def epochs_of(study: Study, method: str) -> str:
+    """How long a method was trained, in passes of its own: "12", or "12 + 5" after a start from cross-entropy."""
+    recipe = study.profile.recipes["ce" if method == "ce-clusters" else method]
+    start = getattr(recipe, "warm_start", None)
+    return f"{start.epochs} + {recipe.epochs}" if start else str(recipe.epochs)
 
 
 def l2_table(study: Study) -> pd.DataFrame:
     """Clean, correctly attacked in L2, certified: in words, a row each method."""
     cells = _wide(summary(study, "l2"), "column", study.ordinary + study.lipschitz, ["clean", "correct", "certified"])
-    cells.insert(0, "$L_2$ eps", study.amount(study.eps("l2")))
+    cells.insert(0, "L₂ eps", study.amount(study.eps("l2")))
     return _titled(cells.rename(columns=HEADINGS))
 
 
@@ -328,15 +360,17 @@ def certified_table(study: Study, methods: Sequence[str] | None = None) -> pd.Da
 
 
 def attack_table(study: Study) -> pd.DataFrame:
-    """Robust accuracy in % under each attack and loss on its own, and under all correct ones: a column each method."""
+    """Robust accuracy in % under each attack and loss on its own, and under all correct ones: a row each method."""
     rows = study.attacks
     here = on_common_images(where(rows, (rows["norm"] == "linf") & ((rows["eps"] - study.eps()).abs() < 1e-6)))
-    alone = robust_accuracy_by_loss(here).assign(name=lambda t: t["attack"] + ", " + t["loss"])
+    alone = robust_accuracy_by_loss(here).query("eps > 0")
+    alone = alone.assign(name=[ATTACK_NAMES.get(key, ", ".join(key)) for key in _pairs(alone, "attack", "loss")])
     together = robust_accuracy(where(here, here["attack"] != "paper")).query("eps > 0")
-    together = together.assign(name="all correct attacks")
-    wide = pd.concat([alone, together]).pivot_table("robust_accuracy", index="name", columns="method", sort=False)
-    shown = (100 * pd.DataFrame(wide[study.ordinary + study.lipschitz])).round(1)
-    return shown.rename(columns=METHOD_NAMES).rename_axis(None, axis=1).reset_index()
+    together = together.assign(name="all but the paper's")
+    wide = pd.concat([alone, together]).pivot(index="method", columns="name", values="robust_accuracy")
+    order = [*ATTACK_NAMES.values(), *sorted(set(alone["name"]) - set(ATTACK_NAMES.values())), "all but the paper's"]
+    methods = study.ordinary + study.lipschitz
+    return _titled((100 * wide.loc[methods, [name for name in order if name in wide]]).round(1))
 
 
 def ablation_table(study: Study) -> pd.DataFrame:
@@ -352,23 +386,25 @@ def masked_methods(findings: pd.DataFrame) -> list[str]:
     return [name for name in in_order(set(findings["method"])) if verdict(where(findings, findings["method"] == name))]
 
 
-def battery_table(findings: pd.DataFrame, *, speaking: bool = False) -> pd.DataFrame:
-    """The battery's values, a dot at those above the threshold, and its verdict: a row each check.
+def battery_table(findings: pd.DataFrame) -> pd.DataFrame:
+    """Of each method the battery's verdict, and the checks that flag it with their values: a row each method."""
+    masked = masked_methods(findings)
+    lines = []
+    for method in in_order(set(findings["method"])):
+        flagged = where(findings, (findings["method"] == method) & findings["flagged"].astype(bool))
+        said = [f"{check} ({value:.3g})" for check, value in _pairs(flagged, "check", "value")]
+        lines.append([method, "masked" if method in masked else "passes", ", ".join(said) or "none"])
+    return _titled(pd.DataFrame(lines, columns=["method", "verdict", "checks that speak (value)"]).set_index("method"))
 
-    Args:
-        speaking: leave out the checks that flag no method.
-    """
-    methods, masked = in_order(set(findings["method"])), masked_methods(findings)
-    silent = _silent(findings)
-    checks = [check for check in dict.fromkeys(findings["check"]) if not (speaking and check in silent)]
-    values = zip(findings["value"], findings["flagged"], strict=True)
-    text = [f"{value:.3g}{' ●' * bool(flagged)}" for value, flagged in values]
-    wide = findings.assign(cell=text).pivot(index="check", columns="method", values="cell")
-    wide = wide.loc[checks, methods].fillna(ABSENT)
-    thresholds = findings.groupby("check")["threshold"].first().map("{:.3g}".format)
-    wide.insert(0, "threshold", thresholds.loc[wide.index])
-    wide.loc["verdict"] = ["", *("masked" if method in masked else "passes" for method in methods)]
-    return wide.rename(columns=METHOD_NAMES).rename_axis(None, axis=1).rename_axis("check").reset_index()
+
+def checks_table(findings: pd.DataFrame) -> pd.DataFrame:
+    """Of each check its threshold, the range of its values over the methods, and how many of them it flags."""
+    lines = []
+    for check, rows in findings.groupby("check", sort=False):
+        low, high = rows["value"].min(), rows["value"].max()
+        flags = f"{sum(map(bool, rows['flagged']))} of {len(rows)}"
+        lines.append([check, f"{rows['threshold'].iloc[0]:.3g}", f"{low:.3g} to {high:.3g}", flags])
+    return pd.DataFrame(lines, columns=["check", "threshold", "values", "methods flagged"])
 
 
 def battery_summary(studies: Mapping[str, Study]) -> pd.DataFrame:
@@ -415,19 +451,22 @@ def ladder_table(study: Study, methods: Sequence[str]) -> pd.DataFrame:
     return _titled(means.map("{:.4f}".format).rename_axis("method"))
 
 
-def sandwich_curve(study: Study, method: str, points: int) -> pd.DataFrame:
-    """`chain.sandwich_curve` of a method from radius 0 to twice the last of the study's, checked to be in order.
-
-    APGD is run up to the largest eps of its grid, and has no rows beyond.
-    """
+def sandwich_at(study: Study, method: str, radii: Sequence[float]) -> pd.DataFrame:
+    """`chain.sandwich_curve` of a method at some radii, checked to be in order."""
     from clustr_core.measuring import chain
 
-    rows = study.sandwich
-    curve = chain.sandwich_curve(where(rows, rows["method"] == method), _grid(study, points))
+    curve = chain.sandwich_curve(where(study.sandwich, study.sandwich["method"] == method), radii)
     chain.check_chain(curve)
+    return curve
+
+
+def sandwich_curve(study: Study, method: str, points: int) -> pd.DataFrame:
+    """`sandwich_at` from radius 0 to twice the last of the study's; APGD at the radii at which it is run alone."""
+    curve = sandwich_at(study, method, _grid(study, points))
     budget = study.profile.sandwich
-    reached = max(budget.apgd_eps, default=0.0) if budget else 0.0
-    kept = curve[(curve["column"] != "apgd") | (curve["at"] <= reached)]
+    grid = sorted(budget.apgd_eps) if budget else []
+    marks = sandwich_at(study, method, grid) if grid else curve
+    kept = pd.concat([where(curve, curve["column"] != "apgd"), where(marks, marks["column"] == "apgd")])
     return kept.assign(profile=study.name, method=method)
 
 
@@ -510,6 +549,32 @@ def systems_table(ours: Study | None = None) -> pd.DataFrame:
     return wide.rename(columns=headings).rename_axis("system").reset_index()
 
 
+def answer_table(study: Study, methods: Sequence[str] = ("clustr", "ce-clusters", "pgd-at")) -> pd.DataFrame:
+    """The book's answer in a few rows: what is reported and what correct attacks leave in L-infinity, the authors'
+    model first, and what is certified and what attacks leave in L2 of the methods on 1-Lipschitz encoders.
+
+    Returns:
+        columns ``part method name column accuracy``; ``part`` is "attacked" or "certified", ``column`` "reported" and
+        "attacked", or "certified" and "attacked".
+    """
+    rows = []
+    both = summary(study).set_index(["method", "column"])["accuracy"].to_dict()
+    known = claims(method="clustr-qtrades", norm="linf", eps=study.amount(study.eps()))
+    known = known.set_index("metric")["value"].to_dict()
+    if study.data.startswith("cifar10") and {"pgd", "autoattack"} <= set(known):
+        name = f"{METHOD_NAMES['clustr-qtrades']}, the authors' model"
+        for column, metric in (("reported", "pgd"), ("attacked", "autoattack")):
+            rows.append(("attacked", "clustr-qtrades", name, column, float(known[metric]) / 100))
+    for method in methods:
+        for column, protocol in (("reported", "paper"), ("attacked", "correct")):
+            rows.append(("attacked", method, method_name(method), column, float(both[method, protocol])))
+    for method in study.lipschitz:
+        curve = sandwich_at(study, method, [study.radii[0]]).set_index("column")["accuracy"].to_dict()
+        for column, name in (("certified", "certified"), ("attacked", "worst case")):
+            rows.append(("certified", method, method_name(method), column, float(curve[name])))
+    return pd.DataFrame(rows, columns=["part", "method", "name", "column", "accuracy"])
+
+
 def protocol_lines(study: Study) -> list[str]:
     """The first page's lines of clean, the paper's protocol, correct attacks, and what is certified of it."""
     return _lines(protocol_table(study).drop(columns="claimed"))
@@ -533,6 +598,10 @@ def _wide(table: pd.DataFrame, columns: str, methods: list[str], shown: Sequence
 def _titled(table: pd.DataFrame) -> pd.DataFrame:
     """The methods of the index as a first column, by what they are called."""
     return table.rename(index=METHOD_NAMES).rename_axis(None, axis=1).reset_index()
+
+
+def _pairs(table: pd.DataFrame, first: str, second: str) -> list[tuple[Any, Any]]:
+    return list(zip(table[first], table[second], strict=True))
 
 
 def _grid(study: Study, points: int) -> list[float]:

@@ -109,10 +109,15 @@ def _os_error(error: Exception, path: Path) -> OSError | None:
     return OSError(number, os.strerror(number), str(path))
 
 
+def write_string(path: Path, text: str) -> None:
+    """Write a text, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write sorted, indented JSON, whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_string(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

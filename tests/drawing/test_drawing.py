@@ -11,7 +11,7 @@ from disk import contents, files_of_at_most
 from matplotlib.patches import Circle
 
 from clustr_core.drawing.geometry import draw_discs, draw_ladder, draw_regions, draw_voronoi
-from clustr_core.drawing.looks import BOUND_LOOKS, LOOKS, PROTOCOL_LOOKS, house_style, save_figure
+from clustr_core.drawing.looks import BOUND_LOOKS, LOOKS, LOSS_LOOKS, PROTOCOL_LOOKS, house_style, save_figure
 from clustr_core.drawing.results import (
     draw_accuracy,
     draw_distribution,
@@ -94,7 +94,9 @@ def test_every_method_has_a_look_and_a_name():
     assert set(LOOKS) == set(METHOD_NAMES) == {*METHODS, "ce-clusters", "prototypes"}
 
 
-@pytest.mark.parametrize("looks", [LOOKS, BOUND_LOOKS, PROTOCOL_LOOKS], ids=["methods", "bounds", "protocols"])
+@pytest.mark.parametrize(
+    "looks", [LOOKS, BOUND_LOOKS, PROTOCOL_LOOKS, LOSS_LOOKS], ids=["methods", "bounds", "protocols", "losses"]
+)
 def test_series_are_told_apart_without_colour(looks):
     for a, b in combinations(looks.values(), 2):
         # there are only four line styles
@@ -114,7 +116,7 @@ def accuracies(methods=("ce", "clustr")):
 
 
 def test_accuracy_curves_are_the_rows_with_their_bands(axes):
-    draw_accuracy(axes, accuracies(("clustr", "ce")), "eps", "acc", loss="margin")
+    draw_accuracy(axes, accuracies(("clustr", "ce")).query("loss == 'margin'"), "eps", "acc")
     lines = {line.get_label(): line for line in axes.lines}
     assert list(lines) == [METHOD_NAMES["ce"], METHOD_NAMES["clustr"]]
     for method in ("ce", "clustr"):

@@ -10,11 +10,24 @@ import pytest
 
 from clustr_core.drawing import geometry, results
 from clustr_core.drawing.looks import BOUND_LOOKS, LOOKS, house_style
-from clustr_core.drawing.panels import ball_on, every_method, row_of_panels, shared_legend
+from clustr_core.drawing.panels import (
+    Picture,
+    ball_on,
+    every_method,
+    loss_panels,
+    panels,
+    picture_grid,
+    robust_panels,
+    shared_legend,
+)
 from clustr_core.measuring.profile import Protocol
 from clustr_core.theory.examples import hard_radius_soft_rule_example
 from clustr_core.theory.pictures import bisector_picture, second_nearest_line, soft_margin_along
 
+ANSWERS = pd.DataFrame(
+    {"name": ["a", "a", "b", "b"], "column": ["reported", "attacked"] * 2, "accuracy": [0.7, 0.0, 0.3, 0.2]}
+)
+PICTURE = Picture(np.zeros((1, 2, 2)), "3", broken=True)
 PLACES = np.array([-1.0, 0.0, 1.0])
 GRID = pd.DataFrame({"x": np.repeat(PLACES, 3), "y": np.tile(PLACES, 3)})
 GRID = GRID.assign(value=GRID["x"] + GRID["y"], margin=GRID["x"], dx=1.0, dy=0.5)
@@ -92,9 +105,13 @@ CASES = {
     "prices": Case(
         results.draw_prices, lines("training_ratio accuracy", method=METHODS), "training_ratio accuracy"
     ),
-    "hours": Case(
-        results.draw_hours, lines("hours", part=("epoch", "attack")).assign(devices=[1, 2, 4] * 2), "hours devices"
+    "seconds": Case(
+        results.draw_seconds,
+        lines("seconds", part=("epoch", "attack")).assign(devices=[1, 2, 4] * 2),
+        "seconds devices",
     ),
+    "reported": Case(results.draw_reported, ANSWERS, "accuracy", False),
+    "certain": Case(results.draw_certain, ANSWERS.replace("reported", "certified"), "accuracy", False),
     "regions": Case(
         lambda ax, t: geometry.draw_regions(ax, t, [0, 1], CENTROIDS), REGIONS, "x y nearest_0 nearest_1", False
     ),
@@ -127,7 +144,7 @@ def marks(axes: plt.Axes) -> int:
 def test_every_function_that_draws_a_table_is_among_the_cases() -> None:
     drawn = {name for module in (results, geometry) for name in vars(module) if name.startswith("draw_")}
     named = {f"draw_{name.replace(' ', '_')}" for name in CASES} | {"draw_protocol_gaps", "draw_on_a_line"}
-    others = {"draw_image", "draw_points", "draw_voronoi"}
+    others = {"draw_image", "draw_points", "draw_voronoi", "draw_line"}
     assert drawn - others <= named
 
 
@@ -220,7 +237,9 @@ def test_one_row_can_be_seen(name: str, axes) -> None:
         (lambda ax: geometry.draw_ladder(ax, lines("t", k=("a",)), "t", bounds=["own"]), r"bounds: .* got \['own'\]"),
         (lambda ax: results.draw_image(ax, np.zeros((2, 4, 4))), r"1 or 3 channels, got \[2, 4, 4\]"),
         (lambda ax: results.draw_image(ax, np.full((1, 2, 2), np.nan)), "expected finite pixels, got 4"),
-        (lambda _: row_of_panels(0, width=1, height=1), "count: expected at least one panel, got 0"),
+        (lambda _: panels(0, height=1), "count: expected at least one panel and column, got 0, 0"),
+        (lambda _: picture_grid({}), "columns: expected as many pictures in each, at least one"),
+        (lambda _: picture_grid({"a": [PICTURE], "b": []}), "columns: expected as many pictures in each"),
         (lambda ax: ball_on(ax, [0.0], 0.1), "center: expected two coordinates"),
     ],
 )  # fmt: skip
@@ -256,4 +275,33 @@ def test_every_method_has_its_panel() -> None:
     assert shown[-1].get_title() == "my-method"
     shared_legend(figure, shown, columns=2)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["the paper's protocol", "correct attacks"]
+    plt.close("all")
+
+
+def test_each_norm_has_a_panel_for_each_method_with_the_others_behind_it() -> None:
+    rows = lines("eps robust_accuracy low high", method=("ce", "clustr", "trades"))
+    figure = robust_panels(pd.concat([rows.assign(norm=norm) for norm in ("l2", "linf")]))
+    axes = [ax for block in figure.subfigs for ax in block.axes if ax.get_visible()]
+    assert len(axes) == 6
+    assert all(len(ax.lines) == 4 for ax in axes)
+    plt.close("all")
+
+
+def test_losses_stand_side_by_side_for_each_method() -> None:
+    rows = lines("eps robust_accuracy", loss=("ce", "margin", "dlr"))
+    figure = loss_panels(pd.concat([rows.assign(method=method) for method in ("ce", "clustr")]))
+    assert [len(ax.lines) for ax in figure.axes if ax.get_visible()] == [3, 3]
+    assert len(figure.legends[0].get_texts()) == 3
+    with pytest.raises(ValueError, match="loss"):
+        loss_panels(rows.assign(method="ce", loss="square"))
+    plt.close("all")
+
+
+def test_a_broken_picture_is_framed_and_crossed() -> None:
+    figure = picture_grid({"clean": [Picture(PICTURE.image, "3")], "ClusTR+QTRADES": [PICTURE]})
+    clean, broken = figure.axes
+    assert (clean.get_xlabel(), broken.get_xlabel()) == ("3", "✗ 3")
+    assert not clean.spines["left"].get_visible()
+    assert broken.spines["left"].get_visible()
+    assert broken.get_title() == "ClusTR\n+QTRADES"
     plt.close("all")

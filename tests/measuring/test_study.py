@@ -83,8 +83,8 @@ def test_the_larger_profiles_stand_beside_ones_own() -> None:
     ("name", "data", "pixels", "title", "radii"),
     [
         ("quick", "digits", 64, "digits, eps 0.1", "0.14 0.28 0.5"),
-        ("cpu", "mnist5k", 784, "mnist5k, eps 0.1", "0.5 1 1.58"),
-        ("cpu-cifar10", "cifar10-jpeg", 3072, "cifar10-jpeg, eps 8/255", "36/255 72/255 108/255"),
+        ("cpu", "mnist5k", 784, "MNIST-5k, eps 0.1", "0.5 1 1.58"),
+        ("cpu-cifar10", "cifar10-jpeg", 3072, "CIFAR-10 (JPEG), eps 8/255", "36/255 72/255 108/255"),
     ],
 )
 def test_each_data_set_is_described_in_its_own_units(name: str, data: str, pixels: int, title: str, radii: str) -> None:
@@ -117,14 +117,14 @@ def test_methods_are_in_the_books_order_and_ones_own_after_them() -> None:
 
 
 def test_intervals_are_printed_in_one_way() -> None:
-    assert study.with_interval(0.5514, 0.52, 0.5816) == "55.1 [52.0, 58.2]"
+    assert study.with_interval(0.5514, 0.52, 0.5816) == "55.1\N{NO-BREAK SPACE}[52.0,\N{NO-BREAK SPACE}58.2]"
     table = pd.DataFrame({"low": [0.0], "high": [1.0], "share": [0.5]})
-    assert study.with_intervals(table, "share") == ["50.0 [0.0, 100.0]"]
+    assert study.with_intervals(table, "share") == [study.with_interval(0.5, 0.0, 1.0)]
 
 
 def test_no_other_file_prints_intervals() -> None:
     """ "x [low, high]" is printed by `study.with_interval` alone."""
-    pattern = re.compile(r"\[\{[^}]*low[^}]*\}, \{[^}]*high[^}]*\}\]")
+    pattern = re.compile(r"\[\{[^}]*low[^}]*\},(?: |\\N\{NO-BREAK SPACE\})\{[^}]*high[^}]*\}\]")
     files = [path for part in ("clustr_core", "tools", "notebooks") for path in (ROOT / part).rglob("*.*")]
     texts = {p: p.read_text(encoding="utf-8") for p in files if p.suffix in (".py", ".md")}
     assert [path.name for path, text in texts.items() if pattern.search(text)] == ["study.py"]
@@ -153,14 +153,16 @@ def test_nothing_was_claimed_of_other_data() -> None:
 
 
 def test_the_battery_in_words(cifar: study.Study) -> None:
-    table = study.battery_table(cifar.diagnostics).set_index("check")
+    table = study.battery_table(cifar.diagnostics).set_index("method")
     masked = study.masked_methods(cifar.diagnostics)
-    assert {name for name in table if table.loc["verdict", name] == "masked"} == set(map(study.method_name, masked))
-    speaking = study.battery_table(cifar.diagnostics, speaking=True)["check"]
-    silent = study.silent_checks({"": cifar})
-    assert sorted([*speaking, *silent]) == sorted(table.index)
-    dots = table.drop(index="verdict").apply(lambda row: row.str.contains("●").any(), axis=1)
-    assert set(dots.index[~dots]) == set(silent)
+    assert set(table.index[table["verdict"] == "masked"]) == set(map(study.method_name, masked))
+    checks = study.checks_table(cifar.diagnostics).set_index("check")
+    silent = set(study.silent_checks({"": cifar}))
+    assert set(checks.index[checks["methods flagged"].str.startswith("0 of")]) == silent
+    spoken = {said.split(" (")[0] for line in table["checks that speak (value)"] for said in line.split(", ")}
+    assert spoken - {"none"} == set(checks.index) - silent
+    rows = cifar.diagnostics[cifar.diagnostics["check"] == "budget"]
+    assert checks.loc["budget", "values"] == f"{rows['value'].min():.3g} to {rows['value'].max():.3g}"
 
 
 def test_curves_and_searches_end_where_the_study_says(cifar: study.Study) -> None:
