@@ -9,10 +9,10 @@ import jaxtyping
 import pytest
 import shapes
 import torch
-from browsers import CHROMIUM
 
 # before a test imports nbformat, which then starts in a tenth of the time
 import tools  # noqa: F401
+from tools.browser import CHROMIUM
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)

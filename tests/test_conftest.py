@@ -16,8 +16,8 @@ def test_only_a_gpu_test_may_be_skipped(pytester, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     here = Path(__file__).parent
     pytester.makeconftest((here / "conftest.py").read_text())
-    beside = {name: (here / f"{name}.py").read_text() for name in ("shapes", "browsers")}
-    pytester.makepyfile(tools=(here.parent / "tools/__init__.py").read_text(), **beside)
+    tools = {name: (here.parent / f"{name}.py").read_text() for name in ("tools/__init__", "tools/browser")}
+    pytester.makepyfile(shapes=(here / "shapes.py").read_text(), **tools)
     pytester.makeini("[pytest]\nmarkers = gpu: needs a GPU\n")
     pytester.makepyfile(
         test_functions="""

@@ -12,18 +12,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from clustr_core.storage.files import home
 from tools.book_check import NOT_THE_BOOK
+from tools.browser import CHROMIUM, NAMES, served
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # name, width in pixels, colours
 VIEWS = (("wide", 1400, "light"), ("narrow", 390, "light"), ("dark", 1400, "dark"))
 HEAVIEST = 1_500_000
@@ -33,13 +29,6 @@ REST = 1500
 FORMULAS = ".katex-mathml { display: none !important; } .katex svg { width: 1em !important; }"
 # a function that is evaluated in the page; its first line is a comment
 LOOK = Path(__file__).with_suffix(".js").read_text(encoding="utf-8").split("\n", 1)[1]
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    extensions_map: ClassVar = {**SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
 
 
 def build(root: Path, theme: Path, copy: Path) -> Path:
@@ -60,19 +49,6 @@ def build(root: Path, theme: Path, copy: Path) -> Path:
     if done.returncode or not (pages / "index.html").exists():
         raise RuntimeError(f"the site could not be built: {(done.stdout + done.stderr)[-2000:]}")
     return pages
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address at which a plain web server offers a folder."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def look(browser: Any, pages: Path, names: Sequence[str]) -> list[str]:
@@ -152,9 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.page_test", description="Look at every page in a browser.")
     parser.add_argument("theme", type=Path, help="the folder of a built theme")
     options = parser.parse_args(arguments)
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        print(f"page-test: expected a browser, one of {', '.join(BROWSERS)}, got none", file=sys.stderr)
+    if CHROMIUM is None:
+        print(f"page-test: expected a browser, one of {', '.join(NAMES)}, got none", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory(prefix="clustr-pages-") as scratch:
         try:
@@ -163,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"page-test: {error}", file=sys.stderr)
             return 1
         names = names_of(pages)
-        faults = _looked_at(executable, pages, names)
+        faults = _looked_at(CHROMIUM, pages, names)
     print("\n".join(faults) if faults else f"{len(names)} pages, wide, narrow and dark: nothing is wrong.")
     return 1 if faults else 0
 

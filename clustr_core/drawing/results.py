@@ -8,6 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
@@ -75,7 +76,7 @@ def draw_line(axes: Axes, x: Any, y: Any, look: Look, **more: Any) -> None:
 def in_per_cent(axes: Axes) -> None:
     """Shares from 0 to 1, written from 0 to 100."""
     axes.set_ylim(-0.02, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    _written_in_per_cent(axes.yaxis)
 
 
 def eps_in_bytes(axes: Axes) -> None:
@@ -190,7 +191,7 @@ def draw_protocol_gaps(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_yticks(range(len(groups)), [method_name(method) for method, _ in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlim(-0.03, 1.03)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    _written_in_per_cent(axes.xaxis)
     axes.grid(visible=False, axis="y")
 
 
@@ -227,7 +228,7 @@ def _draw_pairs(axes: Axes, table: pd.DataFrame, looks: Mapping[str, Look]) -> l
     axes.set_yticks(range(len(groups)), [str(name) for name, _ in groups])
     axes.set(ylim=(len(groups) - 0.5, -0.5), xlim=(-0.12, 1.0))
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    _written_in_per_cent(axes.xaxis)
     axes.grid(visible=False, axis="y")
     return found
 
@@ -443,7 +444,7 @@ def draw_prices(axes: Axes, table: pd.DataFrame) -> None:
         look = look_of(method)
         style = {"marker": look.marker, "color": look.color, "markersize": 9, "linestyle": "none"}
         axes.plot(rows["training_ratio"], rows["accuracy"], label=method_name(method), **style)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    _written_in_per_cent(axes.yaxis)
     axes.set(xlabel="training time / cross-entropy's", ylim=(-0.03, max(0.65, table["accuracy"].max() + 0.03)))
 
 
@@ -468,6 +469,10 @@ def draw_seconds(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_xticks(list(marks.values()), list(marks))
     axes.xaxis.set_minor_formatter("")
     axes.grid(axis="y", alpha=0.3)
+
+
+def _written_in_per_cent(axis: Axis) -> None:
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
 
 
 def _style(look: Look, count: int, **more: Any) -> dict[str, Any]:

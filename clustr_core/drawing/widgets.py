@@ -35,8 +35,7 @@ def module(name: str) -> str:
     Raises:
         ValueError: for a name that no widget has.
     """
-    if name not in names():
-        raise ValueError(f"name: expected one of {names()}, got {name!r}")
+    _check_name(name)
     shared, own = ((FOLDER / f"{stem}.mjs").read_text(encoding="utf-8") for stem in ("shared", name))
     return re.sub(r"^export ", "", shared, flags=re.M) + "\n" + _IMPORT.sub("", own)
 
@@ -67,8 +66,7 @@ def save_widget(name: str, data: Mapping[str, Any], *, replaces: str | None = No
     Raises:
         ValueError: as `show`.
     """
-    if name not in names():
-        raise ValueError(f"name: expected one of {names()}, got {name!r}")
+    _check_name(name)
     lines = ",\n".join(f"{json.dumps(key)}: {_as_json(value)}" for key, value in data.items())
     shown = f"{json.dumps('replaces')}: {json.dumps(replaces)},\n" if replaces else ""
     # indented, so that the page's builder takes it for code: as prose, so long a text takes it minutes
@@ -88,6 +86,11 @@ def drawn(name: str, look: Look) -> dict[str, str]:
     """What a widget needs of a look: ``name color dash marker``."""
     dash = DASHES[look.linestyle] if isinstance(look.linestyle, str) else "3 1 1 1 1 1"
     return {"name": name, "color": _hex(look.color), "dash": dash, "marker": look.marker}
+
+
+def _check_name(name: str) -> None:
+    if name not in names():
+        raise ValueError(f"name: expected one of {names()}, got {name!r}")
 
 
 def _hex(color: str) -> str:

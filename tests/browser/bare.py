@@ -1,15 +1,14 @@
 """A widget in a bare page, drawn as the published one draws it: in a shadow root, from a model that is only read."""
 
 import json
-import threading
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from clustr_core.drawing import widgets
+from tools.browser import served
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>widget</title>
@@ -30,25 +29,11 @@ window.rendered = true;
 """
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    extensions_map: ClassVar = {**SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address at which a plain web server offers a folder."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
-        # a shutdown waits for the next poll: by default half a second for every page
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+def luminance(colour: str) -> float:
+    """Relative luminance of a computed colour, "rgb(r, g, b)", as contrast is defined on."""
+    channels = [float(value) / 255 for value in re.findall(r"[\d.]+", colour)[:3]]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 @contextmanager

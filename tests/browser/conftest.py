@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from browsers import CHROMIUM
+
+from tools.browser import CHROMIUM
 
 collect_ignore_glob = [] if CHROMIUM else ["test_*.py"]
 

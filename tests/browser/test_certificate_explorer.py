@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from bare import bare_page
+from bare import bare_page, luminance
 
 from clustr_core.certificates.ladder import certified_radius
 from clustr_core.certificates.names import HARD_BOUNDS, SOFT_BOUNDS
@@ -286,12 +286,6 @@ COLOURS = """(root) => {
     .map((each) => getComputedStyle(each));
   return [own.color, own.backgroundColor, text.fill, disc.stroke];
 }"""
-
-
-def luminance(colour: str) -> float:
-    channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bare import bare_page
+from bare import bare_page, luminance
 
 from clustr_core.attacks.ball import pgd_path, random_point
 from clustr_core.attacks.losses import cross_entropy
@@ -311,12 +311,6 @@ def test_a_narrow_page_by_touch(browser, tmp_path, found):
             "all => all.map((each) => parseFloat(getComputedStyle(each).fontSize))"
         )
         assert min(sizes) >= 12
-
-
-def luminance(colour: str) -> float:
-    parts = [float(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
-    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 @pytest.mark.parametrize("dark", [False, True])
