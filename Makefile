@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help figures chapter test test-fast test-long verify bench proofs lab book-check page-test book publish lint clean
+.PHONY: help figures chapter test test-fast test-long verify bench proofs lab book-check page-test book api pdf slides publish lint clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,8 +47,8 @@ proofs:  ## check the proof of the certificates with Coq, and print what it assu
 	mkdir -p _build/proofs && cp proofs/*.v _build/proofs/
 	cd _build/proofs && for file in *.v; do coqc "$$file" || exit 1; done
 
-lab: $(READY)  ## open the chapters in JupyterLab (right click a .md: open with > Notebook)
-	$(BIN)/python -m jupyter lab --notebook-dir=. notebooks
+lab: $(READY)  ## open the book in JupyterLab: a double click on notebooks/NN-topic.md opens the chapter
+	$(BIN)/python -m tools.lab
 
 book-check: $(READY)  ## validate the whole book offline: references, embeds, links, images, citations
 	$(BIN)/python -m tools.book_check
@@ -58,6 +58,15 @@ page-test: $(READY)  ## look at every page of the whole site in a browser: make 
 
 book: $(READY)  ## build the site into _build/html (needs internet once, for the theme; Node 20)
 	$(BIN)/python -m jupyter_book build --html --strict
+
+api: $(READY)  ## write api.md, the page of the package's public names, from their docstrings
+	$(BIN)/python -m tools.api
+
+pdf: $(READY)  ## the whole book as one PDF, offline: _build/pdf/clustr-book.pdf (Node 20)
+	$(BIN)/python -m tools.pdf
+
+slides: $(READY)  ## one lecture from chapters 1, 2 and 6, and the same with notes, offline: _build/slides/ (Node 20)
+	$(BIN)/python -m tools.slides
 
 publish: figures  ## make what was regenerated the published: results/published/, figures/published/, the chapters' twins
 	$(BIN)/python -m tools.publish --profile '$(PROFILE)'

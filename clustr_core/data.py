@@ -153,7 +153,13 @@ def _data_root(root: str | Path | None) -> Path:
 
 
 def to_float(images: ImageBytes) -> Float[Tensor, "batch channel height width"]:
-    """Bytes 0..255 -> float32 in [0, 1]."""
+    """Bytes 0..255 -> float32 in [0, 1].
+
+    Raises:
+        ValueError: if the images are no bytes, as when they were converted before.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images: expected bytes (torch.uint8), got {images.dtype}; floats in [0, 1] need nothing")
     return images.float().div_(255)
 
 

@@ -33,8 +33,9 @@ def local_functions(code: str) -> list[str]:
 
 
 def share_shown(cells: list[NotebookNode]) -> float:
-    """Of the cells that compute or draw; a table's cell only writes what its {figure} shows."""
-    counted = [cell for cell in cells if not cell.metadata.get("label", "").startswith("tab-")]
+    """Of the cells that compute or draw; a table's cell only writes what its {figure} shows, a solution's is folded."""
+    shown_elsewhere = ("tab-", "sol-")
+    counted = [cell for cell in cells if not cell.metadata.get("label", "").startswith(shown_elsewhere)]
     hidden = [cell for cell in counted if HIDING & set(cell.metadata.get("tags", []))]
     return 1 - len(hidden) / len(counted)
 
@@ -47,7 +48,17 @@ def test_no_line_of_code_is_longer_than_a_page_is_wide(source: Path) -> None:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_a_chapter_defines_no_function(source: Path) -> None:
-    assert [name for cell in code_cells(source) for name in local_functions(cell.source)] == []
+    """But for what a reader would write: something of one's own (`own-`), and the solution of an exercise."""
+    cells = [cell for cell in code_cells(source) if not cell.metadata.get("label", "").startswith(("own-", "sol-"))]
+    assert [name for cell in cells for name in local_functions(cell.source)] == []
+
+
+def test_something_of_ones_own_takes_twenty_lines() -> None:
+    (source,) = [path for path in SOURCES if path.stem.endswith("-extend")]
+    own = {cell.metadata.get("label", ""): cell.source for cell in code_cells(source)}
+    own = {label: [line for line in code.splitlines() if line] for label, code in own.items() if "own-" in label}
+    assert set(own) == {"own-data", "own-encoder", "own-method", "own-attack"}
+    assert {label: len(lines) for label, lines in own.items() if len(lines) > 20} == {}
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,14 @@ def test_bytes_become_floats_in_the_unit_range():
     assert images.flatten()[255] == 255
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_what_is_no_bytes_is_not_converted_twice(as_installed, dtype):
+    images = torch.ones(1, 1, 4, 4, dtype=dtype)
+    with pytest.raises(ValueError, match=rf"images: expected bytes \(torch.uint8\), got {dtype}"):
+        data.to_float(images)
+    assert (images == 1).all()
+
+
 def noise(count, shape=(3, 7, 6), seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randint(1, 256, (count, *shape), generator=g, dtype=torch.uint8)

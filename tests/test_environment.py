@@ -1,6 +1,7 @@
 """environment.yml says what pyproject.toml says, in conda's words; the brief's eight packages are used."""
 
 import ast
+import os
 import re
 import tomllib
 from functools import cache
@@ -23,7 +24,7 @@ CONDA_ONLY = {"python", "pip", "nodejs"}
 EIGHT = {
     "torch": "torch",
     "torchvision": "torchvision",
-    "jupyterlab": r"jupyter lab\b",
+    "jupyterlab": r"-m tools\.lab",
     "jupytext": "jupytext",
     "matplotlib": "matplotlib",
     "seaborn": "seaborn",
@@ -108,3 +109,10 @@ def test_each_of_the_eight_is_required_and_used(package: str) -> None:
     assert package in conda
     evidence = EIGHT[package]
     assert evidence in imported_modules() or re.search(evidence, (ROOT / "Makefile").read_text())
+
+
+def test_binder_takes_the_environment_and_adds_the_package() -> None:
+    folder = ROOT / ".binder"
+    assert (folder / "environment.yml").resolve() == ROOT / "environment.yml"
+    assert os.access(folder / "postBuild", os.X_OK)
+    assert "pip install --no-deps -e ." in (folder / "postBuild").read_text(encoding="utf-8")

@@ -149,6 +149,8 @@ def test_two_runs_publish_the_same_bytes(one_chapter: Path) -> None:
     twin = nbformat.reads(published[0][0].decode(), as_version=4)
     assert [cell.id for cell in twin.cells] == [f"01-test-00{i}" for i in range(1, 6)]
     assert twin.cells[1].source == "rows = 2"
+    made = twin.metadata.clustr.made
+    assert (made.data, made.seeds, made.minutes) == ([], [], 1)
     drawn, shown = twin.cells[2].outputs[0], twin.cells[4].outputs
     assert drawn.data["text/plain"] == drawn.metadata["image/png"]["alt"] == "A line that rises from zero."
     assert [output.data for output in shown] == [{"text/plain": "3"}]
@@ -224,8 +226,8 @@ def test_a_changed_source_cannot_be_published(one_chapter: Path) -> None:
     ],
 )
 def test_an_output_that_cannot_be_published(output: nbformat.NotebookNode, complaint: str) -> None:
-    source = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")], metadata={"clustr": {}})
-    executed = nbformat.from_dict(source)
+    source = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")], metadata={})
+    executed = nbformat.from_dict(source | {"metadata": {"clustr": {"made": {}}, "papermill": {"duration": 1.0}}})
     executed.cells[0].outputs = [output]
     with pytest.raises(ValueError, match=complaint):
         publish.twin(source, executed, stem="01-test")

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import nbformat
 import pytest
 from book_copy import ROOT, copy_of_the_book, execute
 
@@ -33,6 +34,16 @@ def test_every_chapter_runs_in_profile_smoke(home: Path, source: Path) -> None:
     for label in notebooks.figure_labels(notebooks.read_source(source)):
         for suffix in (".svg", ".png", ".csv"):
             assert (home / "figures/smoke" / f"{label}{suffix}").stat().st_size > 0
+    executed = nbformat.read(home / f"_build/smoke/{source.stem}.ipynb", as_version=4)
+    for cell in filter(notebooks.is_solution, executed.cells):
+        assert [kind_of(output) for output in cell.outputs] == ["text"], cell.metadata["label"]
+
+
+def kind_of(output: nbformat.NotebookNode) -> str:
+    """ "text" for what is printed and for tables, "image", or the name of another stream."""
+    if output.output_type == "stream":
+        return "text" if output.name == "stdout" else output.name
+    return "image" if any(mime.startswith("image/") for mime in output.data) else "text"
 
 
 def tables(root: Path) -> dict[str, bytes]:

@@ -20,6 +20,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("results/published", "figures/published", "notebooks", "profiles"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.ipynb", "*.png", "*.svg"))
     for name in (*claims.PAGES, "results/claims.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
     return tmp_path

@@ -41,7 +41,7 @@ def check(root: Path) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="clustr-book-") as scratch:
         copy = Path(scratch, "book")
         shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*NOT_THE_BOOK))
-        _write_stub(copy)
+        write_stub(copy)
         complaints = _build(copy)
         pages = sorted((copy / "_build/site/content").glob("*.json"))
         if not pages:
@@ -49,19 +49,25 @@ def check(root: Path) -> list[str]:
         return complaints + [fault for page in pages for fault in page_faults(page, copy / "_build/site/public")]
 
 
-def _write_stub(copy: Path) -> None:
+def write_stub(copy: Path) -> None:
+    """A theme without files, so that the engine downloads none."""
     stub = copy / "_build/templates/site/myst/book-theme/template.yml"
     stub.parent.mkdir(parents=True)
     stub.write_text(STUB, encoding="utf-8")
 
 
-def _build(copy: Path) -> list[str]:
-    command = [sys.executable, "-m", "jupyter_book", "build", "--site", "--strict", "--ci"]
+def run_engine(copy: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Let the book's engine build the pages of a copy for its site, whatever the environment says."""
+    command = [sys.executable, "-m", "jupyter_book", "build", "--site", "--ci", *options]
     environment = {k: v for k, v in os.environ.items() if k not in ("BASE_URL", "HOST", "CLUSTR_HOME")}
     environment |= {"NO_COLOR": "1", "FORCE_COLOR": "0"}
-    done = subprocess.run(
+    return subprocess.run(
         command, cwd=copy, env=environment, capture_output=True, encoding="utf-8", timeout=300, check=False
     )
+
+
+def _build(copy: Path) -> list[str]:
+    done = run_engine(copy, "--strict")
     lines = (done.stderr + "\n" + done.stdout).splitlines()
     # The summary at the end repeats the faults with a dash; the lines above it say where.
     complaints = [line.strip() for line in lines if COMPLAINT.match(line) and not line.strip().startswith("-")]

@@ -42,8 +42,8 @@ from clustr_core.storage.files import home
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.storage.tables import read_table
 
-# beside the chapters
-PAGES = ("index.md", "how-to-read.md", "results.md", "notation.md", "README.md")
+# beside the chapters; not api.md, which tools.api writes from docstrings: their numbers are constants of the code
+PAGES = ("index.md", "how-to-read.md", "results.md", "notation.md", "README.md", "site/slides.md")
 
 _NUMBER = r"(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
 # a quotient is one number, a radius such as 8/255; 1/2 and 2/3 are words

@@ -16,7 +16,7 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.storage.files import home
 from clustr_core.storage.provenance import environment
 from clustr_core.training.fields import field_value, read_yaml
@@ -63,6 +63,19 @@ def given_parameters(pairs: Sequence[str], declared: Mapping[str, Any], source: 
     return given
 
 
+def drawn_from(profile: Profile, given: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Data and seeds of the trained methods that a chapter reads, and its own parameter seed.
+
+    What a chapter draws or reads beside these, its cells say.
+    """
+    recipes = list(profile.recipes.values()) if "profile" in declared else []
+    own = [{**declared, **given}["seed"]] if "seed" in declared else []
+    return {
+        "data": sorted({recipe.dataset for recipe in recipes}),
+        "seeds": sorted({*own, *(recipe.seed for recipe in recipes)}),
+    }
+
+
 def _alike(text: str, default: Any, where: str) -> Any:
     """A text as a value of its default's kind."""
     if isinstance(default, str):
@@ -92,7 +105,8 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
     parameters = chosen_parameters(source, declared, profile.chapters.get(source.stem, {}), profile.name)
     parameters |= given_parameters(given, declared, source)
     made_from = notebooks.provenance(root, source, profile)
-    notebook.metadata["clustr"] = made_from | {"made": environment("cpu")}
+    made = environment("cpu") | drawn_from(profile, parameters, declared)
+    notebook.metadata["clustr"] = made_from | {"made": made}
     running = output.parent / "failed" / output.name
     running.parent.mkdir(parents=True, exist_ok=True)
     output.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Read chapters: sources, parameters, figures, and the hashes of what a run was made from."""
+"""Read chapters: sources, parameters, figures, exercises, and the hashes of what a run was made from."""
 
 import ast
 import re
@@ -19,6 +19,11 @@ _DIRECTIVE = re.compile(
     re.M | re.S,
 )
 _OPTION = re.compile(r":(?P<key>[\w-]+):[ \t]*(?P<value>.*)")
+_EXERCISE = re.compile(
+    r"^(?P<fence>:{3,})\{(?P<kind>exercise|solution)\}[ \t]*(?P<argument>.*?)[ \t]*\n(?P<body>.*?)^(?P=fence)[ \t]*$",
+    re.M | re.S,
+)
+_EMBED = re.compile(r"^`{3,}\{embed\}[ \t]*#(\S+)", re.M)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,18 @@ class Embed:
     alt: str
     kind: str
     caption: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """One ``{exercise}`` or ``{solution}`` of the prose: its title or its exercise, and the cells that it embeds."""
+
+    kind: str
+    argument: str
+    label: str
+    css_class: str
+    embedded: tuple[str, ...]
+    body: str
 
 
 def sources(root: Path) -> list[Path]:
@@ -96,18 +113,54 @@ def embeds(notebook: NotebookNode) -> list[Embed]:
 
 
 def _embed(match: re.Match[str]) -> Embed:
-    lines = match["body"].splitlines()
-    options: dict[str, str] = {}
-    while lines and (option := _OPTION.fullmatch(lines[0].strip())):
-        options[option["key"]] = option["value"].strip()
-        lines.pop(0)
+    options, text = _options(match["body"])
     return Embed(
         target=match["target"].removeprefix("#"),
         name=options.get("name", options.get("label", "")),
         alt=options.get("alt", ""),
         kind=options.get("kind", "figure"),
-        caption="\n".join(lines).strip(),
+        caption=text,
     )
+
+
+def _options(body: str) -> tuple[dict[str, str], str]:
+    """The options at the head of a directive's body, and what follows them."""
+    lines, options = body.splitlines(), {}
+    while lines and (option := _OPTION.fullmatch(lines[0].strip())):
+        options[option["key"]] = option["value"].strip()
+        lines.pop(0)
+    return options, "\n".join(lines).strip()
+
+
+def is_solution(cell: NotebookNode) -> bool:
+    """Whether a code cell computes the solution of an exercise."""
+    return cell.cell_type == "code" and cell.metadata.get("label", "").startswith("sol-")
+
+
+def exercise_parts(notebook: NotebookNode) -> Iterator[Block | NotebookNode]:
+    """Exercises, the cells of their solutions, and the solutions, in the order of the page."""
+    for cell in notebook.cells:
+        if is_solution(cell):
+            yield cell
+        elif cell.cell_type == "markdown":
+            yield from map(_block, _EXERCISE.finditer(cell.source))
+
+
+def _block(match: re.Match[str]) -> Block:
+    options, body = _options(match["body"])
+    return Block(
+        kind=match["kind"],
+        argument=match["argument"],
+        label=options.get("label", ""),
+        css_class=options.get("class", ""),
+        embedded=tuple(_EMBED.findall(body)),
+        body=body,
+    )
+
+
+def embedded_cells(notebook: NotebookNode) -> list[str]:
+    """Labels of the cells that the prose embeds, each as often as it does."""
+    return [label for cell in notebook.cells if cell.cell_type == "markdown" for label in _EMBED.findall(cell.source)]
 
 
 def provenance(root: Path, source: Path, profile: Profile, *, results: str = "results") -> dict[str, Any]:

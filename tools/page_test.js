@@ -27,6 +27,12 @@
   const wide = document.documentElement.scrollWidth;
   if (wide > innerWidth) faults.push(`the page is ${wide} pixels wide`);
 
+  // on a wide screen a reader sees a whole table without moving it
+  for (const e of innerWidth > 1000 ? article.querySelectorAll("table") : []) {
+    const over = [e.parentElement, e.parentElement.parentElement].find((p) => p.scrollWidth > p.clientWidth + 1 && scrolls(e));
+    if (e.getClientRects().length && over) faults.push(`cut off at its column: ${said(e)}`);
+  }
+
   const seen = new Set();
   for (const e of article.querySelectorAll("table, figure img")) {
     if (!e.getClientRects().length) continue;

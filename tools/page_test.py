@@ -8,6 +8,7 @@ Exit status 1 if anything is wrong.
 """
 
 import argparse
+import gzip
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tools.browser import CHROMIUM, NAMES, served
 # name, width in pixels, colours
 VIEWS = (("wide", 1400, "light"), ("narrow", 390, "light"), ("dark", 1400, "dark"))
 HEAVIEST = 1_500_000
+COMPRESSED = {".html", ".json", ".mjs", ".svg", ".csv"}
 # milliseconds in which a page comes to rest
 REST = 1500
 # formulas are laid out by a style sheet from the internet: without it their invisible parts take room
@@ -64,7 +66,7 @@ def look(browser: Any, pages: Path, names: Sequence[str]) -> list[str]:
                 page.on("pageerror", lambda error, said=complaints: said.append(str(error)))
                 page.on("console", lambda message, said=complaints: _keep(message, said))
                 weight = {"bytes": 0}
-                page.on("response", lambda answer, sum_=weight: _weigh(answer, address, sum_))
+                page.on("response", lambda answer, sum_=weight: _weigh(answer.url, address, pages, sum_))
                 page.goto(f"{address}/{name}", wait_until="load")
                 page.add_style_tag(content=FORMULAS)
                 page.wait_for_timeout(REST)
@@ -92,10 +94,16 @@ def _keep(message: Any, said: list[str]) -> None:
         said.append(message.text)
 
 
-def _weigh(answer: Any, address: str, total: dict[str, int]) -> None:
+def _weigh(url: str, address: str, pages: Path, total: dict[str, int]) -> None:
+    """Count what a web host sends, which compresses text."""
     # the theme's own files are the same for every page, and kept by the browser
-    if answer.url.startswith(address) and "/build/_" not in answer.url and not answer.url.endswith((".js", ".css")):
-        total["bytes"] += int(answer.headers.get("content-length", 0))
+    if not url.startswith(address) or "/build/_" in url or url.endswith((".js", ".css")):
+        return
+    path = pages / url.removeprefix(address).partition("?")[0].strip("/")
+    path = path / "index.html" if path.is_dir() else path
+    if path.is_file():
+        sent = path.read_bytes()
+        total["bytes"] += len(gzip.compress(sent) if path.suffix in COMPRESSED else sent)
 
 
 def _dead_links(name: str, links: list[str], anchors: dict[str, set[str]], pages: Path) -> Iterator[str]:

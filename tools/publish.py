@@ -7,6 +7,7 @@ A twin is the source's own cells with the run's outputs, and nothing that change
 
 import argparse
 import copy
+import math
 import re
 import shutil
 import sys
@@ -58,7 +59,10 @@ def twin(source: NotebookNode, executed: NotebookNode, *, stem: str) -> Notebook
 
 def _metadata(source: NotebookNode, executed: NotebookNode) -> dict[str, Any]:
     kept = {key: value for key, value in source.metadata.items() if key not in ("papermill", "trusted")}
-    return kept | {"language_info": LANGUAGE, "clustr": executed.metadata["clustr"]}
+    clustr = executed.metadata["clustr"]
+    # in whole minutes: seconds are others at every run
+    made = clustr["made"] | {"minutes": math.ceil(executed.metadata["papermill"]["duration"] / 60)}
+    return kept | {"language_info": LANGUAGE, "clustr": clustr | {"made": made}}
 
 
 def _cell(mine: NotebookNode, theirs: NotebookNode, *, stem: str, index: int, alts: Mapping[str, str]) -> NotebookNode:

@@ -140,8 +140,16 @@ def save_figure(figure: Figure, label: str, table: pd.DataFrame, *, profile: str
             figure.savefig(temporary, format=suffix[1:], metadata=undated, bbox_inches="tight")
     drawn_from = stem.with_suffix(".csv")
     write_table(drawn_from, table)
-    write_sidecar(drawn_from, environment() | {"profile": profile})
+    write_sidecar(drawn_from, environment() | {"profile": profile, "methods": _methods(table, profile)})
     return drawn_from
+
+
+def _methods(table: pd.DataFrame, profile: str) -> dict[str, list[str]]:
+    """Whose runs are in a table, by the profile that trained them: the columns method and profile say so."""
+    if "method" not in table:
+        return {}
+    profiles = table["profile"] if "profile" in table else pd.Series(profile, index=table.index)
+    return {str(name): sorted(set(rows["method"].dropna())) for name, rows in table.groupby(profiles, sort=False)}
 
 
 def each_group(table: pd.DataFrame, column: str) -> Iterator[tuple[Any, pd.DataFrame]]:

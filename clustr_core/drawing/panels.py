@@ -146,15 +146,57 @@ def picture_grid(columns: Mapping[str, Sequence[Picture]]) -> Figure:
     for place, ax in enumerate(axes):
         row, column = divmod(place, len(columns))
         heading, pictures = list(columns.items())[column]
-        shown = pictures[row]
-        draw_image(ax, shown.image, _wrapped(heading) if row == 0 else "")
-        ax.set_axis_on()
-        ax.set(xticks=[], yticks=[])
-        ax.grid(visible=False)
-        for spine in ax.spines.values():
-            spine.set(visible=shown.broken, linewidth=2, color=BROKEN)
-        ax.set_xlabel(f"{'✗ ' * shown.broken}{shown.text}", color=BROKEN if shown.broken else "black", labelpad=3)
+        _draw_picture(ax, pictures[row])
+        ax.set_title(_wrapped(heading) if row == 0 else "")
     return figure
+
+
+def picture_rows(rows: Mapping[str, Sequence[Picture]], *, headings: Sequence[str] | None = None) -> Figure:
+    """Pictures side by side, a row each name, which stands to its left; a broken one has a dark frame.
+
+    Args:
+        headings: over the columns, if any.
+    Raises:
+        ValueError: if there is no picture, or the rows, or the headings, are not of one length.
+    """
+    lengths = {len(pictures) for pictures in rows.values()} | ({len(headings)} if headings else set())
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"rows: expected as many pictures in each, at least one, got {sorted(lengths)}")
+    (columns,) = lengths
+    # in inches: what the names and a line of text take up, and what lies between two pictures
+    names, line_height, gap = 2.1, 0.22, 0.08
+    side = (PAGE - names) / columns - gap
+    lines = [line_height * any(picture.text for picture in pictures) for pictures in rows.values()]
+    head = line_height * bool(headings)
+    height = head + sum(lines) + (side + gap) * len(rows)
+    figure = plt.figure(figsize=(PAGE, height))
+    # laid out by hand: constrained layout takes seconds for a hundred pictures. Set, not asked for at birth, for saving
+    # a figure that was born without a layout gives it the default one
+    figure.set_layout_engine("none")
+    axes, top = [], height - head
+    for below in lines:
+        lefts = [names + (side + gap) * place for place in range(columns)]
+        boxes = [(left / PAGE, (top - side) / height, side / PAGE, side / height) for left in lefts]
+        axes.append([figure.add_axes(box) for box in boxes])
+        top -= side + gap + below
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for ax, picture in zip(line, pictures, strict=True):
+            _draw_picture(ax, picture)
+        line[0].set_ylabel(method_name(name), rotation=0, ha="right", va="center")
+    for ax, heading in zip(axes[0], headings or (), strict=False):
+        ax.set_title(heading)
+    return figure
+
+
+def _draw_picture(ax: Axes, shown: Picture) -> None:
+    draw_image(ax, shown.image)
+    ax.set_axis_on()
+    ax.set(xticks=[], yticks=[])
+    ax.grid(visible=False)
+    for spine in ax.spines.values():
+        spine.set(visible=shown.broken, linewidth=2, color=BROKEN)
+    cross = "✗ " * (shown.broken and bool(shown.text))
+    ax.set_xlabel(f"{cross}{shown.text}", color=BROKEN if shown.broken else "black", labelpad=3)
 
 
 def _wrapped(heading: str) -> str:

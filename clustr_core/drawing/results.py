@@ -28,7 +28,7 @@ from clustr_core.measuring.study import method_name
 
 CLASS_MARKERS = "o^sDPvX<>*"
 REPORT_NAMES = {
-    "reported": "reported",
+    "reported": "in the paper's protocol",
     "attacked": "left by correct attacks",
     "certified": "certified: no attack can break it",
 }
@@ -387,6 +387,18 @@ def draw_ranges(axes: Axes, table: pd.DataFrame, value: str) -> None:
         box.set_facecolor(look_of(method).color)
         box.set_alpha(0.5)
     axes.invert_yaxis()
+
+
+def draw_beside(axes: Axes, table: pd.DataFrame, x: str, y: str) -> None:
+    """One share against another, a mark each method, with the interval of the second (columns low, high)."""
+    check_rows(table, x, y, "low", "high", words=("method",))
+    for method, rows in each_group(table, "method"):
+        look = look_of(method)
+        axes.vlines(rows[x], rows["low"], rows["high"], color=look.color, linewidth=1.4)
+        style = {"marker": look.marker, "color": look.color, "markersize": 7, "linestyle": "none"}
+        axes.plot(rows[x], rows[y], label=method_name(method), **style)
+    _written_in_per_cent(axes.xaxis)
+    _written_in_per_cent(axes.yaxis)
 
 
 def draw_parts(axes: Axes, table: pd.DataFrame) -> None:

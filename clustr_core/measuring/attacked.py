@@ -14,6 +14,7 @@ from clustr_core.attacks.autoattack import autoattack, square
 from clustr_core.attacks.cells import cell_walk
 from clustr_core.attacks.gradient import pgd
 from clustr_core.attacks.paper import paper_pgd, paper_surface
+from clustr_core.attacks.registry import OWN_ATTACKS, run_own
 from clustr_core.attacks.result import AttackResult, predicted
 from clustr_core.attacks.temperature import Rescaled
 from clustr_core.attacks.transfer import transfer
@@ -135,6 +136,8 @@ def _rows_path(
     asked = replace(protocol, eps=(eps,), losses=(), examples=None, step_size=protocol.step_size_at(eps))
     climbed = None if source is None else source.identity
     what = {**asdict(asked), "loss": loss, "model": target.identity, "source": climbed, "chunk": chunk.tolist()}
+    if protocol.attack in OWN_ATTACKS:
+        what["version"] = OWN_ATTACKS[protocol.attack].version
     return kept_at(target.tables, "attack", what, target.dataset.test_digest)
 
 
@@ -205,6 +208,8 @@ def run_attack(
         )
     if protocol.attack == "pgd":
         return pgd(cooled, images, labels, restarts=protocol.restarts, norm=protocol.norm, loss=loss, **size)
+    if protocol.attack in OWN_ATTACKS:
+        return run_own(protocol.attack, cooled, images, labels, restarts=protocol.restarts, norm=protocol.norm, **size)
     reach = {"norm": protocol.norm, "eps": eps, "seed": protocol.seed}
     if protocol.attack == "square":
         return square(cooled, images, labels, queries=protocol.steps, **reach)

@@ -23,7 +23,8 @@ class Protocol:
 
     Args:
         attack: "pgd"; "paper" (the released rule, `paper.paper_pgd`); "cell-walk" (``restarts`` is the number of rival
-            cells); "transfer" (PGD on ``source``); "square" (``steps`` is the number of queries); "autoattack".
+            cells); "transfer" (PGD on ``source``); "square" (``steps`` is the number of queries); "autoattack"; or
+            one's own (`attacks.registry.register_attack`).
         eps: the grid, in units of pixels in [0, 1].
         steps, restarts: of each attack; AutoAttack has its own.
         step_size: of every attack; None takes 2.5 eps / steps, which can cross the ball, and for "paper" the paper's
@@ -250,8 +251,9 @@ def load_profile(name: str | Path) -> Profile:
     Keys: ``shared`` (fields of every recipe), ``methods`` (the fields of each; ``warm_start`` names another method),
     ``attacks`` (a `Protocol` each), ``certified_examples``, ``examination``, ``sandwich`` and ``smoothing`` (an
     `Examination`, a `SandwichBudget`, a `SmoothingBudget`), ``chapters`` (parameters of each notebook), ``plugins``
-    (modules, or Python files beside the profile, that register methods of one's own; they are imported, which runs
-    them). Fractions such as 8/255 are numbers, everywhere; numbers are decimal; no key may stand twice.
+    (modules, or Python files beside the profile, that register methods, encoders and attacks of one's own; they are
+    imported, which runs them). Fractions such as 8/255 are numbers, everywhere; numbers are decimal; no key may stand
+    twice.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -268,6 +270,9 @@ def load_profile(name: str | Path) -> Profile:
     if unknown := sorted(set(content) - set(known), key=str):
         raise ValueError(f"{path.name}: unknown key {unknown}, expected some of {known}")
     shared, methods, attacks, chapters = (mapping(content.get(key), f"{path.name}: {key}") for key in parts)
+    # before anything that may be named by what they register
+    for plugin in field_value(content.get("plugins") or (), tuple[str, ...], f"{path.name}: plugins"):
+        _import_plugin(plugin, path)
     protocols = {key: _protocol(values, f"{path.name}: attacks.{key}") for key, values in attacks.items()}
     where = f"{path.name}: certified_examples"
     examples = field_value(content.get("certified_examples"), int | None, where)
@@ -278,8 +283,6 @@ def load_profile(name: str | Path) -> Profile:
         for key, kind in _BUDGETS.items()
         if content.get(key) is not None
     }
-    for plugin in field_value(content.get("plugins") or (), tuple[str, ...], f"{path.name}: plugins"):
-        _import_plugin(plugin, path)
     recipes, source = _recipes(methods, shared, path.name), {"sha256": digest(path.read_bytes()), "path": path}
     try:
         return Profile(_name_of(path), recipes, protocols, examples, chapters=chapters, **source, **budgets)

@@ -6,6 +6,7 @@ is measured.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,6 +32,8 @@ from clustr_core.measuring.profile import Profile, Protocol, load_profile
 from clustr_core.storage.files import home
 from clustr_core.storage.tables import read_table
 from clustr_core.training.recipes import run_folder
+
+log = logging.getLogger(__name__)
 
 # the profile that `make figures` runs, and whose run makes the twins
 BOOK = "quick"
@@ -257,7 +260,13 @@ def read_study(
         if not missing and not (published and source == "regenerated"):
             return Study(profile, source, folder, shown)
         if published and source == "published":
-            raise FileNotFoundError(f"{missing[0]}: expected a published table, got none")
+            command = f"make publish PROFILE={profile.name}"
+            raise FileNotFoundError(f"{missing[0]}: expected a published table, got none: {command} makes it")
+    log.warning(
+        "%s: expected rows in %s, got none: they are trained for and measured now, which may take long; "
+        "make figures PROFILE=%s does it once, and goes on where it was killed",
+        profile.name, folders["regenerated"], profile.name,
+    )  # fmt: skip
     return Study(profile, "measured now", None, shown)
 
 

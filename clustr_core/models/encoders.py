@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -212,8 +215,9 @@ def _check_even(width: int) -> None:
         raise ValueError(f"width: expected an even number, since MaxMin sorts pairs, got {width}")
 
 
-Encoder = SmallCNN | ResNet18 | LipschitzNet
-ENCODERS: dict[str, Callable[[ImageShape, int, str], Encoder]] = {
+_Build = Callable[[ImageShape, int, str], nn.Module]
+_Builder = TypeVar("_Builder", bound=_Build)
+ENCODERS: dict[str, _Build] = {
     "small-cnn": _small_cnn,
     "resnet18": _resnet18,
     "lip-mlp": _lip_mlp,
@@ -223,20 +227,73 @@ ENCODERS: dict[str, Callable[[ImageShape, int, str], Encoder]] = {
 }
 
 
-def build_encoder(name: str, image_shape: ImageShape, *, width: int, dataset: str = "") -> Encoder:
+_OURS = frozenset(ENCODERS)
+
+
+def register_encoder(name: str) -> Callable[[_Builder], _Builder]:
+    """A decorator: a recipe may then name the encoder that the function builds, ``encoder="my-net"``.
+
+    The function is called with the shape of an image (channels, height, width), the recipe's width and the name of its
+    data. It returns a module from images in [0, 1] to embeddings [batch, dim] that has ``embedding_dim``. Its random
+    weights come from the recipe's seed. A run is named by the encoder's name: another network needs another name. The
+    module must have been imported before a run of it is loaded: a profile lists it under ``plugins``.
+
+    Raises:
+        ValueError: if the name is not one such as "my-net", or is an encoder of the package. An encoder may be
+            registered again, as when a cell of a notebook is run twice: the last one counts.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        raise ValueError(f"name: expected one such as 'my-net', got {name!r}")
+    if name in _OURS:
+        raise ValueError(f"name: expected a free one, got {name!r}, which is an encoder of the package")
+
+    def register(build: _Builder) -> _Builder:
+        ENCODERS[name] = build
+        return build
+
+    return register
+
+
+def build_encoder(name: str, image_shape: ImageShape, *, width: int, dataset: str = "") -> nn.Module:
     """A fresh encoder by name, for images of shape (channels, height, width).
 
     Args:
         name: "small-cnn" (8x8 and 28x28 images) or "resnet18" (the paper's); "lip-mlp" (dense), "lip-cnn" (SLL
-            convolutions), "lip-cnn-aol" or "lip-cnn-cayley", which are 1-Lipschitz.
+            convolutions), "lip-cnn-aol" or "lip-cnn-cayley", which are 1-Lipschitz; or one of `register_encoder`.
         width: channels of the first layer; of "lip-mlp" its units.
         dataset: picks the pixel statistics of "resnet18": SVHN's for "svhn", CIFAR's for other colour images,
             0.5 and 0.5 otherwise.
     Raises:
-        ValueError: if the name is unknown, or the width is not positive or does not suit the encoder.
+        ValueError: if the name is unknown, or the width is not positive or does not suit the encoder; if an encoder of
+            one's own is no module, has no ``embedding_dim``, or embeds an image in another shape.
     """
     if name not in ENCODERS:
         raise ValueError(f"encoder: expected one of {sorted(ENCODERS)}, got {name!r}")
     if width < 1:
         raise ValueError(f"width: expected at least 1, got {width}")
-    return ENCODERS[name](image_shape, width, dataset)
+    encoder = ENCODERS[name](image_shape, width, dataset)
+    if name not in _OURS:
+        _check_own(name, encoder, image_shape)
+    return encoder
+
+
+def _check_own(name: str, encoder: object, image_shape: ImageShape) -> None:
+    """Before anything is trained, one grey image must become one embedding."""
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"encoder {name!r}: expected a torch module, got {type(encoder).__name__}")
+    dim = getattr(encoder, "embedding_dim", None)
+    if not isinstance(dim, Integral) or dim < 1:
+        raise ValueError(f"encoder {name!r}: expected a positive integer embedding_dim, got {dim!r}")
+    modes = {module: module.training for module in encoder.modules()}
+    try:
+        with torch.no_grad():
+            found = encoder.eval()(torch.full((1, *image_shape), 0.5))
+    except RuntimeError as error:
+        raise ValueError(
+            f"encoder {name!r}: expected one for float32 images of shape {image_shape}: {error}"
+        ) from error
+    for module, training in modes.items():
+        module.training = training
+    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != [1, dim]:
+        raise ValueError(f"encoder {name!r}: expected embeddings of shape [1, {dim}] of one image, got {shape}")

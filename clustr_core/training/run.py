@@ -153,7 +153,8 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
             is not registered here; if the file is damaged.
     """
     if not (folder / DONE).exists():
-        raise FileNotFoundError(f"folder: expected a finished run with {DONE} in {folder}")
+        made_by = "make figures, clustr train or fit(recipe) makes one"
+        raise FileNotFoundError(f"folder: expected a finished run with {DONE} in {folder}, got none: {made_by}")
     content = read_json(folder / DONE)
     try:
         recipe = recipe_from_dict(content["recipe"])
@@ -178,10 +179,11 @@ def new_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
+        dim: int = encoder.embedding_dim  # pyright: ignore[reportAssignmentType]
         if not recipe.learnable_centroids:
-            return LinearClassifier(encoder, encoder.embedding_dim, num_classes, orthonormal=recipe.orthonormal_head)
+            return LinearClassifier(encoder, dim, num_classes, orthonormal=recipe.orthonormal_head)
         labels = torch.arange(num_classes).repeat_interleave(recipe.per_class)
-        blank = Clusters(torch.zeros(len(labels), encoder.embedding_dim), labels, torch.ones(len(labels)))
+        blank = Clusters(torch.zeros(len(labels), dim), labels, torch.ones(len(labels)))
         return ClusterClassifier(encoder, blank, rule=recipe.rule, learnable=True)
 
 

@@ -69,6 +69,23 @@ def test_a_figure_is_four_files_and_the_same_bytes_each_time(home):
     assert contents(home) == first
 
 
+@pytest.mark.parametrize(
+    ("columns", "methods"),
+    [
+        ({}, {}),
+        ({"method": ["clustr", "ce", "clustr"]}, {"smoke": ["ce", "clustr"]}),
+        (
+            {"method": ["clustr", "ce", "ce"], "profile": ["cpu", "quick", "quick"]},
+            {"cpu": ["clustr"], "quick": ["ce"]},
+        ),
+        ({"method": ["clustr", None, "ce"]}, {"smoke": ["ce", "clustr"]}),
+    ],
+)
+def test_a_figure_says_whose_runs_it_was_drawn_from(home, columns, methods):
+    path = save_figure(a_figure(), "fig-test", TABLE.assign(**columns), profile="smoke")
+    assert check_sidecar(path)["made"]["methods"] == methods
+
+
 def test_where_a_figure_goes(home, monkeypatch):
     assert save_figure(a_figure(), "fig-a", TABLE) == home / "figures/quick/fig-a.csv"
     monkeypatch.setenv("CLUSTR_PROFILE", "cpu")

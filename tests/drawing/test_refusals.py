@@ -17,6 +17,7 @@ from clustr_core.drawing.panels import (
     loss_panels,
     panels,
     picture_grid,
+    picture_rows,
     robust_panels,
     shared_legend,
 )
@@ -93,6 +94,9 @@ CASES = {
     "shares": Case(lambda ax, t: results.draw_shares(ax, t, "v", "epoch"), lines("v", epoch=(1, 2)), "v"),
     "paths": Case(results.draw_paths, lines("along across", method=METHODS), "along across"),
     "progress": Case(lambda ax, t: results.draw_progress(ax, t, "x", "y"), lines("x y", method=METHODS), "x y"),
+    "beside": Case(
+        lambda ax, t: results.draw_beside(ax, t, "x", "y"), lines("x y low high", method=METHODS), "x y low high"
+    ),
     "ranges": Case(lambda ax, t: results.draw_ranges(ax, t, "v"), lines("v", method=METHODS), "v"),
     "parts": Case(
         results.draw_parts,
@@ -240,6 +244,9 @@ def test_one_row_can_be_seen(name: str, axes) -> None:
         (lambda _: panels(0, height=1), "count: expected at least one panel and column, got 0, 0"),
         (lambda _: picture_grid({}), "columns: expected as many pictures in each, at least one"),
         (lambda _: picture_grid({"a": [PICTURE], "b": []}), "columns: expected as many pictures in each"),
+        (lambda _: picture_rows({}), "rows: expected as many pictures in each, at least one"),
+        (lambda _: picture_rows({"a": [PICTURE], "b": []}), "rows: expected as many pictures in each"),
+        (lambda _: picture_rows({"a": [PICTURE]}, headings=["1", "2"]), "rows: expected as many pictures in each"),
         (lambda ax: ball_on(ax, [0.0], 0.1), "center: expected two coordinates"),
     ],
 )  # fmt: skip
@@ -304,4 +311,25 @@ def test_a_broken_picture_is_framed_and_crossed() -> None:
     assert not clean.spines["left"].get_visible()
     assert broken.spines["left"].get_visible()
     assert broken.get_title() == "ClusTR\n+QTRADES"
+    plt.close("all")
+
+
+def test_a_row_of_pictures_has_its_name_to_the_left() -> None:
+    silent = Picture(PICTURE.image, "", broken=True)
+    figure = picture_rows({"clustr": [PICTURE, silent], "a row": [silent, silent]}, headings=["left", "right"])
+    assert [ax.get_ylabel() for ax in figure.axes] == ["ClusTR", "", "a row", ""]
+    assert [ax.get_title() for ax in figure.axes] == ["left", "right", "", ""]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["✗ 3", "", "", ""]
+    assert all(ax.spines["left"].get_visible() for ax in figure.axes)
+    plt.close("all")
+
+
+def test_rows_of_pictures_are_saved_as_they_were_laid_out(tmp_path) -> None:
+    with plt.rc_context():
+        house_style()
+        figure = picture_rows({"clustr": [PICTURE, PICTURE], "ce": [PICTURE, PICTURE]})
+        places = [ax.get_position().bounds for ax in figure.axes]
+        for name in ("one.png", "two.png"):
+            figure.savefig(tmp_path / name, bbox_inches="tight")
+        assert [ax.get_position().bounds for ax in figure.axes] == places
     plt.close("all")

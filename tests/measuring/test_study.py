@@ -55,16 +55,21 @@ def test_regenerated_rows_come_before_published_ones_and_all_or_none(home: Path)
     assert theirs.attacks.query("method == 'ce'")["robust"].any()
 
 
-def test_what_is_neither_is_measured_when_asked_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_neither_is_measured_when_asked_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     asked = []
     monkeypatch.setattr(
         study, "_measured", lambda profile, kind, method: asked.append(method) or pd.DataFrame({"method": [method]})
     )
     mine = study.read_study("smoke")
     assert (mine.source, mine.folder) == ("measured now", None)
+    assert "make figures PROFILE=smoke does it once" in caplog.text
     assert asked == []
     assert list(mine.sandwich["method"]) == asked == [*mine.profile.lipschitz]
-    with pytest.raises(FileNotFoundError, match=r"published/smoke/attacks-ce\.csv: expected a published table"):
+    with pytest.raises(
+        FileNotFoundError, match=r"published/smoke/attacks-ce\.csv: expected a published table.*make publish"
+    ):
         study.read_study("smoke", published=True)
 
 
