@@ -19,8 +19,15 @@ const folded = (title, children) => ({
   children: [{ type: 'summary', children: [text(title)] }, ...children],
 });
 
-/** The chapter that draws each figure, by the label of the cell. */
+const known = new Map();
+
+/** The chapter that draws each figure, by the label of the cell; the notebooks are read once a book, not once a page. */
 function chapters(root) {
+  if (!known.has(root)) known.set(root, drawnIn(root));
+  return known.get(root);
+}
+
+function drawnIn(root) {
   const folder = path.join(root, 'notebooks');
   const names = readdirSync(folder).filter((name) => /^\d\d-.*\.ipynb$/.test(name));
   const drawn = names.flatMap((name) =>
@@ -96,10 +103,9 @@ const provenance = {
   name: 'provenance',
   stage: 'document',
   plugin: () => {
-    let drawn;
     return (tree, file) => {
       const root = file.cwd;
-      drawn ??= chapters(root);
+      const drawn = chapters(root);
       const visit = (node) => {
         if (!node.children) return;
         node.children = node.children.flatMap((child) => {

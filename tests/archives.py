@@ -5,17 +5,16 @@ import hashlib
 import io
 import pickle
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
 import scipy.io
 from torchvision import datasets
+
+from tools.browser import served as served
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -46,27 +45,6 @@ class Python2Array:
     def __reduce__(self):
         state = (1, self.array.shape, self.Dtype(), False, self.array.tobytes())
         return np.arange(0).__reduce__()[0], (np.ndarray, (0,), b"b"), state
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    """Serves files without a log."""
-
-    def log_message(self, *args: object) -> None:
-        """Say nothing."""
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address of a server of the files in a folder."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def mnist(folder: Path, url: str, patch: pytest.MonkeyPatch) -> Splits:

@@ -2,31 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from clustr_core.storage.provenance import sidecar_of
-from tools.book_check import run_engine, write_stub
+from tools.book_check import Node, run_engine, walk, write_stub
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTER = "04-pgd"
 FIGURES = ROOT / "figures/published/quick"
 PUBLISHED = (f"notebooks/{CHAPTER}.ipynb", "profiles/quick.yaml", "references.bib", "site/plugin.mjs")
 TABLES = ("fig-robust-accuracy", "fig-loss-agreement")
-Node = dict[str, Any]
-
-
-def below(node: Node) -> Iterator[Node]:
-    yield node
-    for child in node.get("children", []):
-        yield from below(child)
 
 
 def words(node: Node) -> str:
-    return "".join(each.get("value", "") for each in below(node))
+    return "".join(each.get("value", "") for each in walk(node))
 
 
 def built(folder: Path, setting: str = "") -> Node:
@@ -57,7 +48,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Node, Path]:
 
 
 def folds(page: Node, title: str) -> list[Node]:
-    return [each for each in below(page) if each["type"] == "details" and words(each).startswith(title)]
+    return [each for each in walk(page) if each["type"] == "details" and words(each).startswith(title)]
 
 
 def test_a_figure_says_its_command_its_table_and_its_runs(page: tuple[Node, Path]) -> None:
@@ -66,7 +57,7 @@ def test_a_figure_says_its_command_its_table_and_its_runs(page: tuple[Node, Path
     assert len(found) == len(TABLES)  # and none under the figure that was not published
     for fold, label in zip(found, TABLES, strict=True):
         assert f"make chapter NAME={CHAPTER}" in words(fold)
-        urls = [each["url"] for each in below(fold) if each["type"] == "link"]
+        urls = [each["url"] for each in walk(fold) if each["type"] == "link"]
         kept = [folder / "_build/site/public" / url.lstrip("/") for url in urls]
         table, sidecar, *runs = [path.read_bytes() for path in kept]
         assert table == (FIGURES / f"{label}.csv").read_bytes()
@@ -77,7 +68,7 @@ def test_a_figure_says_its_command_its_table_and_its_runs(page: tuple[Node, Path
 
 
 def test_a_fold_stands_right_under_its_figure(page: tuple[Node, Path]) -> None:
-    for parent in below(page[0]):
+    for parent in walk(page[0]):
         kinds = [child["type"] for child in parent.get("children", [])]
         for place, child in enumerate(parent.get("children", [])):
             if child["type"] == "details" and words(child).startswith("Made from"):
@@ -109,11 +100,11 @@ def test_the_foot_says_what_the_twin_records(page: tuple[Node, Path]) -> None:
 )
 def test_one_setting_offers_to_open_the_chapter(tmp_path: Path, setting: str) -> None:
     (foot,) = folds(built(tmp_path, setting), "How this page was made")
-    urls = [each["url"] for each in below(foot) if each["type"] == "link" and each["url"].startswith("https")]
+    urls = [each["url"] for each in walk(foot) if each["type"] == "link" and each["url"].startswith("https")]
     binder, colab = urls
     assert binder == f"https://mybinder.org/v2/gh/someone/some-book/HEAD?urlpath=lab/tree/notebooks/{CHAPTER}.ipynb"
     assert colab == f"https://colab.research.google.com/github/someone/some-book/blob/HEAD/notebooks/{CHAPTER}.ipynb"
-    commands = [each["value"] for each in below(foot) if each["type"] == "inlineCode"][-2:]
+    commands = [each["value"] for each in walk(foot) if each["type"] == "inlineCode"][-2:]
     assert commands == [
         "!git clone -q https://github.com/someone/some-book && pip install -q ./some-book",
         "%cd some-book/notebooks",

@@ -56,13 +56,13 @@ def write_stub(copy: Path) -> None:
     stub.write_text(STUB, encoding="utf-8")
 
 
-def run_engine(copy: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Let the book's engine build the pages of a copy for its site, whatever the environment says."""
-    command = [sys.executable, "-m", "jupyter_book", "build", "--site", "--ci", *options]
+def run_engine(copy: Path, *options: str, kind: str = "site") -> subprocess.CompletedProcess[str]:
+    """Let the book's engine build a copy, whatever the environment says: the pages' "site", or their "html"."""
+    command = [sys.executable, "-m", "jupyter_book", "build", f"--{kind}", "--ci", *options]
     environment = {k: v for k, v in os.environ.items() if k not in ("BASE_URL", "HOST", "CLUSTR_HOME")}
     environment |= {"NO_COLOR": "1", "FORCE_COLOR": "0"}
     return subprocess.run(
-        command, cwd=copy, env=environment, capture_output=True, encoding="utf-8", timeout=300, check=False
+        command, cwd=copy, env=environment, capture_output=True, encoding="utf-8", timeout=600, check=False
     )
 
 
@@ -80,13 +80,14 @@ def page_faults(page: Path, public: Path) -> list[str]:
     """Faults in one built page that the build itself does not report."""
     content = json.loads(page.read_text(encoding="utf-8"))
     where = content.get("location", page.name).lstrip("/")
-    return [f"{where}: {fault}" for node in _walk(content["mdast"]) for fault in _faults(node, public)]
+    return [f"{where}: {fault}" for node in walk(content["mdast"]) for fault in _faults(node, public)]
 
 
-def _walk(node: Node) -> Iterator[Node]:
+def walk(node: Node) -> Iterator[Node]:
+    """A node of the engine's tree and all below it, in the order of the page."""
     yield node
     for child in node.get("children") or []:
-        yield from _walk(child)
+        yield from walk(child)
 
 
 def _faults(node: Node, public: Path) -> Iterator[str]:
@@ -130,7 +131,7 @@ def _image_faults(node: Node, public: Path) -> Iterator[str]:
 
 
 def _container_faults(node: Node) -> Iterator[str]:
-    inner = list(_walk(node))
+    inner = list(walk(node))
     name = node.get("label") or (node.get("source") or {}).get("label") or "without a name"
     if not node.get("label"):
         yield f"{node['kind']} {name!r} has no :name:, so no number and nothing to refer to"

@@ -10,7 +10,6 @@ Exit status 1 if anything is wrong.
 import argparse
 import gzip
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clustr_core.storage.files import home
-from tools.book_check import NOT_THE_BOOK
+from tools.book_check import NOT_THE_BOOK, run_engine
 from tools.browser import CHROMIUM, NAMES, served
 
 # name, width in pixels, colours
@@ -45,8 +44,7 @@ def build(root: Path, theme: Path, copy: Path) -> Path:
             raise FileNotFoundError(f"theme: expected {theme / name}, got none: is this a built theme?")
     shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*NOT_THE_BOOK))
     shutil.copytree(theme, copy / "_build/templates/site/myst/book-theme", symlinks=True)
-    command = [sys.executable, "-m", "jupyter_book", "build", "--html", "--ci"]
-    done = subprocess.run(command, cwd=copy, capture_output=True, encoding="utf-8", timeout=600, check=False)
+    done = run_engine(copy, kind="html")
     pages = copy / "_build/html"
     if done.returncode or not (pages / "index.html").exists():
         raise RuntimeError(f"the site could not be built: {(done.stdout + done.stderr)[-2000:]}")

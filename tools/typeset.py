@@ -10,19 +10,16 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from clustr_core.storage.files import write_string, written_whole
-from tools.book_check import NOT_THE_BOOK, run_engine, write_stub
+from tools.book_check import NOT_THE_BOOK, Node, run_engine, walk, write_stub
 from tools.typst_math import to_typst
-
-Node = dict[str, Any]
 
 TEMPLATES = Path("site/typst")
 # longer words may break behind these
@@ -279,7 +276,7 @@ class Writer:
         path = self.root / f"figures/published/quick/{label}.svg"
         if not label or not path.exists():
             return ""
-        return self._picture(path, next(filter(None, map(_alt, _walk(inside))), ""))
+        return self._picture(path, next(filter(None, map(_alt, walk(inside))), ""))
 
     def _picture(self, path: Path, alt: str) -> str:
         self.images[path.name] = path
@@ -363,12 +360,6 @@ def _alt(node: Node) -> str:
     return str(known or "")
 
 
-def _walk(node: Node) -> Iterator[Node]:
-    yield node
-    for child in node.get("children") or []:
-        yield from _walk(child)
-
-
 def string(value: str) -> str:
     """A text as a string of Typst."""
     escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
@@ -429,7 +420,7 @@ def targets(pages: Iterable[Page]) -> frozenset[str]:
     names: set[str] = set()
     for page in pages:
         names.add(page.slug)
-        labelled = (node for node in _walk(page.tree) if node.get("identifier") and node["type"] in _LABELLED)
+        labelled = (node for node in walk(page.tree) if node.get("identifier") and node["type"] in _LABELLED)
         names |= {node["identifier"] for node in labelled if not node.get("implicit")}
     return frozenset(names)
 

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from clustr_core.attacks.ball import Ball, Eps, Images, Walk, check_within, one_each, with_gradients
 from clustr_core.attacks.names import ATTACKS
 from clustr_core.attacks.result import AttackResult, Model, logits_of, predicted, prepared
-from clustr_core.numerics.checks import check_evaluating
+from clustr_core.numerics.checks import check_evaluating, is_name
 
 _Attack = TypeVar("_Attack", bound=Callable[..., Images])
 KEYWORDS = ("norm", "eps", "step_size", "steps", "restarts", "seed")
@@ -47,7 +46,7 @@ def register_attack(name: str, *, version: int = 1) -> Callable[[_Attack], _Atta
         ValueError: if the name is no such name, or taken; if the function does not take those keywords. An attack may
             be registered again, as when a cell of a notebook is run twice: the last one counts.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+    if not is_name(name):
         raise ValueError(f"name: expected one such as 'my-attack', got {name!r}")
     if name in ATTACKS and name not in OWN_ATTACKS:
         raise ValueError(f"name: expected a free one, got {name!r}, which is an attack of the package")

@@ -24,7 +24,7 @@ from clustr_core.drawing.results import CLASS_MARKERS
 from clustr_core.measuring.pieces import dataset_of, drawn_order, some_test_images
 from clustr_core.measuring.study import method_name
 from clustr_core.models.embed import embed_all
-from clustr_core.numerics.distances import squared_distances
+from clustr_core.numerics.distances import nearest_points
 from clustr_core.training.run import Run
 
 # the longer side of a thumbnail, in pixels
@@ -198,7 +198,7 @@ def _walk(run: Run, question: _Question) -> _Walk:
         embeddings = torch.stack([model.embed(each) for each in pixels])
         logits = torch.stack([model(each) for each in pixels])
     margins = torch.stack([-margin_loss(each, question.labels) for each in logits])
-    nearest = [squared_distances(each, gallery).topk(question.neighbours, largest=False).indices for each in embeddings]
+    nearest = [nearest_points(each, gallery, count=question.neighbours)[1] for each in embeddings]
     return _Walk(
         positions=plane.project(embeddings),
         margins=margins,

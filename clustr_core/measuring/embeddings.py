@@ -19,7 +19,7 @@ from clustr_core.measuring.pieces import CachedRows, cache_path, dataset_of, som
 from clustr_core.models.clusters import Clusters, fit_clusters
 from clustr_core.models.embed import embed_all, predictions
 from clustr_core.numerics.chunks import IMAGES_PREDICTED
-from clustr_core.numerics.distances import squared_distances
+from clustr_core.numerics.distances import nearest_points, squared_distances
 from clustr_core.training.run import Run, training_part
 
 # a map in the plane is begun from three eigenvectors of the graph of neighbours
@@ -162,8 +162,7 @@ def nearest_examples(
     encoder: nn.Module, queries: Tensor, gallery: Tensor, *, count: int = 5
 ) -> Int[Tensor, "query count"]:
     """Indices of the gallery's byte images whose embeddings lie nearest to each query's, nearest first."""
-    distances = squared_distances(embed_all(encoder, queries), embed_all(encoder, gallery))
-    return distances.topk(count, dim=1, largest=False).indices
+    return nearest_points(embed_all(encoder, queries), embed_all(encoder, gallery), count=count)[1]
 
 
 def path_table(

@@ -22,8 +22,8 @@ from clustr_core.measuring.study import in_order, where, with_intervals
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.models.clusters import Clusters, fit_clusters
 from clustr_core.models.embed import embed_all
-from clustr_core.numerics.chunks import IMAGES_PREDICTED, rows_within
-from clustr_core.numerics.distances import squared_distances
+from clustr_core.numerics.chunks import IMAGES_PREDICTED
+from clustr_core.numerics.distances import nearest_points, squared_distances
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import Recipe
 from clustr_core.training.run import Run, finished, new_network, training_part
@@ -109,11 +109,7 @@ def nearest_labels(
     """
     if len(gallery) != len(labels):
         raise ValueError(f"labels: expected one for each of {len(gallery)} points of the gallery, got {len(labels)}")
-    if not 1 <= count <= len(gallery):
-        raise ValueError(f"count: expected 1 to {len(gallery)} neighbours, got {count}")
-    some = queries.split(rows_within(len(gallery), queries.dtype))
-    parts = [squared_distances(part, gallery).topk(count, dim=1, largest=False) for part in some]
-    return labels[torch.cat([part.indices for part in parts])]
+    return labels[nearest_points(queries, gallery, count=count)[1]]
 
 
 def label_agreement(found: Int[Tensor, "query count"], labels: Int[Tensor, " query"]) -> Float[Tensor, " query"]:
@@ -379,9 +375,7 @@ class PixelJudge:
 
     def distances(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, " batch"]:
         """L2 distance in pixels to the nearest training image: how far an image is from all that exist."""
-        some = images.flatten(1).split(rows_within(len(self.images), images.dtype))
-        parts = [squared_distances(part, self.images).amin(dim=1) for part in some]
-        return torch.cat(parts).sqrt()
+        return nearest_points(images.flatten(1), self.images, count=1)[0].squeeze(1).sqrt()
 
 
 def pixel_judge(dataset: data.Dataset, *, count: int = 5) -> PixelJudge:

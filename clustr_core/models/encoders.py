@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import TypeVar
@@ -20,6 +19,7 @@ from clustr_core.models.one_lipschitz import (
     SLLConv2d,
     orthogonal_linear,
 )
+from clustr_core.numerics.checks import is_name
 
 ImageShape = tuple[int, int, int]
 
@@ -242,7 +242,7 @@ def register_encoder(name: str) -> Callable[[_Builder], _Builder]:
         ValueError: if the name is not one such as "my-net", or is an encoder of the package. An encoder may be
             registered again, as when a cell of a notebook is run twice: the last one counts.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+    if not is_name(name):
         raise ValueError(f"name: expected one such as 'my-net', got {name!r}")
     if name in _OURS:
         raise ValueError(f"name: expected a free one, got {name!r}, which is an encoder of the package")

@@ -3,10 +3,17 @@
 import inspect
 import math
 import numbers
+import re
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+
+def is_name(name: object) -> TypeGuard[str]:
+    """Whether it is a name such as "my-method": words of small letters and digits, with hyphens between them."""
+    return isinstance(name, str) and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) is not None
 
 
 def check_finite(embeddings: Float[Tensor, "batch dim"]) -> None:

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from clustr_core.numerics.chunks import rows_within
 from clustr_core.numerics.derivatives import Gradients, gradients_of
 from clustr_core.numerics.rounding import working_dtype
 
@@ -23,6 +24,21 @@ def squared_distances(
     dtype = working_dtype(points.dtype, centroids.dtype)
     squares: Tensor = _SquaredDistances.apply(points.to(dtype), centroids.to(dtype))  # pyright: ignore[reportAssignmentType]
     return squares
+
+
+def nearest_points(
+    queries: Float[Tensor, "query dim"], gallery: Float[Tensor, "point dim"], *, count: int
+) -> tuple[Float[Tensor, "query count"], Int[Tensor, "query count"]]:
+    """Squared distances and indices of the ``count`` points that are nearest to each query, nearest first.
+
+    Raises:
+        ValueError: if ``count`` is not in 1..gallery.
+    """
+    if not 1 <= count <= len(gallery):
+        raise ValueError(f"count: expected 1 to {len(gallery)} neighbours, got {count}")
+    some = queries.split(rows_within(len(gallery), queries.dtype))
+    found = [squared_distances(part, gallery).topk(count, dim=1, largest=False) for part in some]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
 class _SquaredDistances(torch.autograd.Function):

@@ -1,11 +1,11 @@
 """A method of one's own, in one's own file: its recipe is registered with its objective, and is then as ours are."""
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from clustr_core.numerics.checks import is_name
 from clustr_core.training.fields import build
 from clustr_core.training.objectives import objective as objectives
 from clustr_core.training.recipes import METHODS, Recipe, recipe_to_dict
@@ -59,7 +59,7 @@ def _check_class(kind: type[Recipe]) -> None:
 def _check_name(kind: type[Recipe]) -> None:
     """The same class may come again, as when a cell of a notebook is run twice."""
     name = vars(kind).get("method")
-    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+    if not is_name(name):
         raise ValueError(f"{kind.__name__}.method: expected a name of its own such as 'my-method', got {name!r}")
     known = METHODS.get(name, kind)
     if (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -31,11 +32,8 @@ attacks: {mine: {attack: one-step, norm: linf, eps: [0.1], steps: 1, examples: 1
 @pytest.fixture(autouse=True)
 def forgotten():
     """What a test registers is forgotten after it."""
-    kept = [(known, dict(known)) for known in (ATTACKS, OWN_ATTACKS, ENCODERS, METHODS)]
-    yield
-    for known, before in kept:
-        known.clear()
-        known.update(before)
+    with patch.dict(ATTACKS), patch.dict(OWN_ATTACKS), patch.dict(ENCODERS), patch.dict(METHODS):
+        yield
     sys.modules.pop("mine_of_chapter", None)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pandas as pd
 import pytest
 from bare import bare_page
+from browser_data import without_intervals
 
 from clustr_core.cli import main
 from clustr_core.drawing import results_browser
-from clustr_core.measuring import accuracy, chain, study
+from clustr_core.measuring import study
 from clustr_core.measuring.accuracy import (
     best_bound,
     binomial_interval,
@@ -51,11 +52,7 @@ def some_methods(whole: study.Study) -> study.Study:
 
 @pytest.fixture(scope="module")
 def given(studies: dict[str, study.Study]) -> dict:
-    with pytest.MonkeyPatch.context() as patch:
-        # counts are sent, and the page computes their intervals: the package's cost seconds
-        for module in (accuracy, chain):
-            patch.setattr(module, "binomial_interval", lambda successes, trials: (0.0, 1.0))
-        return results_browser.data(studies.values())
+    return without_intervals(studies.values())
 
 
 @pytest.fixture(scope="module")

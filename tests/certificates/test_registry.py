@@ -3,6 +3,7 @@
 import math
 import types
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -47,10 +48,8 @@ def lipschitz(layer, shape):
 @pytest.fixture(autouse=True)
 def forgotten():
     """Layers of a test are forgotten after it."""
-    before = dict(OWN_LAYERS)
-    yield
-    OWN_LAYERS.clear()
-    OWN_LAYERS.update(before)
+    with patch.dict(OWN_LAYERS):
+        yield
 
 
 @pytest.fixture

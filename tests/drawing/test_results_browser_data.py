@@ -4,6 +4,7 @@ import json
 
 import pandas as pd
 import pytest
+from browser_data import without_intervals
 
 from clustr_core.drawing import results_browser
 from clustr_core.drawing.looks import LOOKS
@@ -17,11 +18,7 @@ def studies() -> dict[str, study.Study]:
 
 @pytest.fixture(scope="module")
 def given(studies: dict[str, study.Study]) -> dict:
-    with pytest.MonkeyPatch.context() as patch:
-        # counts are sent, and the page computes their intervals: the package's cost seconds
-        for module in (accuracy, chain):
-            patch.setattr(module, "binomial_interval", lambda successes, trials: (0.0, 1.0))
-        return results_browser.data(studies.values())
+    return without_intervals(studies.values())
 
 
 def curve(

@@ -1,5 +1,7 @@
 """An encoder of one's own trains like ours, and what it lacks is said before anything is trained."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
@@ -15,10 +17,8 @@ SHAPE = (1, 8, 8)
 @pytest.fixture(autouse=True)
 def forgotten():
     """What a test registers is forgotten after it."""
-    before = dict(ENCODERS)
-    yield
-    ENCODERS.clear()
-    ENCODERS.update(before)
+    with patch.dict(ENCODERS):
+        yield
 
 
 class Flat(nn.Sequential):

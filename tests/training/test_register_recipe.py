@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
+from unittest.mock import patch
 
 import pytest
 from matplotlib.figure import Figure
@@ -72,10 +73,8 @@ def book(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def forgotten():
     """Methods and modules of a test are forgotten after it."""
-    before = dict(METHODS)
-    yield
-    METHODS.clear()
-    METHODS.update(before)
+    with patch.dict(METHODS):
+        yield
     sys.modules.pop("my_method", None)
 
 
