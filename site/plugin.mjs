@@ -9,7 +9,6 @@ const read = (file) => JSON.parse(readFileSync(file, 'utf8'));
 const text = (value) => ({ type: 'text', value });
 const code = (value) => ({ type: 'inlineCode', value });
 const link = (url, ...children) => ({ type: 'link', url, children });
-const paragraph = (...children) => ({ type: 'paragraph', children });
 const item = (...children) => ({ type: 'listItem', spread: false, children });
 const list = (items) => ({ type: 'list', ordered: false, spread: false, children: items.map((each) => item(...each)) });
 const joined = (nodes) => nodes.flatMap((node, i) => (i ? [text(', '), node] : [node]));
@@ -102,22 +101,20 @@ function launch(root, chapter) {
 const provenance = {
   name: 'provenance',
   stage: 'document',
-  plugin: () => {
-    return (tree, file) => {
-      const root = file.cwd;
-      const drawn = chapters(root);
-      const visit = (node) => {
-        if (!node.children) return;
-        node.children = node.children.flatMap((child) => {
-          visit(child);
-          const label = child.type === 'container' && child.children.find((each) => each.url?.startsWith('#fig-'))?.url.slice(1);
-          const fold = label && drawn.has(label) && underFigure(root, file.path, label, drawn.get(label));
-          return fold ? [child, fold] : [child];
-        });
-      };
-      visit(tree);
-      if (/notebooks[\\/]\d\d-[^\\/]*\.ipynb$/.test(file.path)) tree.children.push({ type: 'block', children: [underChapter(root, file.path)] });
+  plugin: () => (tree, file) => {
+    const root = file.cwd;
+    const drawn = chapters(root);
+    const visit = (node) => {
+      if (!node.children) return;
+      node.children = node.children.flatMap((child) => {
+        visit(child);
+        const label = child.type === 'container' && child.children.find((each) => each.url?.startsWith('#fig-'))?.url.slice(1);
+        const fold = label && drawn.has(label) && underFigure(root, file.path, label, drawn.get(label));
+        return fold ? [child, fold] : [child];
+      });
     };
+    visit(tree);
+    if (/notebooks[\\/]\d\d-[^\\/]*\.ipynb$/.test(file.path)) tree.children.push({ type: 'block', children: [underChapter(root, file.path)] });
   },
 };
 
