@@ -251,6 +251,9 @@ def test_the_regions_have_the_class_that_the_rule_predicts(browser, tmp_path):
         assert 4 < other < 40, "the soft rule's regions are nearly those of the nearest rule, and not the same"
 
 
+HEARD = "document.getElementById('host').shadowRoot.querySelector('[aria-live]').textContent"
+
+
 def test_the_copied_python_prints_the_same_radii(browser, tmp_path):
     with explorer(browser, tmp_path) as page:
         page.context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -261,9 +264,9 @@ def test_the_copied_python_prints_the_same_radii(browser, tmp_path):
         for rule in ("nearest", "soft"):
             page.get_by_label("Rule").select_option(rule)
             page.get_by_role("button", name="Copy as Python").click()
-            page.wait_for_function(
-                "document.getElementById('host').shadowRoot.querySelector('[aria-live]').textContent === 'copied'"
-            )
+            page.wait_for_function(f"{HEARD} === 'copied'")
+            page.wait_for_timeout(400)  # what the change of the rule had to say comes no more
+            assert page.evaluate(HEARD) == "copied"
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
                 exec(page.evaluate("navigator.clipboard.readText()"), {})
@@ -276,9 +279,8 @@ def test_the_copied_python_prints_the_same_radii(browser, tmp_path):
 def test_a_screen_reader_is_told(browser, tmp_path):
     with explorer(browser, tmp_path) as page:
         page.locator("[data-point=z]").press("ArrowUp")
-        heard = "document.getElementById('host').shadowRoot.querySelector('[aria-live]').textContent"
-        page.wait_for_function(f"{heard}.includes('exact')")
-        assert re.fullmatch(r"z is in class 1, nearest [\d.]+, pairwise [\d.]+, exact [\d.]+", page.evaluate(heard))
+        page.wait_for_function(f"{HEARD}.includes('exact')")
+        assert re.fullmatch(r"z is in class 1, nearest [\d.]+, pairwise [\d.]+, exact [\d.]+", page.evaluate(HEARD))
 
 
 COLOURS = """(root) => {

@@ -486,6 +486,12 @@ export default widget("Certificate explorer", ({ root, data, announce, onCleanup
     timer = setTimeout(() => announce(text()), 250);
   }
 
+  /** At once, and instead of what is still to be told. */
+  function tellNow(text) {
+    clearTimeout(timer);
+    announce(text);
+  }
+
   function summary(ladder) {
     if (!ladder) return "one class is left: no radius";
     const radii = boundsNow().filter((bound) => state.shown.has(bound));
@@ -832,7 +838,7 @@ export default widget("Certificate explorer", ({ root, data, announce, onCleanup
     chosen = Number(value);
     restart();
   });
-  const copy = copyButton("Copy as Python", () => code.textContent, announce);
+  const copy = copyButton("Copy as Python", () => code.textContent, tellNow);
 
   /** After another preset, or a centroid more or less. */
   function renew() {
