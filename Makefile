@@ -3,16 +3,18 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PROFILE ?= quick
 CORES ?= all
+# a worker a core; more than eight would only import PyTorch once more
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2> /dev/null || echo 2); echo $$((cores < 8 ? cores : 8)))
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help figures chapter test test-fast test-long verify bench proofs lab book-check page-test book api pdf slides publish lint clean
+.PHONY: help figures chapter test test-compilers test-fast test-long verify bench gpu proofs lab book-check page-test book api pdf slides publish lint clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  PROFILE=smoke|quick|cpu|cpu-cifar10|paper, or the path of a YAML file (now $(PROFILE))   CORES=n (now $(CORES))   PYTHON=python3.11"
+	@echo "  PROFILE=smoke|quick|cpu|cpu-cifar10|gpu|paper, or the path of a YAML file (now $(PROFILE))   CORES=n (now $(CORES))   PYTHON=python3.11"
 
 figures: $(READY)  ## train, attack, certify and run every chapter: figures/PROFILE/, results/PROFILE/; killed, run it again
 	$(BIN)/python -m snakemake --cores $(CORES) --config profile='$(PROFILE)' --keep-incomplete --rerun-incomplete \
@@ -27,10 +29,13 @@ test-long: $(READY)  ## the random configurations of the certificates, twenty ti
 	CLUSTR_TEST_CONFIGURATIONS=10000 $(BIN)/python -m pytest tests/certificates/test_ladder.py
 
 test: $(READY)  ## every test: units, properties, notebooks in profile smoke, the book
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+
+test-compilers: $(READY)  ## the GPU kernels under every Triton, oldest and newest torch: no GPU, 15 GB into _build/compilers
+	$(BIN)/python -m tools.compilers
 
 test-fast: $(READY)  ## the inner loop, under two minutes: numerics, storage, models, sampling, attacks' balls and results
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q tests/test_house.py tests/storage tests/numerics/test_distances.py \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -q tests/test_house.py tests/storage tests/numerics/test_distances.py \
 	  tests/models/test_clusters.py tests/models/test_classifiers.py tests/training/test_sampling.py \
 	  tests/training/test_recipes.py tests/attacks/test_ball.py tests/certificates/test_ladder.py
 
@@ -41,6 +46,11 @@ bench: $(READY)  ## everything that is timed, beside its targets (nothing else s
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps adv-lib==0.2.8
 	$(BIN)/python -m benchmarks
+
+STAGES ?= tests kernels leg
+MINUTES ?= 14
+gpu: $(READY)  ## a quarter of an hour on a GPU: make gpu STAGES='tests kernels leg' MINUTES=14; results in legs/session
+	$(BIN)/python -m tools.gpu --into legs/session --stages $(STAGES) --minutes '$(MINUTES)' $(ARGS)
 
 proofs:  ## check the proof of the certificates with Coq, and print what it assumes (Debian: apt-get install coq)
 	@command -v coqc > /dev/null || { echo "make proofs: coqc is needed (Debian: apt-get install coq)" >&2; exit 1; }

@@ -43,11 +43,11 @@ CHAPTERS = {source.stem: notebooks.read_source(source) for source in notebooks.s
 
 
 def needs(mem_mb, runtime, processes=PROCESSES):
-    """What a job of profile paper asks a cluster for: a GPU and so many MB for each process, so many minutes.
+    """What a job of profile paper or gpu asks a cluster for: a GPU and so many MB for each process, so many minutes.
 
-    These are estimates on the safe side, for profile paper has not been run. The others need no GPU, and little.
+    These are estimates on the safe side, for neither has been run. The others need no GPU, and little.
     """
-    if NAME != "paper":
+    if NAME not in ("paper", "gpu"):
         return {"gpu": 0, "mem_mb": 4000 * processes, "runtime": 240}
     return {"gpu": processes, "mem_mb": mem_mb * processes, "runtime": runtime, "nodes": 1}
 

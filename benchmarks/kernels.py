@@ -1,7 +1,7 @@
 """The GPU kernels beside plain PyTorch, each set timed in turn in one run, and what the kernels compile to.
 
 .venv/bin/python -m benchmarks.kernels             on a CUDA device: writes results/bench/kernels.csv
-.venv/bin/python -m benchmarks.kernels --compile   anywhere: registers, spilled bytes and shared memory of each kernel
+.venv/bin/python -m benchmarks.kernels --compile   anywhere: what each kernel compiles to, held to what it should be
 
 Plain PyTorch runs eagerly and through torch.compile, in the inputs' dtype. A kernel's fraction of a limit is the least
 time that the device's peak allows for the arithmetic (or the reads and writes) that the formula needs, over the time
@@ -9,9 +9,10 @@ measured; what is computed twice to save memory does not count as needed. Where 
 """
 
 import argparse
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,11 @@ from clustr_core.numerics.kernels.pairwise_radius import pairwise_radius
 from clustr_core.storage.files import home
 from clustr_core.storage.tables import write_table
 
+# compute capabilities, and the bytes of shared memory that one program may have there
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 ARCHITECTURES = (80, 90)
+# whose products are made by tensor cores; those of a certificate are sums in float32, whose rounding has a bound
+PRODUCTS = {"stream_kernel", "distances_kernel", "pull_kernel"}
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -45,6 +50,8 @@ TYPES = {
     float: "fp32",
 }
 OPTIONS = ("num_warps", "num_stages")
+# a product on tensor cores, by one warp or by four together
+TENSOR_CORE = re.compile(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.", re.MULTILINE)
 RELATIVE = 1e-4
 
 
@@ -126,8 +133,10 @@ def plain_lloyd(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lloyd(points: Tensor, labels: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by the kernels."""
-    return kmeans.lloyd(kmeans.grouped(points, labels), centroids, 1)[:2]
+    """The same by `kmeans`, its table made anew."""
+    (problem,) = kmeans.grouped(points, labels)
+    means, slots, _ = kmeans.lloyd(problem, centroids - problem.origins, 1)
+    return means + problem.origins, slots.flatten()
 
 
 def cases(device: str, *, examples: int, classes: int, per_class: int, dim: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -275,13 +284,36 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
         "registers": int(usage["REG"]),
         "spilled": int(usage["STACK"]) + int(usage["LOCAL"]),
         "shared": binary.metadata.shared,
+        "tensor_core": len(TENSOR_CORE.findall(binary.asm["ptx"])),
     }
+
+
+def faults_of(row: dict[str, Any]) -> list[str]:
+    """What is not as it should be in what a kernel compiled to."""
+    limit, multiplies = SHARED[int(row["arch"].removeprefix("sm_"))], row["kernel"] in PRODUCTS
+    found = {
+        f"{row['spilled']} bytes are spilled": row["spilled"] > 0,
+        f"{row['shared']} bytes of shared memory, of {limit}": row["shared"] > limit,
+        f"{row['tensor_core']} products on tensor cores": (row["tensor_core"] > 0) != multiplies,
+    }
+    return [f"{row['kernel']}, {row['inputs']}, {row['arch']}: {fault}" for fault, is_so in found.items() if is_so]
+
+
+def compile_all(architectures: Sequence[int]) -> int:
+    """Compile every kernel and print what it takes; the number of faults, which are printed too."""
+    rows = [compiled(launch, arch) for launch in recorded_launches() for arch in architectures]
+    print(pd.DataFrame(rows).to_string(index=False))
+    faults = [fault for row in rows for fault in faults_of(row)]
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return len(faults)
 
 
 def main() -> None:
     """Print what was measured or compiled."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="compile for sm_80 and sm_90; needs no device")
+    parser.add_argument("--architectures", type=int, nargs="+", choices=SHARED, default=ARCHITECTURES)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--examples", type=int, default=10_000)
     parser.add_argument("--classes", type=int, default=100)
@@ -291,9 +323,7 @@ def main() -> None:
         parser.add_argument(f"--peak-{limit}", type=float, help="of the device, a second; replaces the table's")
     options = parser.parse_args()
     if options.compile:
-        rows = [compiled(launch, arch) for launch in recorded_launches() for arch in ARCHITECTURES]
-        print(pd.DataFrame(rows).to_string(index=False))
-        return
+        sys.exit(min(compile_all(options.architectures), 1))
     if not torch.cuda.is_available():
         print("benchmarks.kernels: expected a CUDA device, found none; --compile needs none", file=sys.stderr)
         sys.exit(2)
@@ -301,15 +331,14 @@ def main() -> None:
     given = {limit: getattr(options, f"peak_{limit}") for limit in ("bandwidth", "float32", "half")}
     known = {**vars(PEAKS.get(device, Peak())), **{limit: value for limit, value in given.items() if value}}
     sizes = {name: getattr(options, name) for name in ("examples", "classes", "per_class", "dim")}
-    rows = [
-        measured(case, Peak(**known), options.rounds)
-        for dtype in (torch.float32, torch.bfloat16)
-        for case in cases("cuda", dtype=dtype, **sizes)
-    ]
     about = {"device": device, "rounds": options.rounds, "torch": torch.__version__, "triton": triton.__version__}
-    table = pd.DataFrame(rows).assign(**sizes, **about)
-    print(table.to_string(index=False))
-    write_table(home() / "results/bench" / "kernels.csv", table)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in cases("cuda", dtype=dtype, **sizes):
+            rows.append(measured(case, Peak(**known), options.rounds) | sizes | about)
+            # after each, so that what is killed has lost one
+            write_table(home() / "results/bench" / "kernels.csv", pd.DataFrame(rows))
+    print(pd.DataFrame(rows).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""`clustr train | attack | diagnose | certify | sandwich`: the package's calls, from a shell."""
+"""`clustr train | attack | diagnose | certify | sandwich | leg`: the package's calls, from a shell."""
 
 import argparse
 import contextlib
 import io
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -22,15 +23,15 @@ from clustr_core.measuring.attacked import attack_pieces, attacks_of, measure, m
 from clustr_core.measuring.certified import certificate_pieces, certificates_of, prototype_certificates
 from clustr_core.measuring.counterexamples import CertificateBroken
 from clustr_core.measuring.examination import examined
+from clustr_core.measuring.leg import Clock, run_leg
 from clustr_core.measuring.pieces import CachedRows, Share, fill_cache
 from clustr_core.measuring.profile import Examination, Profile, load_profile
 from clustr_core.measuring.sandwiched import sandwich_of, sandwich_pieces
 from clustr_core.measuring.targets import AttackTarget
-from clustr_core.measuring.versions import VERSIONS
+from clustr_core.measuring.written import made_by, made_of, write_rows
 from clustr_core.models.official import NUM_CLASSES, load_official
-from clustr_core.storage.files import digest, home
-from clustr_core.storage.provenance import environment, write_sidecar
-from clustr_core.storage.tables import write_table
+from clustr_core.storage.files import digest, expanded, home
+from clustr_core.storage.pack import Bounds, parse_size
 from clustr_core.training.fields import read_yaml
 from clustr_core.training.loop import fit
 from clustr_core.training.processes import count, device_here, is_first
@@ -58,16 +59,11 @@ Several processes, each with its own GPU or CPU, share a training, an attack, a 
   torchrun --nproc_per_node 8 -m clustr_core.cli train --profile paper --method clustr
 Independent jobs share a measurement of a finished run; a later call without --shard writes the table:
   clustr attack  --profile paper --method clustr --shard 3/20
+Minutes on any machine add up to a study: each leg goes on from what the last one left in the folder.
+  clustr leg     --profile gpu --minutes 8 --into legs/gpu
 
 Figures come from the notebooks alone: make figures PROFILE=quick.
 """
-
-
-# the measurement behind each kind of table
-_KIND_OF_TABLE = {
-    "attacks": "attack", "certificates": "certificate", "sandwich": "sandwich", "diagnostics": "diagnostics",
-    "ablations": "ablation",
-}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,7 +145,7 @@ def _attack_official(options: argparse.Namespace) -> None:
     tables = [measure(target, each) for each in protocols.values()]
     table = pd.concat(tables, ignore_index=True).assign(method=target.name)
     _write_at(Path(options.output or target.tables.parent / "attacks.csv"), table, {
-        **_made(profile, options, "attacks"),
+        **made_by(profile, "attacks", str(device)),
         "protocol": {name: asdict(each) for name, each in protocols.items()},
         "method": target.name, "dataset": options.dataset, "run": None, "seed": None,
         "weights_sha256": digest(path.read_bytes()),
@@ -242,6 +238,22 @@ def _sandwich(options: argparse.Namespace) -> None:
     print(f"no certificate of {len(set(correct['index']))} images is broken")
 
 
+def _leg(options: argparse.Namespace) -> None:
+    if count() > 1:
+        raise ValueError(f"leg: expected one process, since processes cannot share it, got {count()}")
+    if not 0 < options.minutes < math.inf:
+        raise ValueError(f"--minutes: expected a positive number, got {options.minutes:g}")
+    bounds = Bounds(parse_size(options.pack), options.files)
+    profile, folder, device = load_profile(options.profile or "quick"), expanded(options.into), _device(options)
+    leg = run_leg(profile, folder, Clock(60 * options.minutes), bounds, half=options.half, device=device)
+    for name in leg.written:
+        print(f"wrote {os.path.relpath(home() / 'results' / profile.name / name)}")
+    print(f"{folder}: {leg.packed.files} files, {leg.packed.total / 1e6:.1f} MB")
+    if leg.packed.left_out:
+        print(f"did not fit, and stays here: {', '.join(leg.packed.left_out)}")
+    print(f"left for later legs: {', '.join(leg.left) or 'nothing'}")
+
+
 def _compute_share(pieces: Sequence[CachedRows], options: argparse.Namespace, device: torch.device) -> None:
     """Keep the rows of a share of a measurement; no table is written until a call without --shard finds them all."""
     index, shares = options.shard
@@ -307,29 +319,15 @@ def _set_threads(threads: int) -> None:
 
 def _write(table: pd.DataFrame, profile: Profile, options: argparse.Namespace, kind: str, run: Run | None) -> None:
     """A table of the profile; with --set it is another run's, and lies beside that run."""
-    of_run = {"run": None, "weights_sha256": None, "seed": None}
-    if run is not None:
-        of_run = {"run": run.path.name, "weights_sha256": run.weights_sha256, "seed": run.recipe.seed}
     folder = run.path if run is not None and options.set else home() / "results" / profile.name
     path = Path(getattr(options, "output", None) or folder / f"{kind}-{options.method}.csv")
-    _write_at(path, table, _made(profile, options, kind) | {"method": options.method} | of_run)
-
-
-def _made(profile: Profile, options: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """What decides the rows of a table, whatever the model: for its sidecar."""
-    return {
-        **environment(str(_device(options))),
-        "profile": {"name": profile.name, "sha256": profile.sha256},
-        "protocol": profile.protocol(kind),
-        "version": VERSIONS[_KIND_OF_TABLE[kind]],
-    }
+    _write_at(path, table, made_by(profile, kind, str(_device(options))) | made_of(options.method, run))
 
 
 def _write_at(path: Path, table: pd.DataFrame, made: dict[str, Any]) -> None:
     """Write a table and, beside it, the sidecar that says how it was made."""
     if is_first():
-        write_table(path, table)
-        write_sidecar(path, made)
+        write_rows(path, table, made)
     print(f"wrote {os.path.relpath(path)} ({len(table)} rows)")
 
 
@@ -372,6 +370,35 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="I/N",
                 help="compute the I-th of N shares of the rows; write no table",
             )
+    leg = commands.add_parser(
+        "leg",
+        help="do as much of a profile as fits into some minutes, and pack it for the next leg",
+        description=(
+            "Do as much of a profile as fits into some minutes: the headline methods first, of each the training, then "
+            "its rows from cheap to costly; methods whose rows are published are left out. Go on from what an earlier "
+            "leg left in the folder, and pack there what this one leaves, in files of bounded size."
+        ),
+    )
+    leg.set_defaults(command=_leg, precision=None)
+    leg.add_argument("--profile", help="NAME of profiles/NAME.yaml, or the path of a YAML file (default: quick)")
+    leg.add_argument("--minutes", type=float, required=True, help="how long the leg may go on, packing included")
+    leg.add_argument(
+        "--into", required=True, metavar="DIR", help="the folder of the pack; the next leg is given it too"
+    )
+    leg.add_argument("--pack", default="15MB", metavar="SIZE", help="the size of a file at most (default: 15MB)")
+    leg.add_argument(
+        "--files",
+        type=int,
+        metavar="N",
+        help="how many files at most; what does not fit then, the least needed, stays behind (default: any number)",
+    )
+    leg.add_argument(
+        "--half",
+        action="store_true",
+        help="keep finished networks in half precision; their rows are measured so, and say so",
+    )
+    leg.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
+    leg.add_argument("--threads", type=int, help="number of CPU threads (default: PyTorch's choice)")
     return parser
 
 

@@ -8,7 +8,7 @@ reach.
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clustr_core.certificates.names import Bound
 from clustr_core.certificates.soft import BISECTIONS, REFINEMENTS
+from clustr_core.measuring.study import method_name
 from clustr_core.training.recipes import (
     AdversarialTraining,
     Clustr,
@@ -127,6 +128,35 @@ class Machine:
 # G. Lockwood's notes (glennklockwood.com/garden/processors) print them, which cite the sheets; not measured here
 A100 = Machine("A100 80 GB SXM", 156e12, 19.5e12, 2.039e12, 300e9, source="glennklockwood.com/garden/processors/A100")
 H100 = Machine("H100 80 GB SXM", 494.7e12, 66.9e12, 3.35e12, 450e9, source="glennklockwood.com/garden/processors/h100")
+
+
+@dataclass(frozen=True)
+class Tariff:
+    """What an hour of a device costs; its host, idle time and cooling are not counted.
+
+    Args:
+        per_hour: money an hour.
+        watts: what the device draws.
+    Raises:
+        ValueError: if a number is negative or not finite.
+    """
+
+    per_hour: float
+    watts: float
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("per_hour", "watts"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: expected a finite number that is not negative, got {value}")
+
+    def money(self, seconds: float) -> float:
+        """Of so many seconds."""
+        return self.per_hour * seconds / 3600
+
+    def kilowatt_hours(self, seconds: float) -> float:
+        """Of so many seconds."""
+        return self.watts * seconds / 3.6e6
 
 
 def seconds(work: Work, machine: Machine) -> float:
@@ -493,3 +523,29 @@ def _sum(name: str, parts: Sequence[Part], count: int = 1) -> Part:
         count * sum(getattr(part, field) for part in parts) for field in ("flops", "bytes", "sent", "seconds")
     )
     return Part(name, flops, moved, sent, time)
+
+
+def training_seconds(recipe: Recipe, an_epoch: Mapping[str, float]) -> float:
+    """How long a training takes, that of its start included.
+
+    Args:
+        an_epoch: seconds of an epoch of each method.
+    Raises:
+        ValueError: if a method's is not known.
+    """
+    if recipe.method not in an_epoch:
+        raise ValueError(f"an_epoch: expected the seconds of {recipe.method}, got those of {', '.join(an_epoch)}")
+    start = training_seconds(recipe.warm_start, an_epoch) if recipe.warm_start else 0.0
+    return start + recipe.epochs * an_epoch[recipe.method]
+
+
+def bills_table(recipes: Mapping[str, Recipe], an_epoch: Mapping[str, float], tariff: Tariff) -> pd.DataFrame:
+    """What each training costs, its start included: a row each method whose epoch was timed."""
+    rows = []
+    for method, recipe in recipes.items():
+        if method in an_epoch:
+            taken = training_seconds(recipe, an_epoch)
+            epochs = f"{recipe.warm_start.epochs} + {recipe.epochs}" if recipe.warm_start else str(recipe.epochs)
+            rows.append([method_name(method), an_epoch[method], epochs, taken / 60,
+                         tariff.money(taken), tariff.kilowatt_hours(taken)])  # fmt: skip
+    return pd.DataFrame(rows, columns=["method", "s an epoch", "epochs", "minutes", "money", "kWh"])

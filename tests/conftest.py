@@ -84,6 +84,9 @@ LONGEST = (
     "test_kernels",
     "test_pipeline",
     "test_bench",
+    "test_jobs",
+    "test_loop",
+    "test_page_test",
     "test_diagnostics",
 )
 

@@ -6,7 +6,7 @@ quarters of the time of such a test.
 
 import inspect
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import jaxtyping
@@ -39,11 +39,12 @@ def _checked(check: Callable[[Any], Any], target: Any) -> Any:
     # inside another function: made anew at each call of that, and a check is compiled each time
     if "<locals>" in target.__qualname__:
         return target
-    checked, me = check(target), id(target)
+    # made at the first call: a third of the functions are not called by any test of a process
+    checked, me = cache(partial(check, target)), id(target)
 
     @wraps(target)
     def sampled(*args: Any, **kwargs: Any) -> Any:
         done = _calls[me] = _calls.get(me, 0) + 1
-        return (checked if done <= FIRST or done % EVERY == 0 else target)(*args, **kwargs)
+        return (checked() if done <= FIRST or done % EVERY == 0 else target)(*args, **kwargs)
 
     return sampled

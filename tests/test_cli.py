@@ -12,12 +12,12 @@ import torch
 from disk import contents, files_of_at_most
 
 from clustr_core import cli, data
-from clustr_core.cli import _KIND_OF_TABLE, main
+from clustr_core.cli import main
 from clustr_core.measuring import certified as certified_module
 from clustr_core.measuring import pieces as pieces_module
 from clustr_core.measuring.certified import certificate_rows
 from clustr_core.measuring.profile import load_profile
-from clustr_core.measuring.versions import VERSIONS
+from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS
 from clustr_core.storage.files import digest
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.training.recipes import METHODS, override, run_folder
@@ -213,7 +213,7 @@ def test_jobs_that_know_nothing_of_each_other_take_shares(certifying, home, caps
     monkeypatch.setattr(pieces_module, "CHUNK", 4)
     assert certifies(command) == 0
     # a sandwich makes the certificates that it needs as well
-    kept = f"runs/*/tables/{_KIND_OF_TABLE[kind]}-*.csv"
+    kept = f"runs/*/tables/{MEASUREMENT_OF[kind]}-*.csv"
     pieces = {path.name: path.read_bytes() for path in home.glob(kept)}
     table = (certifying / f"{kind}-clustr-cert.csv").read_bytes()
     for path in [*home.glob("runs/*/tables/*.csv"), certifying / f"{kind}-clustr-cert.csv"]:
@@ -339,7 +339,7 @@ def test_every_table_has_a_sidecar_with_its_protocol_and_version(certifying, hom
     assert certifies(command, *(["--output", output] if output else []), method=method) == 0
     profile, path = load_profile("certifying"), Path(output or f"results/certifying/{kind}-{method}.csv")
     made = check_sidecar(path)["made"]
-    assert made["version"] == VERSIONS[_KIND_OF_TABLE[kind]]
+    assert made["version"] == VERSIONS[MEASUREMENT_OF[kind]]
     assert made["protocol"] == json.loads(json.dumps(profile.protocol(kind)))
     assert (made["method"], made["profile"]) == (method, {"name": "certifying", "sha256": profile.sha256})
     run = None if method == "prototypes" else load_run(run_folder(profile.recipes[method]))

@@ -258,3 +258,28 @@ def test_measured_points_are_predicted_within_a_fifth(monkeypatch):
         if worst[-1] <= 0.2:
             return
     pytest.fail(f"predictions: expected them within 20 % of what is measured, got at best {100 * min(worst):.0f} %")
+
+
+def test_a_bill_by_hand():
+    tariff = costs.Tariff(per_hour=3.0, watts=700)
+    assert tariff.money(1800) == 1.5
+    assert tariff.kilowatt_hours(1800) == 0.35
+    recipes = load_profile("gpu").recipes
+    an_epoch = {"ce": 5.0, "clustr": 4.0}
+    start, recipe = recipes["ce"], recipes["clustr"]
+    taken = 5 * start.epochs + 4 * recipe.epochs
+    assert costs.training_seconds(recipe, an_epoch) == taken
+    table = costs.bills_table(recipes, an_epoch, tariff).set_index("method")
+    assert list(table.index) == ["cross-entropy", "ClusTR"]
+    assert table.loc["ClusTR"].tolist() == [
+        4.0, f"{start.epochs} + {recipe.epochs}", taken / 60, tariff.money(taken), tariff.kilowatt_hours(taken)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="an_epoch: expected the seconds of ce, got those of clustr"):
+        costs.training_seconds(recipe, {"clustr": 4.0})
+
+
+@pytest.mark.parametrize("name", ["per_hour", "watts"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_tariff_is_finite_and_not_negative(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number that is not negative, got {value}"):
+        costs.Tariff(**({"per_hour": 1.0, "watts": 1.0} | {name: value}))

@@ -24,7 +24,7 @@ from clustr_core.measuring.sandwich import ATTACKS
 from clustr_core.storage.tables import read_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = sorted(path.name for path in (ROOT / "results/published").iterdir() if path.name != "bench")
+PUBLISHED = study.published_profiles()
 
 
 def profile_of(name: str) -> Profile:
@@ -205,6 +205,12 @@ def summaries(name: str) -> pd.DataFrame:
 def test_figures_are_drawn_from_the_rows(profile: str, label: str, derive) -> None:
     drawn = read_table(ROOT / "figures/published" / profile / f"{label}.csv")
     assert_frame_equal(sorted_rows(derive(profile)), sorted_rows(drawn), check_dtype=False, rtol=1e-6)
+
+
+def test_the_figure_of_widths_is_drawn_from_the_rows() -> None:
+    drawn = read_table(ROOT / "figures/published/quick/fig-widths.csv")
+    found = study.widths().reset_index(drop=True)
+    assert_frame_equal(found[list(drawn)], drawn, check_dtype=False, rtol=1e-6)
 
 
 def test_the_figure_of_certificates_is_drawn_from_the_rows() -> None:

@@ -195,6 +195,24 @@ def draw_protocol_gaps(axes: Axes, table: pd.DataFrame) -> None:
     axes.grid(visible=False, axis="y")
 
 
+def draw_by_attack(axes: Axes, table: pd.DataFrame) -> None:
+    """`study.by_attack`: a row each attack, with its interval; the paper's protocol apart from the others.
+
+    Raises:
+        ValueError: as `check_rows`.
+    """
+    check_rows(table, "robust_accuracy", "low", "high", words=("attack",))
+    for row, at in enumerate(table.to_dict("records")):
+        look = PROTOCOL_LOOKS["paper" if str(at["attack"]).startswith("paper") else "correct"]
+        axes.plot([at["low"], at["high"]], [row, row], color=look.color, linewidth=1.6)
+        axes.plot(at["robust_accuracy"], row, look.marker, color=look.color)
+        _beside_mark(axes, f"{100 * at['robust_accuracy']:.1f}", (at["high"], row), 5, "left")
+    axes.set_yticks(range(len(table)), table["attack"])
+    axes.set_ylim(len(table) - 0.5, -0.5)
+    _written_in_per_cent(axes.xaxis)
+    axes.grid(visible=False, axis="y")
+
+
 def draw_reported(axes: Axes, table: pd.DataFrame) -> None:
     """`study.answer_table`, part "attacked": what was reported and what correct attacks leave, a row each model."""
     looks = {"reported": PROTOCOL_LOOKS["paper"], "attacked": PROTOCOL_LOOKS["correct"]}

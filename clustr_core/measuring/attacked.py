@@ -97,7 +97,7 @@ def attacks_of(
     """
     tables = [
         named(target.name, measure(target, protocol, source=source, progress=progress))
-        for target, protocol, source in _attacked(run, profile, dataset_of(run, dataset), device)
+        for target, protocol, source in attacked_targets(run, profile, dataset_of(run, dataset), device)
     ]
     return pd.concat(tables, ignore_index=True)
 
@@ -106,11 +106,11 @@ def attack_pieces(
     run: Run, profile: Profile, *, dataset: data.Dataset | None = None, device: str | torch.device = "cpu"
 ) -> list[CachedRows]:
     """All that `attacks_of` needs, for jobs that compute a share of it each."""
-    attacked = _attacked(run, profile, dataset_of(run, dataset), device)
+    attacked = attacked_targets(run, profile, dataset_of(run, dataset), device)
     return [piece for target, protocol, source in attacked for piece in measure_pieces(target, protocol, source=source)]
 
 
-def _attacked(
+def attacked_targets(
     run: Run, profile: Profile, dataset: data.Dataset, device: str | torch.device
 ) -> list[tuple[AttackTarget, Protocol, AttackTarget | None]]:
     """A run's models, each under every attack of a profile, with the model that is climbed if it is another."""

@@ -105,22 +105,35 @@ class ExaminedRun:
 
     def diagnostics(self) -> pd.DataFrame:
         """The rows of `diagnostics_of`."""
-        count = len(asked_with(self.source_sha256 is not None))
-        return self._rows("diagnostics", ExaminedHead.diagnostics, count, self.source_sha256)
+        return self._rows(self._diagnostics_pieces())
 
     def ablations(self) -> pd.DataFrame:
         """The rows of `ablations_of`."""
-        return self._rows("ablation", ExaminedHead.ablations, len(CHANGES), None)
+        return self._rows(self._ablation_pieces())
 
-    def _rows(
+    def pieces(self) -> list[CachedRows]:
+        """All that `diagnostics` and `ablations` need: one for each model and table."""
+        return [*self._diagnostics_pieces(), *self._ablation_pieces()]
+
+    def _diagnostics_pieces(self) -> list[CachedRows]:
+        count = len(asked_with(self.source_sha256 is not None))
+        return self._pieces("diagnostics", ExaminedHead.diagnostics, count, self.source_sha256)
+
+    def _ablation_pieces(self) -> list[CachedRows]:
+        return self._pieces("ablation", ExaminedHead.ablations, len(CHANGES), None)
+
+    def _rows(self, pieces: Sequence[CachedRows]) -> pd.DataFrame:
+        return pd.concat([piece.read() for piece in pieces], ignore_index=True)
+
+    def _pieces(
         self, kind: str, rows: Callable[[ExaminedHead], pd.DataFrame], count: int, source: str | None
-    ) -> pd.DataFrame:
+    ) -> list[CachedRows]:
         pieces = []
         for head, each in self.heads.items():
             what = {**asdict(each.asked), "head": head, "source": source}
             path = cache_path(self.run, each.target.dataset, kind, what)
             pieces.append(CachedRows(path, partial(rows, each), count))
-        return pd.concat([piece.read() for piece in pieces], ignore_index=True)
+        return pieces
 
 
 def plane_of_attacks(

@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 
 from clustr_core import data
 from clustr_core.measuring.versions import VERSIONS
+from clustr_core.numerics.rounding import full_precision
 from clustr_core.storage.files import digest
 from clustr_core.storage.tables import read_table, write_table
-from clustr_core.training.processes import join
+from clustr_core.training.processes import device_here, join
 from clustr_core.training.run import Run
 
 # images per piece; a temperature is taken from the images of the first one
@@ -53,12 +54,13 @@ class CachedRows:
         return True
 
     def fill(self) -> None:
-        """Compute the rows and keep them.
+        """Compute the rows and keep them, in float32 without TF32 or autocast, whatever the caller has switched on.
 
         Raises:
             ValueError: if there are not ``count`` of them.
         """
-        table = self.rows()
+        with full_precision(device_here()):
+            table = self.rows()
         if len(table) != self.count:
             raise ValueError(f"{self.path}: expected {self.count} rows of this measurement, got {len(table)}")
         write_table(self.path, table, digits=self.digits)
@@ -96,6 +98,7 @@ def fill_cache(
     share: Share = (1, 1),
     title: str = "",
     progress: bool = True,
+    before_piece: Callable[[], None] | None = None,
 ) -> None:
     """Compute and keep those pieces that are not there yet: all of them, or every n-th, beginning with the i-th.
 
@@ -104,6 +107,7 @@ def fill_cache(
 
     Args:
         share: i and n.
+        before_piece: called before each piece that is computed. What it raises ends the call; what is kept stays.
     Raises:
         ValueError: if i is not one of 1..n; if a piece is damaged, before anything is computed.
     """
@@ -115,6 +119,8 @@ def fill_cache(
     missing = processes.from_first(lambda: [n for n, piece in enumerate(mine) if not piece.kept()])
     shown = progress and processes.first and len(missing)
     for n in tqdm(missing[processes.rank :: processes.count], title, disable=not shown):
+        if before_piece is not None:
+            before_piece()
         mine[n].fill()
     processes.wait()
 

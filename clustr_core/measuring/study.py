@@ -92,6 +92,9 @@ ATTACK_NAMES = {
     ("square", "margin"): "Square",
     ("autoattack", "standard"): "AutoAttack",
 }
+LOSSES = {"ce": "ce", "margin": "margin", "dlr": "DLR"}
+# of the paper's ResNet-18
+FULL_WIDTH = 64
 ABSENT = "–"
 Source = Literal["regenerated", "published", "measured now"]
 
@@ -277,10 +280,10 @@ def studies_beside(mine: Study) -> dict[str, Study]:
 
 
 def published_profiles() -> list[str]:
-    """The names of the book's profiles of which rows are published."""
+    """The names of the book's profiles of which all rows are published."""
     known = {path.stem for path in (home() / "profiles").glob("*.yaml")}
-    folders = (home() / "results/published").glob("*/")
-    return sorted(path.name for path in folders if path.name in known)
+    folders = [path for path in (home() / "results/published").glob("*/") if path.name in known]
+    return sorted(folder.name for folder in folders if not _missing(load_profile(folder.name), folder))
 
 
 def in_order(methods: Sequence[str] | set[str] | Mapping[str, object]) -> list[str]:
@@ -380,6 +383,69 @@ def attack_table(study: Study) -> pd.DataFrame:
     order = [*ATTACK_NAMES.values(), *sorted(set(alone["name"]) - set(ATTACK_NAMES.values())), "all but the paper's"]
     methods = study.ordinary + study.lipschitz
     return _titled((100 * wide.loc[methods, [name for name in order if name in wide]]).round(1))
+
+
+def full_width(kind: str = "attacks") -> pd.DataFrame:
+    """Rows of one ClusTR of the paper's width (ResNet-18 of width 64, CIFAR-10): measured once, on a GPU.
+
+    Args:
+        kind: "attacks" or "certificates".
+    Raises:
+        FileNotFoundError: if there are none.
+    """
+    return read_table(home() / "results/published/full-width" / f"{kind}-clustr.csv")
+
+
+def by_attack(rows: pd.DataFrame, eps: float) -> pd.DataFrame:
+    """Robust accuracy of one model under each attack and loss on its own, and under several together, with intervals.
+
+    Args:
+        rows: of `measure`, L-infinity; of an attack with several numbers of steps, the most count.
+        eps: one of those at which the attacks were run.
+    Returns:
+        columns ``attack robust_accuracy low high examples``: the paper's protocol, PGD by each loss and by all of them
+        on each image, the others, and last the worst case of all but the paper's.
+    Raises:
+        ValueError: if the rows have no attack in L-infinity at that eps.
+    """
+    here = where(rows, (rows["norm"] == "linf") & ((rows["eps"] - eps).abs() < 1e-6))
+    if here.empty:
+        found = sorted(set(rows.loc[rows["norm"] == "linf", "eps"]))
+        raise ValueError(f"eps: expected one of {found}, got {eps:g}")
+    here = where(here, here["steps"] == here.groupby(["attack", "loss"])["steps"].transform("max"))
+    parts = {name: where(here, here["attack"].eq(attack) & here["loss"].isin(losses)) for name, attack, losses in (
+        ("paper's protocol", "paper", ("ce",)),
+        *((f"PGD, {name}", "pgd", (loss,)) for loss, name in LOSSES.items()),
+        ("PGD, the worst of the three", "pgd", tuple(LOSSES)),
+        ("cell walk", "cell-walk", ("cells",)),
+        ("Square", "square", ("margin",)),
+        ("transfer", "transfer", ("ce", "margin")),
+        ("AutoAttack", "autoattack", ("standard",)),
+    )}  # fmt: skip
+    parts["all but the paper's"] = where(here, here["attack"] != "paper")
+    found = [robust_accuracy(part).query("eps > 0").assign(attack=name) for name, part in parts.items() if len(part)]
+    return pd.DataFrame(
+        pd.concat(found, ignore_index=True), columns=["attack", "robust_accuracy", "low", "high", "examples"]
+    )
+
+
+def widths() -> pd.DataFrame:
+    """`by_attack` of ClusTR on CIFAR-10: the book's narrow network (profile cpu-cifar10), and one of the paper's width.
+
+    Returns:
+        the columns of `by_attack` with ``width``.
+    """
+    narrow = read_study("cpu-cifar10", published=True)
+    mine = where(narrow.attacks, narrow.attacks["method"] == "clustr")
+    found = {narrow.profile.recipes["clustr"].width: mine, FULL_WIDTH: full_width()}
+    return pd.concat([by_attack(rows, narrow.eps()).assign(width=width) for width, rows in found.items()])
+
+
+def disagreement(rows: pd.DataFrame, eps: float) -> float:
+    """The share of images that PGD by one loss leaves robust and by another breaks."""
+    here = where(rows, (rows["attack"] == "pgd") & (rows["norm"] == "linf") & ((rows["eps"] - eps).abs() < 1e-6))
+    robust = here.groupby("index")["robust"].nunique()
+    return float((robust > 1).to_numpy().mean())
 
 
 def ablation_table(study: Study) -> pd.DataFrame:

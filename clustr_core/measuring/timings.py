@@ -81,3 +81,12 @@ def precision_table(halves: pd.DataFrame) -> pd.DataFrame:
     groups = halves.groupby(["method", "trained", "climbed"], sort=False)
     means = (100 * pd.DataFrame(groups[list(headings)].mean())).round(1).reset_index()
     return means.rename(columns={"climbed": "attack climbs in", **headings})
+
+
+def epochs_on_a_gpu() -> pd.DataFrame:
+    """Seconds that an epoch of a method took on an H100: ``method seconds``, at the paper's width, noted once.
+
+    Raises:
+        FileNotFoundError: if there are none.
+    """
+    return read_table(home() / "results/published/full-width/epochs.csv")

@@ -6,3 +6,8 @@ VERSIONS = {
     "attack": 1, "certificate": 1, "sandwich": 1, "diagnostics": 1, "ablation": 1,
     "embedding": 1, "formation": 1, "geometry": 1,
 }  # fmt: skip
+# the measurement behind each kind of table
+MEASUREMENT_OF = {
+    "attacks": "attack", "certificates": "certificate", "sandwich": "sandwich", "diagnostics": "diagnostics",
+    "ablations": "ablation",
+}  # fmt: skip

@@ -24,6 +24,22 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """Float32 products and convolutions of a GPU in TF32 inside the block, and no autocast, whatever was switched.
+
+    All switches are afterwards what they were. On a CPU this is `full_precision`.
+    """
+    backends: Any = torch.backends
+    with full_precision(device), _fp32_kept():
+        of_cuda = [switch for switch, parents in _fp32_switches() if backends.cudnn in parents]
+        for switch in of_cuda:
+            switch.fp32_precision = "tf32"
+        if not of_cuda:  # before PyTorch 2.9
+            backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = True
+        yield
+
+
+@contextmanager
 def _legacy_full_precision() -> Iterator[None]:
     """The old switches at full precision, where they can be read: PyTorch refuses once a new one contradicts them."""
     cudnn = torch.backends.cudnn

@@ -1,7 +1,7 @@
 """The one training loop: a checkpoint each epoch, resume."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,11 @@ from clustr_core.training.run import (
     HISTORY,
     WEIGHTS,
     Run,
+    check_stored_dtype,
     load_run,
-    network_tensors,
+    round_to_half,
+    stored_dtype,
+    stored_tensors,
     training_digest,
     training_part,
 )
@@ -57,6 +60,8 @@ def fit(
     folder: Path | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
+    half: bool = False,
+    before_epoch: Callable[[], None] | None = None,
 ) -> Run:
     """Train by a recipe, or load what it left on disk: a finished run returns at once, a killed one goes on.
 
@@ -70,19 +75,38 @@ def fit(
         dataset: the recipe's dataset if it is in memory already.
         folder: where the run lies; default ``runs/<run_key>``.
         device: default the GPU if there is one; of several processes each takes its own.
+        half: keep the finished network in half precision (`run.stored_dtype`), from the warm start on.
+        before_epoch: called before each epoch, the warm start's too. What it raises ends the training, which a later
+            call takes up after the last whole epoch.
     Raises:
         ValueError: if the recipe's method is not registered; if ``folder`` holds the run of another recipe, version or
-            data, or a damaged checkpoint; if the finished network could have no clusters, which a class with too few
-            examples makes impossible; if the training diverges or collapses, in the epoch where it does. What was kept
-            so far stays.
+            data, a damaged checkpoint, or with ``half`` a run in full precision; if the finished network could have no
+            clusters, which a class with too few examples makes impossible; if the training diverges or collapses, in
+            the epoch where it does. What was kept so far stays.
     """
     check_registered(recipe)
     folder = folder or run_folder(recipe)
     if dataset is not None and dataset.name != recipe.dataset:
         raise ValueError(f"dataset: expected {recipe.dataset!r} as in the recipe, got {dataset.name!r}")
     processes = join(device, recipe.precision)
+    with processes.in_precision():
+        return _fit(recipe, dataset, folder, processes, progress=progress, half=half, before_epoch=before_epoch)
+
+
+def _fit(
+    recipe: Recipe,
+    dataset: data.Dataset | None,
+    folder: Path,
+    processes: Processes,
+    *,
+    progress: bool,
+    half: bool,
+    before_epoch: Callable[[], None] | None,
+) -> Run:
     if processes.from_first((folder / DONE).exists):
         run = load_run(folder, expected=recipe)
+        if half:
+            check_stored_dtype(run, half=half)
         if dataset is not None:
             run.check_data(dataset)
         return run
@@ -94,7 +118,8 @@ def fit(
     check_examples(recipe, dataset, labels)
     start = None
     if recipe.warm_start:
-        start = fit(recipe.warm_start, dataset=dataset, device=processes.device, progress=progress)
+        options = {"progress": progress, "half": half, "before_epoch": before_epoch}
+        start = fit(recipe.warm_start, dataset=dataset, device=processes.device, **options)
     state = new_state(recipe, dataset, images, labels, start, processes)
     check_smallest_batch(recipe, state.network.encoder, images, processes)
     if not resumed:
@@ -110,6 +135,8 @@ def fit(
         check_embeddings(state.network.encoder, images)
     with tqdm(range(recipe.epochs), recipe.method, unit="epoch", initial=state.epoch, disable=not shown) as bar:
         while state.epoch < recipe.epochs:
+            if before_epoch is not None:
+                before_epoch()
             with naming_epoch(folder, state.epoch + 1, state.epoch):
                 row = train_epoch(recipe, state, images, labels)
                 check_loss(row["loss"])
@@ -119,7 +146,7 @@ def fit(
             save_progress(folder, recipe, state)
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             bar.update()
-    finish(folder, recipe, state, dataset, images, labels)
+    finish(folder, recipe, state, dataset, images, labels, half=half)
     processes.wait()
     return load_run(folder, expected=recipe)
 
@@ -198,13 +225,29 @@ def replays(recipe: Recipe, state: State, pixels: Tensor) -> Iterator[Tensor]:
         perturbation.add_(leaf.grad.sign(), alpha=recipe.step_size).clamp_(-recipe.eps, recipe.eps)
 
 
-def finish(folder: Path, recipe: Recipe, state: State, dataset: data.Dataset, images: Tensor, labels: Tensor) -> None:
-    """Cluster the final embeddings and write the run; run.json comes last and says that it is whole."""
+def finish(
+    folder: Path,
+    recipe: Recipe,
+    state: State,
+    dataset: data.Dataset,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    half: bool = False,
+) -> None:
+    """Cluster the final embeddings and write the run; run.json comes last and says that it is whole.
+
+    Args:
+        half: as in `fit`; the clusters are those of the rounded network.
+    """
+    dtype = stored_dtype(recipe, half=half)
     with naming_epoch(folder, state.epoch, state.epoch):
+        if dtype == "float16":
+            round_to_half(state.network)
         clusters = final_clusters(recipe, state.network, images, labels, state.processes)
     if not state.processes.first:
         return
-    tensors = {f"network.{name}": tensor for name, tensor in network_tensors(state.network).items()}
+    tensors = {f"network.{name}": tensor for name, tensor in stored_tensors(state.network, dtype).items()}
     parts = {"centroids": clusters.centroids, "labels": clusters.labels, "variance": clusters.variance}
     tensors |= {f"clusters.{name}": tensor.contiguous() for name, tensor in parts.items()}
     with written_whole(folder / WEIGHTS) as temporary:
@@ -216,6 +259,7 @@ def finish(folder: Path, recipe: Recipe, state: State, dataset: data.Dataset, im
         "version": training_version(recipe),
         "seed": recipe.seed,
         "weights_sha256": digest((folder / WEIGHTS).read_bytes()),
+        "weights_dtype": dtype,
         "train_examples": len(labels),
         "num_classes": dataset.num_classes,
         "image_shape": list(dataset.image_shape),

@@ -7,6 +7,7 @@ something to do: one process in float32 needs neither.
 import logging
 import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -17,6 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from clustr_core.numerics.rounding import full_precision, tf32
 from clustr_core.training.recipes import Precision
 
 log = logging.getLogger(__name__)
@@ -92,9 +94,13 @@ class Processes:
         if self.count > 1:
             self._fabric.barrier()
 
+    def in_precision(self) -> AbstractContextManager[None]:
+        """A block in which float32 is what this precision means, whatever the caller has switched on."""
+        return tf32(self.device) if self.precision == "tf32" else full_precision(self.device)
+
     def computed(self, network: Callable[[Tensor], Tensor], images: Float[Tensor, "part ..."]) -> Float[Tensor, "..."]:
         """What a network makes of images, computed in this precision; under bf16-mixed, too, float32 comes out."""
-        if self.precision == "32-true":
+        if self.precision != "bf16-mixed":
             return network(images)
         with self._fabric.autocast():
             return network(images).float()
@@ -221,26 +227,27 @@ def _launched() -> tuple[int, int]:
 
 @cache
 def _fabric(device: torch.device, count: int, precision: Precision) -> Any:
-    """Fabric in this precision, with the processes joined."""
+    """Fabric in this precision, with the processes joined; how float32 is multiplied is no matter of Fabric's."""
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning_fabric.strategies.ddp import DDPStrategy
 
+    passes = "bf16-mixed" if precision == "bf16-mixed" else "32-true"
     # it greets from every process
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     if count == 1:
         devices = 1 if device.index is None else [device.index]
         # named, because inside a Slurm job Fabric would look for other processes
         alone = LightningEnvironment()
-        return Fabric(accelerator=device.type, devices=devices, precision=precision, plugins=[alone])
+        return Fabric(accelerator=device.type, devices=devices, precision=passes, plugins=[alone])
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     fabric = Fabric(
         accelerator=device.type,
         devices=here,
         num_nodes=count // here,
         strategy=DDPStrategy(timeout=TIMEOUT),
-        precision=precision,
+        precision=passes,
         plugins=[TorchElasticEnvironment()],
     )
     fabric.launch()

@@ -16,7 +16,7 @@ Augmentation = Literal["none", "crop", "crop-flip"]
 Optimiser = Literal["adam", "sgd"]
 Schedule = Literal["steps", "triangle"]
 Guarantee = Literal["none", "lipschitz", "smoothing"]
-Precision = Literal["32-true", "bf16-mixed"]
+Precision = Literal["32-true", "tf32", "bf16-mixed"]
 # the encoders whose Lipschitz constant is at most 1 by construction
 ONE_LIPSCHITZ = ("lip-mlp", "lip-cnn", "lip-cnn-aol", "lip-cnn-cayley")
 # those of them whose rounding `rounding.embedding_error` can bound, without which nothing is certified
@@ -43,8 +43,9 @@ class Recipe:
             sixth of the training, holds it until two fifths, and lowers it to 0 at the end.
         milestones: epochs after which the learning rate is divided by ten.
         seed: fixes the initial weights, every batch and every random start.
-        precision: "bf16-mixed" passes images through the network in bfloat16 where that is safe; weights, losses and
-            clusters stay in float32, and so does all that is measured afterwards.
+        precision: of the training, whatever the caller has switched on. "32-true" is float32 without TF32, "tf32" lets
+            a GPU round the factors of products and convolutions, and "bf16-mixed" passes images through the network in
+            bfloat16 where that is safe. Weights, losses and clusters stay in float32.
         snapshots: epochs whose weights are kept beside the final ones (0 is the start).
     Raises:
         ValueError: if a value has no meaning.

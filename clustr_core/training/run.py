@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import pandas as pd
 import torch
@@ -27,18 +27,25 @@ from clustr_core.training.recipes import (
 )
 
 _Network = TypeVar("_Network", bound=nn.Module)
+WeightsDtype = Literal["float32", "float16"]
 CHECKPOINT, WEIGHTS, HISTORY, DONE = "checkpoint.safetensors", "model.safetensors", "history.csv", "run.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run on disk."""
+    """A finished run on disk.
+
+    Args:
+        weights_dtype: "float16" if the network was rounded when it was finished (`stored_dtype`); what is measured is
+            the rounded network, computed in float32.
+    """
 
     path: Path
     recipe: Recipe
     num_classes: int
     image_shape: tuple[int, int, int]
     train_data_sha256: str
+    weights_dtype: WeightsDtype = "float32"
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -159,7 +166,8 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
     try:
         recipe = recipe_from_dict(content["recipe"])
         channels, height, width = content["image_shape"]
-        run = Run(folder, recipe, content["num_classes"], (channels, height, width), content["train_data_sha256"])
+        shape, dtype = (channels, height, width), content.get("weights_dtype", "float32")
+        run = Run(folder, recipe, content["num_classes"], shape, content["train_data_sha256"], dtype)
     except UnknownMethod as error:
         raise ValueError(f"{folder / DONE}: {error}; import {content.get('module')}, which registers it") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -200,6 +208,54 @@ def check_version(path: Path, found: str | None, recipe: Recipe) -> None:
 def network_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Everything that makes the network, laid out as a file wants it."""
     return {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+
+
+def stored_dtype(recipe: Recipe, *, half: bool) -> WeightsDtype:
+    """In which dtype a finished network's matrices and convolutions are kept; vectors, such as biases and the
+    statistics of batch norm, and the clusters stay in float32.
+
+    A method on a 1-Lipschitz encoder keeps all of it in float32, since rounded matrices are no longer orthonormal.
+    """
+    return "float16" if half and recipe.guarantee != "lipschitz" else "float32"
+
+
+def check_stored_dtype(run: Run, *, half: bool) -> None:
+    """Refuse a finished run whose weights are kept otherwise than asked for: rows of both would stand in one table.
+
+    Raises:
+        ValueError: if they are.
+    """
+    if run.weights_dtype != (expected := stored_dtype(run.recipe, half=half)):
+        raise ValueError(
+            f"half: expected {expected} weights with half={half}, got a finished run with {run.weights_dtype} in "
+            f"{run.path}; move it away"
+        )
+
+
+@torch.no_grad()
+def round_to_half(network: nn.Module) -> None:
+    """Round a network's matrices and convolutions to half precision, in place; their dtype stays.
+
+    Raises:
+        ValueError: if a number is too large for half precision.
+    """
+    for name, tensor in network.state_dict().items():
+        if _is_halved(tensor):
+            tensor.copy_(tensor.half())
+            if not tensor.isfinite().all():
+                raise ValueError(f"half: expected weights of at most 65504 in size, got a larger one in {name}")
+
+
+def stored_tensors(network: nn.Module, dtype: WeightsDtype) -> dict[str, Tensor]:
+    """`network_tensors` of a network that `round_to_half` has rounded, or of any in float32, as they are kept."""
+    tensors = network_tensors(network)
+    if dtype == "float32":
+        return tensors
+    return {name: tensor.half() if _is_halved(tensor) else tensor for name, tensor in tensors.items()}
+
+
+def _is_halved(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dim() >= 2
 
 
 def snapshot_path(folder: Path, epoch: int) -> Path:

@@ -127,17 +127,30 @@ def checkpoint_facts(path: Path, recipe: Recipe, data_sha256: str) -> dict[str, 
     Raises:
         ValueError: if it is damaged, or of another recipe, version or data.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected a checkpoint, got a truncated or damaged file ({error})") from error
+    facts = _facts(path)
     found = recipe_from_dict(facts["recipe"])
     if found != recipe:
         raise ValueError(other_recipe(path, found, recipe))
     check_version(path, facts.get("version"), recipe)
     check_digest(path.parent, facts["train_data_sha256"], data_sha256, recipe.dataset)
     return facts
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["facts"])
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a checkpoint, got a truncated or damaged file ({error})") from error
+
+
+def epochs_kept(path: Path) -> int:
+    """After how many epochs a checkpoint was written.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    return _facts(path)["epoch"]
 
 
 def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:

@@ -29,9 +29,10 @@ FAULTS = {
 }
 
 
-def site(folder: Path, body: str) -> Path:
-    """Two pages, of which the first has something in it."""
-    for name, text in (("", SOUND + body), ("other", '<h2 id="there">Another page</h2>')):
+def site(folder: Path, bodies: dict[str, str]) -> Path:
+    """A page for each body, by its address; and one that they link to."""
+    other = {"other": '<h2 id="there">Another page</h2>'}
+    for name, text in ({name: SOUND + body for name, body in bodies.items()} | other).items():
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "index.html").write_text(PAGE.format(body=text), encoding="utf-8")
         widgets = text.count("attachShadow")
@@ -46,29 +47,24 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_sound_site_has_no_faults(browser, tmp_path: Path) -> None:
-    pages = site(tmp_path, "")
-    assert page_test.names_of(pages) == ["", "other"]
-    assert page_test.look(browser, pages, ["", "other"]) == []
-
-
-@pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("kind", FAULTS)
-def test_a_fault_is_seen(browser, tmp_path: Path, kind: str) -> None:
-    body, words, view = FAULTS[kind]
-    found = page_test.look(browser, site(tmp_path, body), ["", "other"])
-    if not words:
-        assert found == []
-        return
-    mine = [fault for fault in found if words in fault]
-    assert mine, found
-    assert any(f"index, {view}" in fault for fault in mine) or not view
+def test_each_fault_is_seen_where_it_is_and_nothing_in_a_sound_page(browser, tmp_path: Path) -> None:
+    pages = site(tmp_path, {"": ""} | {kind.replace(" ", "-"): body for kind, (body, _, _) in FAULTS.items()})
+    names = page_test.names_of(pages)
+    assert {"", "other", "empty-widget"} < set(names)
+    found = page_test.look(browser, pages, names)
+    assert not [fault for fault in found if fault.startswith(("index", "other"))]
+    for kind, (_, words, view) in FAULTS.items():
+        here = [fault for fault in found if fault.startswith((f"{kind.replace(' ', '-')}, ", f"{kind}: "))]
+        if not words:
+            assert here == []
+            continue
+        assert any(words in fault and view in fault.partition(":")[0] for fault in here), (kind, found)
 
 
 @pytest.mark.usefixtures("at_once")
 def test_a_page_that_is_too_heavy_is_seen(browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_test, "HEAVIEST", 100)
-    assert any("MB beside the theme" in fault for fault in page_test.look(browser, site(tmp_path, ""), [""]))
+    assert any("MB beside the theme" in fault for fault in page_test.look(browser, site(tmp_path, {"": ""}), [""]))
 
 
 def test_a_folder_that_is_no_theme_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

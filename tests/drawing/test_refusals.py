@@ -84,6 +84,9 @@ CASES = {
     ),
     "surface": Case(lambda ax, t: results.draw_surface(ax, t, "x", "y", "value"), GRID, "x y value margin", False),
     "arrows": Case(results.draw_arrows, GRID, "x y dx dy"),
+    "by attack": Case(
+        results.draw_by_attack, lines("robust_accuracy low high", attack=("Square",)), "robust_accuracy low high"
+    ),
     "gaps": Case(results.draw_protocol_gaps, GAPS, "accuracy low high", False),
     "sandwich": Case(results.draw_sandwich, lines("at accuracy", column=("clean", "certified")), "at accuracy"),
     "tightness": Case(results.draw_tightness, lines("norm radius", method=("ce",)), "norm radius"),

@@ -233,3 +233,54 @@ def test_timings_in_words() -> None:
     assert "ClusTR" in set(timings.price_table(timings.bench("methods-cost"))["method"])
     means = timings.precision_table(timings.bench("precision"))
     assert means["clean, %"].between(0, 100).all()
+
+
+def attacked(*rows: tuple[str, str, int, str]) -> pd.DataFrame:
+    """Rows of attacks at eps 0.1: attack, loss, steps, and for each image whether it stayed robust (1) or not (0)."""
+    return pd.DataFrame(
+        [
+            {"attack": attack, "norm": "linf", "eps": 0.1, "loss": loss, "steps": steps, "index": index,
+             "correct": True, "robust": mark == "1"}
+            for attack, loss, steps, marks in rows
+            for index, mark in enumerate(marks)
+        ]
+    )  # fmt: skip
+
+
+def test_one_models_accuracy_attack_by_attack_and_where_the_losses_disagree() -> None:
+    rows = attacked(
+        ("paper", "ce", 20, "1111"),
+        ("paper", "ce", 100, "1110"),
+        ("pgd", "ce", 40, "1100"),
+        ("pgd", "margin", 40, "1010"),
+        ("pgd", "dlr", 40, "1110"),
+        ("transfer", "ce", 40, "0000"),
+    )
+    found = study.by_attack(rows, 0.1).set_index("attack")
+    assert found["robust_accuracy"].to_dict() == {
+        "paper's protocol": 0.75, "PGD, ce": 0.5, "PGD, margin": 0.5, "PGD, DLR": 0.75,
+        "PGD, the worst of the three": 0.25, "transfer": 0.0, "all but the paper's": 0.0,
+    }  # fmt: skip
+    assert (found["examples"] == 4).all()
+    assert (found["low"] <= found["robust_accuracy"]).all()
+    assert study.disagreement(rows, 0.1) == 0.5
+    with pytest.raises(ValueError, match=r"eps: expected one of \[0.1\], got 0.2"):
+        study.by_attack(rows, 0.2)
+
+
+def test_a_narrow_and_a_wide_network_fail_in_different_ways(cifar: study.Study) -> None:
+    """What chapter 6 says of the two networks."""
+    found = study.widths().set_index(["width", "attack"])["robust_accuracy"]
+    narrow, wide = found[8], found[64]
+    assert narrow["paper's protocol"] > 0.2
+    assert (narrow[["PGD, ce", "PGD, margin", "PGD, DLR"]] == 0).all()
+    assert (wide[["PGD, ce", "PGD, margin", "PGD, DLR"]] > 0.16).all()
+    assert 0 < wide["PGD, the worst of the three"] < 0.07
+    assert wide["transfer"] == wide["AutoAttack"] == 0
+    rows, eps = study.full_width(), cifar.eps()
+    assert rows["index"].nunique() == 512
+    assert round(100 * study.disagreement(rows, eps), 1) == 24.8
+    mine = cifar.attacks.query("method == 'clustr'")
+    assert study.disagreement(mine, eps) == 0
+    bounds = study.full_width("certificates")
+    assert bounds["lipschitz"].min() > 1e13 > 50 > bounds["lipschitz_lower_bound"].max()

@@ -17,7 +17,6 @@ from kernel_problems import (
     blobs,
     draw,
 )
-from sklearn.cluster import KMeans
 
 from benchmarks import kernels as benchmark
 from clustr_core.certificates.ladder import certified_radius
@@ -30,7 +29,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("run this file with TRITON_INTERPRET=1, as tests/test_kernels.py does")
 
 from clustr_core.numerics.kernels.cluster_logits import cluster_logits
-from clustr_core.numerics.kernels.kmeans import _draw, _starts, grouped, kmeans, lloyd
+from clustr_core.numerics.kernels.kmeans import kmeans
 from clustr_core.numerics.kernels.pairwise_radius import pairwise_radius
 
 # the interpreter is NumPy, which warns where a GPU quietly gives the infinity or NaN that the kernels expect
@@ -196,8 +195,6 @@ def test_other_dtypes_are_refused():
         cluster_logits(z, mu.double(), labels, variance, 2)
     with pytest.raises(TypeError, match=r"centroids: expected float32, .* got torch.float64"):
         pairwise_radius(z, mu.double(), labels, labels, torch.cdist(mu, mu), 0.0, 0.0)
-    with pytest.raises(TypeError, match=r"points: expected float32, .* got torch.float64"):
-        kmeans(z.double(), labels, 1, 1, 1, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -277,106 +274,6 @@ def test_rivals_split_among_programs_give_the_same(monkeypatch):
     split = pairwise_radius(z, mu, labels, predicted, between_of(mu), 1e-6, 0.0)
     monkeypatch.setattr("clustr_core.numerics.kernels.pairwise_radius.PROGRAMS", 1)
     assert torch.equal(split, pairwise_radius(z, mu, labels, predicted, between_of(mu), 1e-6, 0.0))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "k", "dim", "steps"),
-    [
-        ([70, 3, 31], 3, 5, (1, 2, 20)),
-        ([40, 40], 1, 33, (1, 2, 20)),
-        ([150], 17, 3, (1, 2, 20)),
-        ([1, 1, 1], 1, 1, (1, 2, 20)),
-        ([1100, 5], 2, 66, (1, 3)),
-    ],
-)
-def test_lloyd_takes_the_steps_of_a_plain_loop(sizes, k, dim, steps):
-    z, labels = blobs(sizes, k, dim, offset=10.0)
-    starts = _starts(grouped(z, labels), k, torch.Generator().manual_seed(0))
-    for max_iter in steps:
-        centroids, slots, inertia = lloyd(grouped(z, labels), starts, max_iter)
-        means, nearest, total = reference.lloyd(z, labels, starts, max_iter)
-        assert torch.equal(slots, nearest)
-        torch.testing.assert_close(centroids.double(), means, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(inertia, total, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kmeans_reaches_the_inertia_of_scikit_learn(dtype):
-    z, labels = blobs([60, 45, 80], 2, 6, dtype=dtype)
-    centroids, assignments = kmeans(z, labels, 2, 3, 15, 0)
-    assert centroids.dtype == dtype
-    assert torch.equal(assignments // 2, labels)
-    for label in range(3):
-        own = z[labels == label].float()
-        table = torch.cdist(own, centroids[2 * label : 2 * label + 2].float()).square()
-        found = table.gather(1, assignments[labels == label][:, None] - 2 * label).sum().item()
-        best = KMeans(2, n_init=3, max_iter=15, random_state=0).fit(own.numpy()).inertia_
-        # the rounding of the centroids to the points' dtype adds its square
-        assert found == pytest.approx(best, rel=1e-5 + 64 * torch.finfo(dtype).eps ** 2)
-
-
-def test_more_starts_are_never_worse_and_each_class_keeps_its_own_best():
-    z, labels = blobs([40, 30], 3, 2, seed=1)
-    problem, generator = grouped(z, labels), torch.Generator().manual_seed(5)
-    inertias = torch.stack([lloyd(problem, _starts(problem, 3, generator), 8)[2] for _ in range(4)])
-    # the best start of one class is not that of the other, or nothing would be tested
-    assert inertias.argmin(dim=0).unique().numel() == 2
-    centroids, assignments = kmeans(z, labels, 3, 4, 8, 5)
-    for label, best in enumerate(inertias.amin(dim=0).tolist()):
-        own = labels == label
-        assert (z[own] - centroids[assignments[own]]).square().sum().item() == pytest.approx(best, rel=1e-5)
-
-
-def test_the_same_seed_gives_the_same_bits():
-    z, labels = blobs([40, 30], 3, 5)
-    first, again, other = (kmeans(z, labels, 3, 2, 5, seed) for seed in (1, 1, 2))
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], other[0])
-    strided = kmeans(z.T.contiguous().T, labels, 3, 2, 5, 1)
-    assert torch.equal(first[0], strided[0])
-
-
-def test_a_draw_is_in_proportion_to_the_weights():
-    classes = 4000
-    labels = torch.arange(classes).repeat(3)
-    weights = torch.tensor([1.0, 0.0, 3.0]).repeat_interleave(classes)
-    rows = _draw(grouped(torch.zeros(3 * classes, 1), labels), weights, torch.Generator().manual_seed(0))
-    assert torch.equal(labels[rows], torch.arange(classes))
-    shares = torch.bincount(rows // classes, minlength=3) / classes
-    assert shares[1] == 0
-    assert abs(shares[2] - 0.75) < 4 * (0.75 * 0.25 / classes) ** 0.5
-    nothing = _draw(grouped(torch.zeros(4, 1), torch.tensor([1, 0, 0, 1])), torch.zeros(4), torch.Generator())
-    assert nothing.tolist() == [1, 0]
-
-
-def test_starts_are_different_points_of_the_class_the_next_far_from_those_there_are():
-    g = torch.Generator().manual_seed(0)
-    corners = 100 * torch.eye(4).repeat(2, 1)
-    z, labels = corners + 0.01 * torch.rand(8, 4, generator=g), torch.arange(2).repeat_interleave(4)
-    starts = _starts(grouped(z, labels), 4, g)
-    for label in (0, 1):
-        assert sorted(map(tuple, starts[label].tolist())) == sorted(map(tuple, z[labels == label].tolist()))
-
-
-def test_an_empty_cluster_moves_to_the_farthest_point():
-    z = torch.tensor([[0.0], [1.0], [2.0], [9.0], [100.0]])
-    labels = torch.tensor([0, 0, 0, 0, 1])
-    starts = torch.tensor([[[1.0], [500.0], [600.0]], [[100.0], [300.0], [400.0]]])
-    centroids, slots, inertia = lloyd(grouped(z, labels), starts, 1)
-    assert centroids[0].flatten().tolist() == [3.0, 9.0, 0.0]
-    # one point and three clusters: no other point to move to
-    assert centroids[1].flatten().tolist() == [100.0, 100.0, 100.0]
-    assert slots.tolist() == [2, 2, 0, 1, 0]
-    assert inertia.tolist() == [2.0, 0.0]
-
-
-def test_fewer_distinct_points_than_clusters():
-    z, labels = torch.tensor([[0.0], [0.0], [0.0], [1.0], [2.0], [5.0]]), torch.tensor([0, 0, 0, 1, 1, 1])
-    centroids, assignments = kmeans(z, labels, 2, 1, 20, 0)
-    assert centroids[:2].flatten().tolist() == [0.0, 0.0]
-    assert sorted(centroids[2:].flatten().tolist()) == [1.5, 5.0]
-    assert torch.equal(assignments // 2, labels)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import torch
 
-from clustr_core.numerics.kernels import reference, tiles
+from clustr_core.numerics.kernels import kmeans, reference, tiles
 
 # n, dim, labels of the clusters: none a multiple of a tile
 SHAPES = {
@@ -75,3 +75,14 @@ def blobs(sizes, k, dim, *, seed=0, offset=0.0, dtype=torch.float32):
     slots = torch.randint(k, (len(labels),), generator=g)
     z = centres[labels, slots] + torch.randn(len(labels), dim, generator=g) + offset
     return z.to(dtype), labels
+
+
+def lloyd(z, labels, starts, max_iter):
+    """`kmeans.lloyd` of all classes from centroids in the points' own coordinates, as `reference.lloyd` takes them."""
+    centroids, slots = starts.float().clone(), torch.empty_like(labels)
+    inertia = torch.empty(len(starts), dtype=torch.float64, device=z.device)
+    for part in kmeans.grouped(z, labels):
+        found, nearest, total = kmeans.lloyd(part, centroids[part.classes] - part.origins, max_iter)
+        centroids[part.classes], inertia[part.classes] = found + part.origins, total
+        slots[part.rows[part.filled]] = nearest[part.filled]
+    return centroids, slots, inertia

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.kernels import faults_of
 from clustr_core.numerics import kernels
 from clustr_core.numerics.kernels import dispatch, register
 
@@ -61,6 +62,14 @@ def test_the_device_decides_and_the_variable_overrides(registered, chosen):
     assert dispatch("double", fails, here) is fails
 
 
+def test_a_kernel_that_was_not_measured_to_be_faster_is_not_used(registered, chosen, monkeypatch):
+    here = torch.ones(1)
+    registered("cluster_logits", "cpu")(print)
+    assert dispatch("cluster_logits", fails, here) is fails
+    monkeypatch.setattr(kernels, "FASTER", frozenset({"cluster_logits"}))
+    assert dispatch("cluster_logits", fails, here) is print
+
+
 def test_float64_has_the_reference(registered, chosen):
     registered("double", "cpu")(print)
     assert dispatch("double", fails, torch.ones(1).double()) is fails
@@ -82,22 +91,34 @@ def test_triton_compiles_for_no_cpu():
     assert python("-c", code, CLUSTR_KERNELS="triton", TRITON_INTERPRET="1").returncode == 0
 
 
-def test_where_triton_is_missing_plain_pytorch_runs_with_one_warning(chosen, monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
-    kernels._import_triton_kernels.cache_clear()
+@pytest.mark.parametrize(
+    ("name", "value", "lacking"),
+    [
+        ("find_spec", None, "Triton is not installed"),
+        ("triton_version", "3.3.1", "Triton 3.3.1 is installed, older than 3.4"),
+    ],
+)
+def test_without_a_triton_that_will_do_plain_pytorch_runs_with_one_warning(
+    chosen, registered, monkeypatch, caplog, name, value, lacking
+):
+    monkeypatch.setattr(kernels, name, lambda *_: value)
+    monkeypatch.delitem(sys.modules, "clustr_core.numerics.kernels.kmeans", raising=False)
+    kernels._import_kernels.cache_clear()
     try:
         with FakeTensorMode():
             on_cuda = torch.ones(1, device="cuda")
         with caplog.at_level(logging.WARNING):
-            assert [dispatch("kmeans", fails, on_cuda) for _ in range(3)] == [fails] * 3
+            assert [dispatch("cluster_logits", fails, on_cuda) for _ in range(3)] == [fails] * 3
+            # which needs no Triton
+            assert dispatch("kmeans", fails, on_cuda) is not fails
         assert [record.getMessage() for record in caplog.records] == [
-            "Triton is not installed: plain PyTorch runs in place of the GPU kernels"
+            f"plain PyTorch runs in place of the GPU kernels: {lacking}"
         ]
         chosen("triton")
-        with pytest.raises(RuntimeError, match="CLUSTR_KERNELS: expected Triton to be installed"):
-            dispatch("kmeans", fails, on_cuda)
+        with pytest.raises(RuntimeError, match=rf"CLUSTR_KERNELS: 'triton' needs Triton 3.4 or newer, and {lacking}"):
+            dispatch("cluster_logits", fails, on_cuda)
     finally:
-        kernels._import_triton_kernels.cache_clear()
+        kernels._import_kernels.cache_clear()
 
 
 def test_nothing_of_triton_is_imported_before_it_is_wanted():
@@ -116,32 +137,41 @@ def test_the_kernels_under_the_interpreter():
     assert re.search(r"^\d{3,} passed in", done.stdout, re.MULTILINE), done.stdout
 
 
-# bytes of shared memory that one program may have
-SHARED = {80: 163 * 1024, 90: 227 * 1024}
-
-
-def test_the_kernels_compile_without_a_spill_for_both_architectures(tmp_path):
+def test_the_kernels_compile_for_both_architectures_on_tensor_cores_and_without_a_spill(tmp_path):
     done = python("-m", "benchmarks.kernels", "--compile", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     header, *rows = [line.split() for line in done.stdout.splitlines()]
-    assert header == ["kernel", "inputs", "arch", "registers", "spilled", "shared"]
+    assert header == ["kernel", "inputs", "arch", "registers", "spilled", "shared", "tensor_core"]
     kinds = {
         ("stream_kernel", "float32"), ("stream_kernel", "bfloat16"), ("distances_kernel", "float32"),
         ("distances_kernel", "bfloat16"), ("votes_kernel", "float32"), ("weights_kernel", "float32"),
         ("pull_kernel", "float32"), ("pull_kernel", "bfloat16"), ("own_kernel", "float32"),
         ("radius_kernel", "float32"),
-        ("assign_kernel", "float32"), ("assign_kernel", "bfloat16"), ("sums_kernel", "float32"),
-        ("sums_kernel", "bfloat16"),
         # the others take float16 and bfloat16 alike, in float32
-        *((kernel, "float16") for kernel in ("stream_kernel", "distances_kernel", "assign_kernel", "sums_kernel")),
+        *((kernel, "float16") for kernel in ("stream_kernel", "distances_kernel")),
     }  # fmt: skip
-    for arch, limit in SHARED.items():
-        mine = [row for row in rows if row[2] == f"sm_{arch}"]
-        assert {(kernel, inputs) for kernel, inputs, *_ in mine} == kinds
-        for kernel, _, _, registers, spilled, shared in mine:
-            assert 16 <= int(registers) <= 255, kernel
-            assert int(spilled) == 0, kernel
-            assert int(shared) <= limit, kernel
+    for arch in ("sm_80", "sm_90"):
+        assert {(kernel, inputs) for kernel, inputs, where, *_ in rows if where == arch} == kinds
+    assert all(16 <= int(registers) <= 255 for _, _, _, registers, *_ in rows)
+
+
+SOUND = {"kernel": "stream_kernel", "inputs": "float32", "arch": "sm_86", "spilled": 0, "shared": 0, "tensor_core": 4}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, None),
+        ({"kernel": "radius_kernel", "tensor_core": 0}, None),
+        ({"spilled": 8}, "8 bytes are spilled"),
+        ({"shared": 102_400}, "102400 bytes of shared memory, of 101376"),
+        ({"tensor_core": 0}, "0 products on tensor cores"),
+        ({"kernel": "radius_kernel"}, "4 products on tensor cores"),
+    ],
+)
+def test_what_compiled_otherwise_than_it_should_is_told(changed, said):
+    row = SOUND | changed
+    assert faults_of(row) == ([f"{row['kernel']}, float32, sm_86: {said}"] if said else [])
 
 
 def test_the_benchmark_needs_a_device():

@@ -7,7 +7,7 @@ import torch
 
 from clustr_core.models.classifiers import cluster_logits
 from clustr_core.models.clusters import Clusters
-from clustr_core.numerics.rounding import full_precision
+from clustr_core.numerics.rounding import full_precision, tf32
 
 CPU = torch.device("cpu")
 B: Any = torch.backends
@@ -107,6 +107,18 @@ def test_inside_nothing_is_coarse_and_behind_it_nothing_has_changed(setting):
     reset()
     setting()
     assert after == followers()
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+def test_tf32_is_for_gpus_alone_and_behind_it_nothing_has_changed(setting):
+    setting()
+    before = reads()
+    with tf32(CPU):
+        assert {NEW[name].fp32_precision for name in OPERATIONS if name.startswith("cuda")} == {"tf32"}
+        assert not {NEW[name].fp32_precision for name in OPERATIONS if name.startswith("cpu")} & {"tf32", "bf16"}
+        with full_precision(CPU):
+            assert not {NEW[name].fp32_precision for name in OPERATIONS} & {"tf32", "bf16"}
+    assert reads() == before
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())

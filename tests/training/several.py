@@ -99,7 +99,7 @@ def trained(folder: Path, only=None) -> dict:
             super().__init__(*arguments, **options)
             samplers.append(self)
 
-    def finish(path, recipe, state, *arguments):
+    def finish(path, recipe, state, *arguments, **options):
         tensors = [*state.network.state_dict().values(), state.generator.get_state()]
         if state.perturbation is not None:
             tensors.append(state.perturbation)
@@ -107,7 +107,7 @@ def trained(folder: Path, only=None) -> dict:
         held[path.name] = digest(*states, *(tensor.numpy().tobytes() for tensor in tensors))
         held[f"{path.name} samplers"] = len(samplers)
         samplers.clear()
-        real_finish(path, recipe, state, *arguments)
+        real_finish(path, recipe, state, *arguments, **options)
 
     loop.finish, refresh.ClusterBatches = finish, Noted
     several = RECIPES | {"bf16": BF16, "batch-norm": BATCH_NORM, "long": LONG}

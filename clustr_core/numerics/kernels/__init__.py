@@ -1,11 +1,12 @@
 """The one place where a device decides which code runs.
 
 Every kernel has a form in plain PyTorch, which its caller passes as the reference. Faster ones for a device are
-registered here under the same name, so that no other module ever asks what kind of device a tensor lives on. Those in
-Triton are imported when one of them is first wanted, and take float32, bfloat16 and float16: float64 always has the
-reference. The environment variable CLUSTR_KERNELS overrides the device:
+registered here under the same name, so that no other module ever asks what kind of device a tensor lives on. They are
+imported when one of them is first wanted, and take float32, bfloat16 and float16: float64 always has the reference.
+Those in Triton are left out where Triton is missing or older than `OLDEST_TRITON`. The environment variable
+CLUSTR_KERNELS overrides the device:
 
-    auto       the device's own kernel where there is one (the default)
+    auto       the device's own kernel where there is one that was measured to be faster (the default)
     reference  plain PyTorch everywhere
     triton     Triton on whatever device; on a CPU only under its interpreter (TRITON_INTERPRET=1)
 """
@@ -24,7 +25,12 @@ from torch import Tensor
 CHOICES = ("auto", "reference", "triton")
 VARIABLE = "CLUSTR_KERNELS"
 _KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
-_TRITON_MODULES = ("cluster_logits", "pairwise_radius", "kmeans")
+# the first one with all that the kernels use; of torch 2.8
+OLDEST_TRITON = (3, 4)
+_TRITON_MODULES = ("cluster_logits", "pairwise_radius")
+# of those in Triton, which a GPU has shown to be faster than plain PyTorch, eager and compiled (`benchmarks.kernels`).
+# None yet: an older version of them was slower on an H100, and these have not met a GPU
+FASTER: frozenset[str] = frozenset()
 _log = logging.getLogger(__name__)
 _Reference = TypeVar("_Reference", bound=Callable[..., Any] | None)
 
@@ -47,7 +53,7 @@ def dispatch(name: str, reference: _Reference, first: Tensor) -> Callable[..., A
 
     Raises:
         ValueError: if CLUSTR_KERNELS is none of `CHOICES`.
-        RuntimeError: if it is "triton" and Triton is missing, or asked to compile for a CPU.
+        RuntimeError: if it is "triton" and Triton is missing or too old, or asked to compile for a CPU.
     """
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in CHOICES:
@@ -58,13 +64,15 @@ def dispatch(name: str, reference: _Reference, first: Tensor) -> Callable[..., A
         _require_triton(first)
         return _KERNELS.get((name, "cuda"), reference)
     if first.is_cuda:
-        _import_triton_kernels()
+        _import_kernels()
+    if name in _TRITON_MODULES and name not in FASTER:
+        return reference
     return _KERNELS.get((name, first.device.type), reference)
 
 
 def _require_triton(first: Tensor) -> None:
-    if not _import_triton_kernels():
-        raise RuntimeError(f"{VARIABLE}: expected Triton to be installed for 'triton', and it is not")
+    if lacking := _import_kernels():
+        raise RuntimeError(f"{VARIABLE}: 'triton' needs Triton {_version(OLDEST_TRITON)} or newer, and {lacking}")
     from triton import knobs
 
     if not first.is_cuda and not knobs.runtime.interpret:
@@ -75,11 +83,33 @@ def _require_triton(first: Tensor) -> None:
 
 
 @cache
-def _import_triton_kernels() -> bool:
-    """Import the modules that register Triton's kernels; once, and with a warning where Triton is missing."""
-    if find_spec("triton") is None:
-        _log.warning("Triton is not installed: plain PyTorch runs in place of the GPU kernels")
-        return False
+def _import_kernels() -> str:
+    """Import the modules that register kernels, once; why those in Triton are left out, with a warning, or ""."""
+    importlib.import_module(f"{__name__}.kmeans")
+    if lacking := _lacking_triton():
+        _log.warning("plain PyTorch runs in place of the GPU kernels: %s", lacking)
+        return lacking
     for module in _TRITON_MODULES:
         importlib.import_module(f"{__name__}.{module}")
-    return True
+    return ""
+
+
+def _lacking_triton() -> str:
+    """What keeps the kernels in Triton from being imported; "" where nothing does."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    found = triton_version()
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {found} is installed, older than {_version(OLDEST_TRITON)}"
+    return ""
+
+
+def triton_version() -> str:
+    """Of the Triton that would be imported, under whatever name it was installed."""
+    import triton
+
+    return triton.__version__
+
+
+def _version(parts: tuple[int, ...]) -> str:
+    return ".".join(map(str, parts))

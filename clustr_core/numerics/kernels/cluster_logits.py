@@ -121,7 +121,7 @@ class _Targets:
     """The centroids as the kernels want them, and the order in which those of a class follow each other."""
 
     origin: Float[Tensor, " dim"]
-    operand: Float[Tensor, "cluster dim"]
+    operand: Float[Tensor, "cluster width"]
     squares: Float[Tensor, " cluster"]
     labels: Int[Tensor, " cluster"]
     variance: Float[Tensor, " cluster"]
@@ -141,12 +141,14 @@ def _targets(centroids: Tensor, labels: Tensor, variance: Tensor, num_classes: i
 def _stream(embeddings: Tensor, targets: _Targets, logits: Tensor) -> None:
     """Write the logits of some rows, every cluster voting."""
     points, squares = operand(embeddings, targets.origin)
-    classes = 16 if targets.num_classes <= 16 else 64
+    # three products a tile take registers: in float32 more classes would not fit
+    single = points.dtype == torch.float32
+    classes = 16 if targets.num_classes <= 16 else 32 if single else 64
     grid = (triton.cdiv(len(points), ROWS), triton.cdiv(targets.num_classes, classes))
     tiles.launch(
         stream_kernel, grid, points, squares, targets.operand, targets.squares, targets.variance, targets.order,
         targets.starts, logits, len(points), targets.num_classes, points.shape[1],
-        ROWS=ROWS, CLASSES=classes, num_warps=8, **product_constants(points.dtype),
+        ROWS=ROWS, CLASSES=classes, num_warps=4 if single else 8, **product_constants(points.dtype),
     )  # fmt: skip
 
 
@@ -157,7 +159,7 @@ def _distances(embeddings: Tensor, targets: _Targets) -> Tensor:
     grid = (triton.cdiv(distances.shape[0], ROWS), triton.cdiv(distances.shape[1], COLUMNS))
     tiles.launch(
         distances_kernel, grid, points, squares, targets.operand, targets.squares, distances,
-        *distances.shape, points.shape[1], ROWS=ROWS, COLUMNS=COLUMNS, **product_constants(points.dtype),
+        *distances.shape, points.shape[1], ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8, **product_constants(points.dtype),
     )  # fmt: skip
     return distances
 
@@ -216,13 +218,13 @@ def _pull(weights: Tensor, sources: Tensor, points: Tensor, dtype: torch.dtype, 
 
     Inputs of half precision lose nothing that they had when their weights are rounded to TF32.
     """
-    product = {"DEPTH": 32, "PRECISION": "tf32"} if dtype in HALF_DTYPES else {"DEPTH": 16, "PRECISION": "ieee"}
+    product = {"DEPTH": 32, "PRECISION": "tf32"} if dtype in HALF_DTYPES else {"DEPTH": 16, "PRECISION": "tf32x3"}
     parts = triton.cdiv(len(sources), span)
     pulls = points.new_empty(parts, *points.shape)
     grid = (triton.cdiv(points.shape[0], ROWS), triton.cdiv(points.shape[1], COLUMNS), parts)
     tiles.launch(
         pull_kernel, grid, weights, sources, points, pulls, len(points), len(sources), points.shape[1],
-        *weights.stride(), span, ROWS=ROWS, COLUMNS=COLUMNS, **product,
+        *weights.stride(), span, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8, **product,
     )  # fmt: skip
     return pulls.sum(dim=0)
 
@@ -230,14 +232,15 @@ def _pull(weights: Tensor, sources: Tensor, points: Tensor, dtype: torch.dtype, 
 @triton.jit
 @no_type_check
 def stream_kernel(
-    points, point_squares, centroids, centroid_squares, variance, order, starts, logits, count, num_classes, dim,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr, WIDEN: tl.constexpr,
+    points, point_squares, centroids, centroid_squares, variance, order, starts, logits, count, num_classes, width,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Logits of ROWS rows and CLASSES classes, a running logsumexp over the clusters of each."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     classes = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)
     row_ok, class_ok = rows < count, classes < num_classes
-    point_square = tl.load(point_squares + rows, mask=row_ok, other=0.0)
+    present = tl.minimum(rows, count - 1)
+    point_square = tl.load(point_squares + present)
     first = tl.load(starts + classes, mask=class_ok, other=0)
     size = tl.load(starts + classes + 1, mask=class_ok, other=0) - first
     highest = tl.full((ROWS, CLASSES), float("-inf"), tl.float32)
@@ -245,11 +248,9 @@ def stream_kernel(
     for slot in range(tl.max(size, axis=0)):
         filled = slot < size
         columns = tl.load(order + first + slot, mask=filled, other=0)
-        products = inner_products(points, centroids, rows, columns, row_ok, filled, dim, ROWS, CLASSES, DEPTH, WIDEN)
-        square = tl.load(centroid_squares + columns, mask=filled, other=0.0)
-        exponents = exponents_of(
-            distances_from(products, point_square, square), tl.load(variance + columns, mask=filled, other=1.0)
-        )
+        products = inner_products(points, centroids, present, columns, width, ROWS, CLASSES, DEPTH, PRECISION, WIDEN)
+        square, sigma2 = tl.load(centroid_squares + columns), tl.load(variance + columns)
+        exponents = exponents_of(distances_from(products, point_square, square), sigma2)
         highest, total = add_exponents(highest, total, exponents, filled[None, :])
     where = logits + rows[:, None] * num_classes + classes[None, :]
     tl.store(where, highest + tl.log(total), mask=row_ok[:, None] & class_ok[None, :])
@@ -276,14 +277,17 @@ def add_exponents(highest, total, exponents, voting):
 @triton.jit
 @no_type_check
 def distances_kernel(
-    points, point_squares, centroids, centroid_squares, distances, count, clusters, dim,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDEN: tl.constexpr,
+    points, point_squares, centroids, centroid_squares, distances, count, clusters, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """A tile of squared distances."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     row_ok, column_ok = rows < count, columns < clusters
-    products = inner_products(points, centroids, rows, columns, row_ok, column_ok, dim, ROWS, COLUMNS, DEPTH, WIDEN)
+    products = inner_products(
+        points, centroids, tl.minimum(rows, count - 1), tl.minimum(columns, clusters - 1), width,
+        ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
+    )  # fmt: skip
     found = distances_from(
         products,
         tl.load(point_squares + rows, mask=row_ok, other=0.0),

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clustr_core.numerics.kernels import register, tiles
-from clustr_core.numerics.kernels.tiles import ROWS, by_class, inner_products, product_constants, row_chunks
+from clustr_core.numerics.kernels.tiles import ROWS, by_class, inner_products, padded, product_constants, row_chunks
 from clustr_core.numerics.rounding import HALF_DTYPES
 
 # rivals in a tile: twice as many, and the walk through the own clusters no longer fits in registers
@@ -60,34 +60,34 @@ def pairwise_radius(
             raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
     info = torch.finfo(torch.float32)
     origin = centroids.float().mean(dim=0)
-    targets = (centroids.float() - origin).contiguous()
+    targets = padded(centroids.float() - origin)
     lengths = torch.linalg.vector_norm(targets, dim=1)
     order, starts = by_class(labels, int(labels.max()) + 1)
     sizes = starts.diff()
     between = between.float()
     inverse = between.reciprocal().masked_fill_(between.square() <= info.tiny / info.eps, 0).contiguous()
     taken_off = torch.as_tensor(correction, dtype=torch.float32, device=labels.device).expand(len(labels)) + info.tiny
-    dim, slots = embeddings.shape[1], int(sizes.max())
+    width, slots = targets.shape[1], int(sizes.max())
     radius = torch.empty_like(predicted, dtype=torch.float32)
     of_a_kind = predicted.argsort(stable=True)
-    for chunk in row_chunks(len(predicted), max(dim, slots)):
+    for chunk in row_chunks(len(predicted), max(width, slots)):
         rows = of_a_kind[chunk]
-        points = embeddings[rows].float().sub_(origin).contiguous()
+        points = padded(embeddings[rows].float() - origin)
         norms = torch.linalg.vector_norm(points, dim=1)
         classes = predicted[rows]
         own_clusters = (order, starts[classes], sizes[classes])
         row_tiles = triton.cdiv(len(rows), ROWS)
         own = points.new_empty(slots, len(rows))
         tiles.launch(
-            own_kernel, (row_tiles, slots), points, norms, targets, lengths, *own_clusters, own, len(rows), dim,
-            relative, ROWS=ROWS, DEPTH=32,
+            own_kernel, (row_tiles, slots), points, norms, targets, lengths, *own_clusters, own, len(rows), width,
+            relative, ROWS=ROWS, DEPTH=16, num_warps=8,
         )  # fmt: skip
         splits = min(triton.cdiv(len(targets), COLUMNS), triton.cdiv(PROGRAMS, row_tiles))
         parts = points.new_empty(splits, len(rows))
         tiles.launch(
             radius_kernel, (row_tiles, splits), points, norms, targets, lengths, labels, classes, taken_off, inverse,
-            *own_clusters, own, parts, len(rows), len(targets), dim, relative,
-            ROWS=ROWS, COLUMNS=COLUMNS, **product_constants(points.dtype),
+            *own_clusters, own, parts, len(rows), len(targets), width, relative,
+            ROWS=ROWS, COLUMNS=COLUMNS, **product_constants(points.dtype, "ieee"),
         )  # fmt: skip
         radius[rows] = parts.amin(dim=0)
     return radius.to(embeddings.dtype)
@@ -96,7 +96,7 @@ def pairwise_radius(
 @triton.jit
 @no_type_check
 def own_kernel(
-    points, norms, centroids, lengths, order, first, size, own, count, dim, relative,
+    points, norms, centroids, lengths, order, first, size, own, count, width, relative,
     ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """q_i + relative s_i of the own cluster in one slot of each row's class."""
@@ -106,11 +106,11 @@ def own_kernel(
     filled = slot < tl.load(size + rows, mask=row_ok, other=0)
     clusters = tl.load(order + tl.load(first + rows, mask=row_ok, other=0) + slot, mask=filled, other=0)
     terms = tl.zeros((ROWS, DEPTH), tl.float32)
-    for start in range(0, dim, DEPTH):
+    present = tl.minimum(rows, count - 1)
+    for start in range(0, width, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        ok = filled[:, None] & (depth < dim)[None, :]
-        point = tl.load(points + rows[:, None] * dim + depth[None, :], mask=ok, other=0.0)
-        terms += point * tl.load(centroids + clusters[:, None] * dim + depth[None, :], mask=ok, other=0.0)
+        point = tl.load(points + present[:, None] * width + depth[None, :])
+        terms += point * tl.load(centroids + clusters[:, None] * width + depth[None, :])
     length = tl.load(lengths + clusters, mask=filled, other=0.0)
     reach = tl.load(norms + rows, mask=row_ok, other=0.0) + length
     # the square first: where it overflows, so must its multiple
@@ -122,14 +122,15 @@ def own_kernel(
 @no_type_check
 def radius_kernel(
     points, norms, centroids, lengths, labels, predicted, taken_off, inverse, order, first, size, own, radius,
-    count, clusters, dim, relative,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDEN: tl.constexpr,
+    count, clusters, width, relative,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The smallest radius of each row against every rival in this program's share of the clusters."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     row_ok = rows < count
-    norm = tl.load(norms + rows, mask=row_ok, other=0.0)
+    present = tl.minimum(rows, count - 1)
+    norm = tl.load(norms + present)
     label = tl.load(predicted + rows, mask=row_ok, other=0)
     begin = tl.load(first + rows, mask=row_ok, other=0)
     slots = tl.load(size + rows, mask=row_ok, other=0)
@@ -137,7 +138,10 @@ def radius_kernel(
     for start in range(split * COLUMNS, clusters, tl.num_programs(1) * COLUMNS):
         columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)
         column_ok = columns < clusters
-        products = inner_products(points, centroids, rows, columns, row_ok, column_ok, dim, ROWS, COLUMNS, DEPTH, WIDEN)
+        products = inner_products(
+            points, centroids, present, tl.minimum(columns, clusters - 1), width,
+            ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
+        )  # fmt: skip
         length = tl.load(lengths + columns, mask=column_ok, other=0.0)
         reach = norm[:, None] + length[None, :]
         off = tl.load(taken_off + columns, mask=column_ok, other=0.0)

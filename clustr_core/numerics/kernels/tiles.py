@@ -18,6 +18,8 @@ from clustr_core.numerics.rounding import HALF_DTYPES
 
 ROWS = 64
 COLUMNS = 64
+# a multiple of every DEPTH
+WIDTH = 64
 
 
 def row_chunks(count: int, width: int) -> Iterator[slice]:
@@ -34,21 +36,33 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 def operand(
     points: Float[Tensor, "point dim"], origin: Float[Tensor, " dim"]
-) -> tuple[Float[Tensor, "point dim"], Float[Tensor, " point"]]:
-    """What tiles of distances multiply, and the squared norm of each row.
+) -> tuple[Float[Tensor, "point width"], Float[Tensor, " point"]]:
+    """What tiles of distances multiply, as `inner_products` takes it, and the squared norm of each row.
 
     d^2 = |z|^2 - 2 <z, mu> + |mu|^2 loses digits as the norms exceed the distance. So float32 rows are taken from an
     origin among the centroids. Rows of half precision stay as they are: a product of two has all its digits in
     float32, where they are summed, while their difference to the origin would have to be rounded.
     """
-    points = (points if points.dtype in HALF_DTYPES else points - origin).contiguous()
+    points = padded(points if points.dtype in HALF_DTYPES else points - origin)
     return points, torch.linalg.vector_norm(points, dim=1, dtype=torch.float32).square()
 
 
-def product_constants(dtype: torch.dtype) -> dict[str, Any]:
-    """How the tiles of `inner_products` are multiplied: float32 is never rounded to TF32."""
+def padded(points: Float[Tensor, "point dim"]) -> Float[Tensor, "point width"]:
+    """Rows of a width that `inner_products` walks through without a remainder, filled up with zeros."""
+    return torch.nn.functional.pad(points, (0, -points.shape[1] % WIDTH)).contiguous()
+
+
+def product_constants(dtype: torch.dtype, precision: str = "tf32x3") -> dict[str, Any]:
+    """How the tiles of `inner_products` are multiplied.
+
+    Args:
+        precision: of float32. "tf32x3" is three products of tensor cores, of each number's leading digits and of the
+            rest, and loses less than sums in float32 do; but no bound on how those cores round a sum is published, so a
+            certificate takes "ieee".
+    """
+    depth, precision = (64, "ieee") if dtype in HALF_DTYPES else (16 if precision == "tf32x3" else 32, precision)
     # Triton's interpreter multiplies the bits of bfloat16 as integers
-    return {"DEPTH": 64 if dtype in HALF_DTYPES else 32, "WIDEN": knobs.runtime.interpret}
+    return {"DEPTH": depth, "PRECISION": precision, "WIDEN": knobs.runtime.interpret}
 
 
 def by_class(labels: Int[Tensor, " item"], num_classes: int) -> tuple[Int[Tensor, " item"], Int[Tensor, " boundary"]]:
@@ -60,21 +74,25 @@ def by_class(labels: Int[Tensor, " item"], num_classes: int) -> tuple[Int[Tensor
 @triton.jit
 @no_type_check
 def inner_products(
-    left, right, rows, columns, row_ok, column_ok, dim,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDEN: tl.constexpr,
+    left, right, rows, columns, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of <left[row], right[column]>, summed in float32; row and column indices are int64."""
+    """A tile of <left[row], right[column]>, summed in float32.
+
+    Row and column indices are int64 and all exist (a caller clamps those beyond the end, and stores nothing there);
+    ``width`` is a multiple of DEPTH. With no mask in the loop, what is read goes straight to the tensor cores.
+    """
+    depth = tl.arange(0, DEPTH)
+    a = left + rows[:, None] * width + depth[None, :]
+    b = right + columns[None, :] * width + depth[:, None]
     products = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, dim, DEPTH):
-        depth = start + tl.arange(0, DEPTH)
-        depth_ok = depth < dim
-        a = tl.load(left + rows[:, None] * dim + depth[None, :], mask=row_ok[:, None] & depth_ok[None, :], other=0.0)
-        b = tl.load(
-            right + columns[None, :] * dim + depth[:, None], mask=column_ok[None, :] & depth_ok[:, None], other=0.0
-        )
+    for _ in range(0, width, DEPTH):
+        x, y = tl.load(a), tl.load(b)
         if WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        products = tl.dot(a, b, products, input_precision="ieee")
+            x, y = x.to(tl.float32), y.to(tl.float32)
+        products = tl.dot(x, y, products, input_precision=PRECISION)
+        a += DEPTH
+        b += DEPTH
     return products
 
 

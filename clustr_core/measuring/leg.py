@@ -1,0 +1,616 @@
+"""A study in legs: as much of a profile as fits into some minutes, packed so that the next leg goes on from there.
+
+A leg works where every command does, in the book's ``runs/`` and ``results/<profile>/``; the folder only carries what
+it leaves there to another machine. Trainings go on after their last epoch, measurements after the last piece that they
+kept, so that the rows are those of one uninterrupted run.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+
+from clustr_core import data
+from clustr_core.measuring.attacked import attacked_targets, attacks_of, measure_pieces
+from clustr_core.measuring.certified import certificate_pieces, certificates_of, prototype_certificates
+from clustr_core.measuring.examination import examined
+from clustr_core.measuring.pieces import CachedRows, fill_cache
+from clustr_core.measuring.profile import Profile, Protocol
+from clustr_core.measuring.sandwiched import sandwich_of, sandwich_pieces
+from clustr_core.measuring.targets import AttackTarget
+from clustr_core.measuring.versions import VERSIONS
+from clustr_core.measuring.written import is_written, made_by, made_of, write_rows
+from clustr_core.numerics.rounding import full_precision
+from clustr_core.storage.files import home
+from clustr_core.storage.pack import Bounds, Member, Packed, pack, read_index, unpack
+from clustr_core.storage.provenance import sidecar_of
+from clustr_core.training.loop import fit
+from clustr_core.training.recipes import CrossEntropy, Recipe, run_folder, training_version
+from clustr_core.training.run import CHECKPOINT, DONE, HISTORY, WEIGHTS, Run, check_stored_dtype, load_run
+from clustr_core.training.state import epochs_kept
+
+log = logging.getLogger(__name__)
+Kind = Literal["train", "attacks", "certificates", "diagnostics", "sandwich"]
+# these first: with them alone the paper's claim can be judged
+HEADLINE = ("ce", "clustr", "clustr-qtrades", "pgd-at")
+PROTOTYPES = "prototypes"
+# tables of attacks that do not hold all of a profile's attacks yet lie in this folder beside the others
+PARTIAL = "partial"
+# work of a kind that was not timed yet is taken to need this share of the leg
+UNKNOWN_SHARE = 0.1
+# packing may take this share of the time since it was last done
+PACKING_SHARE = 0.05
+# gradients an image that AutoAttack spends at most: APGD on cross-entropy, targeted APGD and FAB on nine classes each
+# (100 steps), and 5,000 queries of Square
+_AUTOATTACK_GRADIENTS = 100 + 9 * 100 + 9 * 100 + 5000 / 3
+
+
+class TimeIsUp(Exception):
+    """What would come next could not be done before the end of the leg."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a method's unit.
+
+    Args:
+        attacks: of a step of the kind "attacks", all protocols whose rows the table holds after it, the step's own
+            last.
+    """
+
+    method: str
+    kind: Kind
+    attacks: Mapping[str, Protocol] = field(default_factory=dict)
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The kinds of tables that the method lacks as long as this step is left."""
+        if self.kind == "train":
+            return ()
+        return ("diagnostics", "ablations") if self.kind == "diagnostics" else (self.kind,)
+
+
+@dataclass
+class Clock:
+    """How long a leg may go on, and how long each kind of work took last.
+
+    Args:
+        seconds: of the leg.
+        now: the time, in seconds.
+        reserve: seconds kept for packing.
+    """
+
+    seconds: float
+    now: Callable[[], float] = time.monotonic
+    reserve: float = 0.0
+    rates: dict[str, float] = field(default_factory=dict)
+    _running: tuple[str, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        """The clock starts."""
+        self.begun = self.now()
+
+    @property
+    def left(self) -> float:
+        """Seconds until work must end."""
+        return self.begun + self.seconds - self.reserve - self.now()
+
+    def begin(self, kind: str, work: float = 1.0) -> None:
+        """Begin a piece of work, after noting how long the last one took.
+
+        Args:
+            kind: pieces of one kind take times in proportion to ``work``.
+        Raises:
+            TimeIsUp: if it would not be done in time, as far as is known.
+        """
+        self.end()
+        fresh = not self.rates
+        expected = self.rates[kind] * work if kind in self.rates else UNKNOWN_SHARE * self.seconds
+        # the first piece of all has the whole leg
+        if self.left <= (0 if fresh else expected):
+            raise TimeIsUp
+        self._running = (kind, work, self.now())
+
+    def end(self) -> None:
+        """The last piece of work is done."""
+        if self._running is not None:
+            kind, work, begun = self._running
+            self.rates[kind] = (self.now() - begun) / work
+            self._running = None
+
+
+# what is to be done
+
+
+def plan(profile: Profile) -> list[Step]:
+    """All steps of a profile in the order of the legs.
+
+    The headline methods come first: of each the training, then what is cheap and decides (certificates of a method with
+    a guarantee; the paper's protocol with one restart at one eps, then every other attack, from cheap to costly). What
+    is costly follows as a unit of its own for each of them (certificates that promise nothing, diagnostics, sandwich,
+    the paper's protocol in full), and then the other methods in the same way. Prototypes come last.
+    """
+    headline = [method for method in HEADLINE if method in profile.recipes]
+    others = [method for method in profile.recipes if method not in headline]
+    steps: list[Step] = []
+    for methods in (headline, others):
+        for unit in (first_unit, later_unit):
+            steps += [step for method in methods for step in unit(profile, method)]
+    return steps + ([Step(PROTOTYPES, "certificates")] if profile.recipes else [])
+
+
+def first_unit(profile: Profile, method: str) -> list[Step]:
+    """The training of a method, and its cheap and decisive rows."""
+    steps = [Step(method, "train")]
+    if profile.recipes[method].guarantee != "none" and _is_certified(profile, method):
+        steps.append(Step(method, "certificates"))
+    if method not in profile.attacked:
+        return steps
+    early = list(early_attacks(profile).items())
+    return [*steps, *(Step(method, "attacks", dict(early[:count])) for count in range(1, len(early) + 1))]
+
+
+def later_unit(profile: Profile, method: str) -> list[Step]:
+    """The costly rows of a method."""
+    steps = []
+    if profile.recipes[method].guarantee == "none":
+        steps.append(Step(method, "certificates"))
+    if method in profile.ordinary and profile.examination is not None:
+        steps.append(Step(method, "diagnostics"))
+    if method in profile.lipschitz and profile.sandwich is not None:
+        steps.append(Step(method, "sandwich"))
+    early, whole = early_attacks(profile), profile.attacks
+    if method in profile.attacked:
+        late = [name for name in whole if early[name] != whole[name]]
+        held = {name: protocol for name, protocol in early.items() if name not in late}
+        steps += [
+            Step(method, "attacks", {**held, **{name: whole[name] for name in late[:count]}})
+            for count in range(1, len(late) + 1)
+        ]
+    return steps
+
+
+def early_attacks(profile: Profile) -> dict[str, Protocol]:
+    """A profile's attacks, from cheap to costly; the paper's protocol first, with one restart at one eps."""
+    reduced = {name: reduced_protocol(each, profile) for name, each in profile.attacks.items()}
+    return dict(sorted(reduced.items(), key=lambda item: (item[1].attack != "paper", gradients(item[1]))))
+
+
+def reduced_protocol(protocol: Protocol, profile: Profile) -> Protocol:
+    """The paper's protocol with one restart, at the eps at which AutoAttack is run if it is one of its own, else at its
+    first; any other attack as it is."""
+    if protocol.attack != "paper":
+        return protocol
+    referees = [each for each in profile.attacks.values() if each.attack == "autoattack" and each.norm == protocol.norm]
+    shared = [eps for each in referees for eps in each.eps if eps in protocol.eps]
+    return replace(protocol, eps=((*shared, *protocol.eps)[0],), restarts=1)
+
+
+def gradients(protocol: Protocol) -> float:
+    """Input gradients that an attack may spend on an image, over all of its eps and losses; a query is a third."""
+    return len(protocol.eps) * len(protocol.climbed) * _gradients_once(protocol)
+
+
+def _gradients_once(protocol: Protocol) -> float:
+    if protocol.attack == "autoattack":
+        return _AUTOATTACK_GRADIENTS
+    return protocol.steps / 3 if protocol.attack == "square" else protocol.steps * protocol.restarts
+
+
+def _is_certified(profile: Profile, method: str) -> bool:
+    return profile.recipes[method].guarantee != "smoothing" or profile.smoothing is not None
+
+
+def steps_left(profile: Profile) -> list[Step]:
+    """The steps of a plan whose tables are neither in ``results/<profile>`` nor published."""
+    folders = [_results(profile), home() / "results/published" / profile.name]
+
+    def is_done(kind: str, method: str) -> bool:
+        return any(is_written(folder, profile, kind, method) for folder in folders)
+
+    steps = plan(profile)
+    tables = [step for step in steps if any(not is_done(kind, step.method) for kind in step.tables)]
+    unfinished = {step.method for step in tables}
+    return [step for step in steps if step in tables or (step.kind == "train" and step.method in unfinished)]
+
+
+def tables_left(profile: Profile) -> list[str]:
+    """The names of the tables that are left, in the order of the plan."""
+    steps = steps_left(profile)
+    return list(dict.fromkeys(f"{kind}-{step.method}" for step in steps for kind in step.tables))
+
+
+# a leg
+
+
+@dataclass(frozen=True)
+class Leg:
+    """What a leg did.
+
+    Args:
+        written: the tables that it wrote, by their paths below ``results/<profile>``.
+        left: the names of the tables that are left for later legs.
+        packed: what the folder holds now.
+    """
+
+    written: tuple[str, ...]
+    left: tuple[str, ...]
+    packed: Packed
+
+
+def run_leg(
+    profile: Profile,
+    folder: Path,
+    clock: Clock,
+    bounds: Bounds,
+    *,
+    half: bool = False,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> Leg:
+    """Do as much of a profile as fits, and pack it; go on from what an earlier leg left in the folder.
+
+    Nothing is begun that would not be done in time, as far as is known: the first piece of a kind is not known, and a
+    first epoch or piece that takes longer than the leg is done all the same. Whatever ends the leg, an error too, what
+    is there is packed; a killed leg has packed shortly before.
+
+    Args:
+        folder: of the pack. What it holds is put where it is missing here, or has gone further than here.
+        half: keep finished networks in half precision (`run.stored_dtype`), so that they travel in half the bytes.
+            Their rows are measured on exactly those weights, and their sidecars and ``run.json`` say so.
+    Raises:
+        ValueError: before any work is done, if the folder holds the leg of another profile, version or precision, or
+            lacks a part, or has a damaged one, or if its finished runs are not those that are here; after the work, if
+            a method failed, such as one that diverged: the others have had their turn.
+    """
+    _prepare(profile, folder, bounds, half)
+    work = _Work(profile, folder, clock, bounds, half, torch.device(device), progress)
+    failed: dict[str, str] = {}
+    try:
+        for step in steps_left(profile):
+            if failed.keys() & _methods_needed(profile, step.method):
+                continue
+            try:
+                work.take(step)
+            except (ValueError, RuntimeError) as error:
+                failed[step.method] = str(error)
+                log.error("%s: %s; the other methods go on", step.method, error)
+            clock.end()
+            work.pack_if_due()
+    except TimeIsUp:
+        log.info("the time is up")
+    finally:
+        packed = work.pack()
+    if failed:
+        raise ValueError("; ".join(f"{method}: {error}" for method, error in failed.items()))
+    # a partial table may have given way to the whole one
+    written = [name for name in dict.fromkeys(work.written) if (_results(profile) / name).exists()]
+    return Leg(tuple(written), tuple(tables_left(profile)), packed)
+
+
+@dataclass
+class _Work:
+    """A leg at work."""
+
+    profile: Profile
+    folder: Path
+    clock: Clock
+    bounds: Bounds
+    half: bool
+    device: torch.device
+    progress: bool
+    packed_at: float = 0.0
+    packing: float = 0.0
+    # the models of the method that is attacked, and the last step whose rows are not in a table yet
+    attacked: tuple[str, list] | None = None
+    partial: dict[str, Step] = field(default_factory=dict)
+    written: list[str] = field(default_factory=list)
+    datasets: dict[str, data.Dataset] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.packed_at = self.clock.now()
+
+    def take(self, step: Step) -> None:
+        """Do one step."""
+        log.info("%s: %s", step.method, _said(step))
+        if step.method == PROTOTYPES:
+            self.clock.begin(PROTOTYPES)
+            rows = prototype_certificates(self.profile, self._dataset(next(iter(self.profile.recipes.values()))))
+            self._write(step.kind, PROTOTYPES, None, rows)
+            return
+        if step.kind == "train":
+            self._train(step.method)
+            return
+        recipe = self.profile.recipes[step.method]
+        run = load_run(run_folder(recipe), expected=recipe)
+        {
+            "attacks": self._attack,
+            "certificates": self._certify,
+            "diagnostics": self._diagnose,
+            "sandwich": self._sandwich,
+        }[step.kind](step, run)
+
+    def _train(self, method: str) -> None:
+        for recipe in _needed(self.profile, method):
+            before = partial(self._before, f"epoch of {recipe.method}")
+            options = {"half": self.half, "device": self.device, "progress": self.progress, "before_epoch": before}
+            fit(recipe, dataset=self._dataset(recipe), **options)
+
+    def _attack(self, step: Step, run: Run) -> None:
+        profile, (name, protocol) = self.profile, list(step.attacks.items())[-1]
+        if self.attacked is None or self.attacked[0] != step.method:
+            early = {f"{each}, reduced": reduced for each, reduced in early_attacks(profile).items()}
+            both = replace(profile, attacks=profile.attacks | early)
+            self.attacked = step.method, attacked_targets(run, both, self._dataset(run.recipe), self.device)
+        attacked: list[AttackTarget] = []
+        for target, its, source in self.attacked[1]:
+            if its == protocol and target not in attacked:
+                attacked.append(target)
+                pieces = measure_pieces(target, protocol, source=source)
+                kind = f"{protocol.attack} on {target.name}"
+                self._fill(pieces, kind, _gradients_once(protocol), f"{target.name} {name}")
+        self.partial[step.method] = step
+        if dict(step.attacks) == profile.attacks:
+            self._write_attacks(step)
+
+    def _write_attacks(self, step: Step) -> None:
+        """The table of all attacks so far: in place if these are the profile's, else among the partial ones."""
+        recipe, profile = self.profile.recipes[step.method], self.profile
+        run = load_run(run_folder(recipe), expected=recipe)
+        attacks = {name: step.attacks[name] for name in profile.attacks if name in step.attacks}
+        mine = replace(profile, attacks=attacks)
+        if attacked_targets(run, mine, self._dataset(recipe), self.device):
+            rows = attacks_of(run, mine, dataset=self._dataset(recipe), device=self.device, progress=False)
+            whole = attacks == profile.attacks
+            self._write("attacks", step.method, run, rows, profile=mine, folder="" if whole else PARTIAL)
+            if whole:
+                _remove_table(_results(profile) / PARTIAL / f"attacks-{step.method}.csv")
+        del self.partial[step.method]
+
+    def _certify(self, step: Step, run: Run) -> None:
+        options = {"dataset": self._dataset(run.recipe), "device": self.device}
+        self._fill(certificate_pieces(run, self.profile, **options), f"certificates of {step.method}")
+        self._write(step.kind, step.method, run, certificates_of(run, self.profile, progress=False, **options))
+
+    def _diagnose(self, step: Step, run: Run) -> None:
+        found = examined(run, self.profile, dataset=self._dataset(run.recipe), device=self.device)
+        for piece in found.pieces():
+            self._fill([piece], piece.path.name.partition("-")[0])
+        self._write("diagnostics", step.method, run, found.diagnostics())
+        self._write("ablations", step.method, run, found.ablations())
+
+    def _sandwich(self, step: Step, run: Run) -> None:
+        options = {"dataset": self._dataset(run.recipe), "device": self.device}
+        # the attacked model must compute in float32, as its certificate assumes: TF32 is coarser
+        with full_precision(self.device):
+            self._fill(sandwich_pieces(run, self.profile, **options), f"sandwich of {step.method}")
+            self._write(step.kind, step.method, run, sandwich_of(run, self.profile, progress=False, **options))
+
+    def _fill(self, pieces: Sequence[CachedRows], kind: str, work: float = 1.0, title: str = "") -> None:
+        before = partial(self._before, kind, work)
+        options = {"device": self.device, "title": title or kind, "progress": self.progress}
+        fill_cache(pieces, before_piece=before, **options)
+        self.clock.end()
+
+    def _before(self, kind: str, work: float = 1.0) -> None:
+        """Between two epochs or pieces."""
+        self.clock.end()
+        self.pack_if_due()
+        self.clock.begin(kind, work)
+
+    def _dataset(self, recipe: Recipe) -> data.Dataset:
+        if recipe.dataset not in self.datasets:
+            self.datasets[recipe.dataset] = data.load_dataset(recipe.dataset)
+        return self.datasets[recipe.dataset]
+
+    def _write(
+        self,
+        kind: str,
+        method: str,
+        run: Run | None,
+        rows: pd.DataFrame,
+        *,
+        profile: Profile | None = None,
+        folder: str = "",
+    ) -> None:
+        made = made_by(profile or self.profile, kind, str(self.device)) | made_of(method, run)
+        table = Path(folder) / f"{kind}-{method}.csv"
+        write_rows(_results(self.profile) / table, rows, made)
+        self.written.append(table.as_posix())
+
+    def pack_if_due(self) -> None:
+        """Pack if that costs little of the time since it was last done."""
+        if self.packing <= PACKING_SHARE * (self.clock.now() - self.packed_at):
+            self.pack()
+
+    def pack(self) -> Packed:
+        """Pack what is there, with a table of the attacks so far."""
+        begun = self.clock.now()
+        for step in list(self.partial.values()):
+            self._write_attacks(step)
+        packed = pack(self.folder, _groups(self.profile), self.bounds, _facts(self.profile, half=self.half))
+        self.packed_at = self.clock.now()
+        self.packing = self.packed_at - begun
+        self.clock.reserve = max(self.clock.reserve, 1.5 * self.packing)
+        return packed
+
+
+def _said(step: Step) -> str:
+    return f"{step.kind}, {list(step.attacks)[-1]}" if step.attacks else step.kind
+
+
+def _needed(profile: Profile, method: str) -> list[Recipe]:
+    """The recipes that must have been trained before a method is measured, its own last."""
+    recipe = profile.recipes[method]
+    sources = {each.source for each in profile.attacks.values() if each.attack == "transfer"}
+    if method in profile.ordinary and profile.examination is not None:
+        sources |= {CrossEntropy.method} & set(profile.recipes)
+    needed = [profile.recipes[name] for name in sorted(sources)] if method in profile.attacked else []
+    return list(dict.fromkeys(each for one in (*needed, recipe) for each in _with_starts(one)))
+
+
+def _methods_needed(profile: Profile, method: str) -> set[str]:
+    return {method} | ({recipe.method for recipe in _needed(profile, method)} if method != PROTOTYPES else set())
+
+
+def _with_starts(recipe: Recipe) -> Iterator[Recipe]:
+    if recipe.warm_start is not None:
+        yield from _with_starts(recipe.warm_start)
+    yield recipe
+
+
+def _results(profile: Profile) -> Path:
+    return home() / "results" / profile.name
+
+
+def _remove_table(table: Path) -> None:
+    for path in (table, sidecar_of(table)):
+        path.unlink(missing_ok=True)
+
+
+# what travels
+
+
+def _facts(profile: Profile, *, half: bool) -> dict[str, Any]:
+    """By what a pack is known."""
+    versions = {method: training_version(recipe) for method, recipe in profile.recipes.items()}
+    return {
+        "profile": {"name": profile.name, "sha256": profile.sha256},
+        "training_versions": versions,
+        "measurement_versions": VERSIONS,
+        "half": half,
+    }
+
+
+def _groups(profile: Profile) -> list[list[Member]]:
+    """What is there, the most important first: tables, rows, weights that later steps need (those of the next ones
+    first), trainings under way, other weights, snapshots."""
+    root = home()
+    left = dict.fromkeys(step.method for step in steps_left(profile) if step.method in profile.recipes)
+    needed = list(dict.fromkeys(run_folder(recipe) for method in left for recipe in _needed(profile, method)))
+    runs = list(dict.fromkeys(run_folder(each) for recipe in profile.recipes.values() for each in _with_starts(recipe)))
+    tables = [path for path in sorted(_results(profile).rglob("*.csv")) if sidecar_of(path).exists()]
+    groups = [[table, sidecar_of(table)] for table in tables]
+    groups += [[path] for run in runs for kind in ("tables", "counterexamples") for path in _visible(run / kind)]
+    done = [run for run in runs if (run / DONE).exists()]
+    groups += [[run / name for name in (WEIGHTS, HISTORY, DONE)] for run in needed if run in done]
+    groups += [[run / CHECKPOINT] for run in runs if run not in done and (run / CHECKPOINT).exists()]
+    groups += [[run / name for name in (WEIGHTS, HISTORY, DONE)] for run in done if run not in needed]
+    groups += [[path] for run in runs for path in _visible(run / "snapshots")]
+    return [[Member(path.relative_to(root).as_posix(), path) for path in group] for group in groups]
+
+
+def _visible(folder: Path) -> list[Path]:
+    """The whole files of a folder: what is being written is hidden."""
+    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+
+
+def _prepare(profile: Profile, folder: Path, bounds: Bounds, half: bool) -> None:
+    """Check all that can be checked, and put what the folder holds where it belongs."""
+    index = read_index(folder)
+    if index is not None:
+        _check_facts(index, _facts(profile, half=half), folder)
+    for recipe in profile.recipes.values():
+        if (run_folder(recipe) / DONE).exists():
+            check_stored_dtype(load_run(run_folder(recipe), expected=recipe), half=half)
+    if index is None:
+        # so that a folder whose index was lost is told from one whose first leg was killed
+        pack(folder, [], bounds, _facts(profile, half=half))
+        return
+    with _scratch() as unpacked:
+        unpack(folder, unpacked)
+        _restore(unpacked, home(), profile)
+
+
+def _check_facts(index: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
+    for name, value in expected.items():
+        if (found := index.get(name)) != value:
+            what = "half precision (--half)" if name == "half" else name.replace("_", " ")
+            said, got = _differing(value, found), _differing(found, value)
+            raise ValueError(f"--into: expected a leg of {what} {said}, got one of {got} in {folder}")
+
+
+def _differing(value: Any, other: Any) -> str:
+    """A value, of which only what differs from the other is said."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        return str({key: item for key, item in value.items() if other.get(key) != item})
+    return str(value)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """An empty folder beside the runs; what a killed leg left in it is removed."""
+    folder = home() / "runs" / ".unpacked"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _restore(unpacked: Path, root: Path, profile: Profile) -> None:
+    """Move what was unpacked to where it is missing, or has gone further; what is here otherwise stays.
+
+    Raises:
+        ValueError: before anything is moved, if a finished run is another here than there.
+    """
+    runs = [(run, root / "runs" / run.name) for run in sorted((unpacked / "runs").glob("*"))]
+    for theirs, mine in runs:
+        if (theirs / DONE).exists() and (mine / DONE).exists():
+            _check_same_weights(theirs, mine)
+    for theirs, mine in runs:
+        _restore_run(theirs, mine)
+    results = Path("results") / profile.name
+    for path in _files(unpacked / results):
+        target = root / results / path.relative_to(unpacked / results)
+        if not target.exists():
+            _move(path, target)
+    for path in _files(root / results / PARTIAL):
+        if (root / results / path.name).exists():
+            path.unlink()
+
+
+def _check_same_weights(theirs: Path, mine: Path) -> None:
+    found, expected = (load_run(folder).weights_sha256[:10] for folder in (theirs, mine))
+    if found != expected:
+        raise ValueError(
+            f"--into: expected the run {mine.name} with the weights {expected}, as in {mine.parent}, got {found}; "
+            "move one of the two away"
+        )
+
+
+def _restore_run(theirs: Path, mine: Path) -> None:
+    finished, behind = (mine / DONE).exists(), _is_behind(mine, theirs)
+    # what says that a run is whole comes last
+    for path in sorted(_files(theirs), key=lambda path: (path.name == DONE, path)):
+        target = mine / path.relative_to(theirs)
+        # what a killed finish left here without run.json is not the finished run from there
+        wanted = {CHECKPOINT: behind, WEIGHTS: not finished, HISTORY: not finished}
+        if wanted.get(path.name, not target.exists()):
+            _move(path, target)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _is_behind(mine: Path, theirs: Path) -> bool:
+    """Whether a training has gone further there than here."""
+    if (mine / DONE).exists() or not (theirs / CHECKPOINT).exists():
+        return False
+    here = epochs_kept(mine / CHECKPOINT) if (mine / CHECKPOINT).exists() else -1
+    return epochs_kept(theirs / CHECKPOINT) > here
+
+
+def _move(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.replace(target)

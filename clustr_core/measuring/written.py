@@ -1,0 +1,79 @@
+"""Tables of a profile as files, each with the sidecar that says how it was made; and whether one is there already."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from clustr_core.measuring.profile import Profile
+from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS
+from clustr_core.storage.files import digest
+from clustr_core.storage.provenance import check_sidecar, environment, write_sidecar
+from clustr_core.storage.tables import write_table
+from clustr_core.training.recipes import run_folder, run_key
+from clustr_core.training.run import DONE, WEIGHTS, Run
+
+
+def made_by(profile: Profile, kind: str, device: str) -> dict[str, Any]:
+    """What decides the rows of a kind of table, whatever the model: for its sidecar.
+
+    Args:
+        kind: as `Profile.protocol` takes it.
+    """
+    return {
+        **environment(device),
+        "profile": {"name": profile.name, "sha256": profile.sha256},
+        "protocol": profile.protocol(kind),
+        "version": VERSIONS[MEASUREMENT_OF[kind]],
+    }
+
+
+def made_of(method: str, run: Run | None) -> dict[str, Any]:
+    """Which model the rows are of; None for what needs no run."""
+    if run is None:
+        return {"method": method, "run": None, "weights_sha256": None, "weights_dtype": None, "seed": None}
+    return {
+        "method": method,
+        "run": run.path.name,
+        "weights_sha256": run.weights_sha256,
+        "weights_dtype": run.weights_dtype,
+        "seed": run.recipe.seed,
+    }
+
+
+def write_rows(path: Path, table: pd.DataFrame, made: dict[str, Any]) -> None:
+    """Write a table and, beside it, the sidecar that says how it was made."""
+    write_table(path, table)
+    write_sidecar(path, made)
+
+
+def is_written(folder: Path, profile: Profile, kind: str, method: str) -> bool:
+    """Whether a folder holds a method's table of a kind, as the profile and the package would make it today.
+
+    What its sidecar leaves open, as those of the first tables do, is taken to be so. A table that is not the one of its
+    sidecar, as when its writer was killed between the two, counts as missing.
+    """
+    path = folder / f"{kind}-{method}.csv"
+    try:
+        made = check_sidecar(path)["made"]
+    except (FileNotFoundError, ValueError):
+        return False
+    recipe = profile.recipes.get(method)
+    wanted = {
+        "protocol": json.loads(json.dumps(profile.protocol(kind))),
+        "version": VERSIONS[MEASUREMENT_OF[kind]],
+        "run": recipe and run_key(recipe),
+    }
+    if recipe and (run_folder(recipe) / DONE).exists():
+        # else it is of another training of the same recipe, or of weights that were rounded
+        weights = run_folder(recipe) / WEIGHTS
+        wanted["weights_sha256"] = _digest_of(weights, weights.stat().st_mtime_ns)
+    return all(made.get(name) in (None, value) for name, value in wanted.items())
+
+
+@cache
+def _digest_of(path: Path, written: int) -> str:
+    """SHA-256 of a file as it was written then: asked for often, and weights are large."""
+    return digest(path.read_bytes())

@@ -1,0 +1,484 @@
+"""Legs: cut, killed and carried to other machines, they leave the tables of one uninterrupted run; nothing is mixed."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from disk import contents
+from safetensors.torch import load_file
+
+from clustr_core.cli import main
+from clustr_core.measuring import leg as leg_module
+from clustr_core.measuring.leg import Clock, TimeIsUp, early_attacks, plan, run_leg, steps_left, tables_left
+from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.versions import VERSIONS
+from clustr_core.storage.files import read_json
+from clustr_core.storage.pack import INDEX, Bounds, read_index
+from clustr_core.storage.provenance import check_sidecar
+from clustr_core.training.loop import fit
+from clustr_core.training.recipes import run_folder
+from clustr_core.training.run import load_run, round_to_half
+from clustr_core.training.state import epochs_kept
+
+ROOT = Path(__file__).resolve().parents[2]
+PROFILE = """\
+shared: {dataset: digits, width: 4, train_examples: 150}
+methods:
+  clustr-cert: {encoder: lip-mlp, width: 8, epochs: 2, learning_rate: 0.02, per_class: 1}
+  ce: {epochs: 3}
+  clustr: {warm_start: ce, epochs: 3, per_cluster: 4}
+  smoothing: {epochs: 1}
+attacks:
+  linf: {norm: linf, eps: [0.05], steps: 2, examples: 130, losses: [ce]}
+  paper: {attack: paper, eps: [0.05, 0.1], steps: 2, restarts: 2, examples: 130}
+  transfer: {attack: transfer, eps: [0.1], steps: 2, examples: 130}
+certified_examples: 130
+examination: {eps: 0.1, examples: 2, steps: 1, restarts: 1, queries: 1}
+sandwich: {examples: 3, steps: 2, points: 2}
+smoothing: {examples: 4, samples: 20, selection_samples: 5}
+"""
+BOUNDS = Bounds(40_000)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Goes to a machine that has the profile, and nothing else."""
+
+    def machine(name: str) -> Path:
+        place = tmp_path / name
+        (place / "profiles").mkdir(parents=True, exist_ok=True)
+        (place / "profiles/tiny.yaml").write_text(PROFILE, encoding="utf-8")
+        monkeypatch.setenv("CLUSTR_HOME", str(place))
+        return place
+
+    return machine
+
+
+def leg(folder, readings=None, profile=None, **options):
+    """A leg that ends after so many readings of its clock, wherever it is then; None for one that ends by itself."""
+    ticks = itertools.count()
+    clock = Clock(1e9) if readings is None else Clock(readings, lambda: float(next(ticks)))
+    return run_leg(profile or load_profile("tiny"), folder, clock, BOUNDS, progress=False, **options)
+
+
+def tables(place: Path) -> dict[str, bytes]:
+    found = contents(place / "results/tiny")
+    return {name: content for name, content in found.items() if name.endswith(".csv")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The tables of one leg that nothing interrupts, and its pack."""
+    place = tmp_path_factory.mktemp("whole")
+    (place / "profiles").mkdir()
+    (place / "profiles/tiny.yaml").write_text(PROFILE, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLUSTR_HOME", str(place))
+        done = leg(place / "pack")
+        assert done.left == ()
+    return place
+
+
+# the plan
+
+
+def test_headline_methods_come_first_and_each_begins_with_what_decides():
+    steps = plan(load_profile(ROOT / "profiles/gpu.yaml"))
+    trained = [step.method for step in steps if step.kind == "train"]
+    assert trained[:4] == ["ce", "clustr", "clustr-qtrades", "pgd-at"]
+    assert len(trained) == len(set(trained)) == 12
+    clustr = [step for step in steps if step.method == "clustr"]
+    first = clustr[1].attacks["paper"]
+    assert (clustr[0].kind, first.eps, first.steps, first.restarts) == ("train", (8 / 255,), 100, 1)
+    assert [step.kind for step in clustr[-3:]] == ["certificates", "diagnostics", "attacks"]
+    assert dict(clustr[-1].attacks) == load_profile(ROOT / "profiles/gpu.yaml").attacks
+    # all headline methods have their cheap rows before one of them has its costly ones
+    costly = next(n for n, step in enumerate(steps) if step.kind == "diagnostics")
+    assert [step.method for step in steps[:costly] if step.kind == "train"] == trained[:4]
+    assert {step.method for step in steps[costly:] if step.kind == "train"} == set(trained[4:])
+    # what certifies does so before it is attacked
+    assert [step.kind for step in steps if step.method == "clustr-cert"][:3] == ["train", "certificates", "attacks"]
+    assert (steps[-1].method, steps[-1].kind) == ("prototypes", "certificates")
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "cpu", "cpu-cifar10", "gpu", "paper"])
+def test_a_plan_ends_with_every_table_of_its_profile(name):
+    profile = load_profile(ROOT / f"profiles/{name}.yaml")
+    found = {(kind, step.method) for step in plan(profile) for kind in step.tables}
+    assert found == {(kind, method) for kind, methods in profile.measured.items() for method in methods}
+    for method in profile.attacked:
+        last = [step for step in plan(profile) if (step.method, step.kind) == (method, "attacks")][-1]
+        assert dict(last.attacks) == profile.attacks
+
+
+def test_a_profile_without_the_papers_protocol_has_one_unit_of_attacks():
+    profile = load_profile(ROOT / "profiles/gpu.yaml")
+    profile = replace(profile, attacks={"linf": profile.attacks["linf"]})
+    assert early_attacks(profile) == profile.attacks
+    assert sum(step.kind == "attacks" for step in plan(profile)) == len(profile.attacked)
+
+
+def test_a_clock_begins_nothing_that_would_not_be_done():
+    times = iter([0, 0, 0, 30, 30, 30, 70, 70, 70])
+    clock = Clock(100, lambda: float(next(times)))
+    clock.begin("epoch")
+    clock.begin("epoch")
+    assert clock.rates == {"epoch": 30}
+    with pytest.raises(TimeIsUp):
+        # the last one took 40, and 30 are left
+        clock.begin("epoch")
+    assert clock.rates == {"epoch": 40}
+
+
+def test_a_clock_knows_work_by_its_amount_and_keeps_a_reserve():
+    now = [0.0]
+    clock = Clock(100, lambda: now[0])
+    clock.begin("attack", 10)
+    now[0] = 20
+    clock.end()
+    # two seconds for each unit, and 80 are left
+    with pytest.raises(TimeIsUp):
+        clock.begin("attack", 41)
+    clock.begin("attack", 39)
+    now[0] = 91
+    # of work that is new a tenth of the leg is expected
+    with pytest.raises(TimeIsUp):
+        clock.begin("other")
+    now[0], clock.reserve = 85, 10
+    with pytest.raises(TimeIsUp):
+        clock.begin("other")
+
+
+# the rows
+
+
+def test_legs_that_are_cut_and_carried_give_the_tables_of_one_run(whole, home, tmp_path):
+    folder, number, epochs = tmp_path / "pack", 0, []
+    readings = itertools.cycle([60, 25, 140])
+    while True:
+        place = home(f"machine-{number}")
+        done = leg(folder, next(readings))
+        assert max(path.stat().st_size for path in folder.iterdir()) <= BOUNDS.size
+        assert done.packed.left_out == ()
+        epochs += [epochs_kept(path) for path in place.glob("runs/*/checkpoint.safetensors")]
+        number += 1
+        if not done.left:
+            break
+        assert number < 40
+    assert number >= 3
+    # some were cut inside a training
+    assert {1, 2} & set(epochs)
+    assert tables(place) == tables(whole)
+    assert not list(place.glob("results/tiny/partial/*"))
+    # a further leg finds nothing to do
+    before = contents(place)
+    again = leg(folder, 60)
+    assert (again.written, again.left) == ((), ())
+    assert contents(place) == before
+
+
+def test_early_rows_stand_apart_with_what_was_asked(home, tmp_path):
+    place = home("here")
+    for readings in itertools.count(30, 10):
+        leg(tmp_path / "pack", readings)
+        if found := list(place.glob("results/tiny/partial/attacks-ce.csv")):
+            break
+    rows, made = pd.read_csv(found[0]), check_sidecar(found[0])["made"]
+    paper = rows.query("attack == 'paper'")
+    assert (set(paper["restarts"]), set(paper["eps"])) == ({1}, {0.05})
+    assert made["protocol"]["paper"]["restarts"] == 1
+    assert set(made["protocol"]) <= {"linf", "paper", "transfer"}
+    assert not (place / "results/tiny/attacks-ce.csv").exists()
+    assert "attacks-ce" in tables_left(load_profile("tiny"))
+
+
+def killed(place: Path, folder: Path, reached) -> None:
+    """A leg in a process of its own, which SIGKILL ends as soon as it has reached something."""
+    command = [
+        sys.executable,
+        "-m",
+        "clustr_core.cli",
+        "leg",
+        "--profile",
+        "tiny",
+        "--minutes",
+        "5",
+        "--into",
+        str(folder),
+    ]
+    environment = os.environ | {"CLUSTR_HOME": str(place), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--pack", "40kB", "--device", "cpu"], env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_killed_leg_goes_on_here_and_elsewhere(whole, home, tmp_path):
+    here, folder = home("here"), tmp_path / "pack"
+    killed(here, folder, lambda: len(list(here.glob("runs/*-ce-*/tables/attack-*.csv"))) >= 2)
+    carried = shutil.copytree(folder, tmp_path / "carried")
+    # here nothing is lost but the piece that was being computed
+    before = contents(here / "runs")
+    assert leg(folder).left == ()
+    pieces = {name: content for name, content in before.items() if name.endswith(".csv") and "/." not in name}
+    assert pieces.items() <= contents(here / "runs").items()
+    assert tables(here) == tables(whole)
+    # elsewhere it goes on from what was packed last
+    there = home("there")
+    assert leg(carried).left == ()
+    assert tables(there) == tables(whole)
+
+
+def test_what_has_gone_further_here_is_kept(home, tmp_path):
+    place, folder = home("here"), tmp_path / "pack"
+    recipe = load_profile("tiny").recipes["ce"]
+    checkpoint = run_folder(recipe) / "checkpoint.safetensors"
+
+    def train(epochs):
+        def stop():
+            if checkpoint.exists() and epochs_kept(checkpoint) >= epochs:
+                raise TimeIsUp
+
+        with pytest.raises(TimeIsUp):
+            fit(recipe, progress=False, before_epoch=stop)
+
+    train(1)
+    leg(folder, 1)
+    train(2)
+    further = checkpoint.read_bytes()
+    leg(folder, 1)
+    assert checkpoint.read_bytes() == further
+    home("there")
+    leg(folder, 1)
+    there = run_folder(recipe) / "checkpoint.safetensors"
+    assert there.read_bytes() == further
+    assert there.is_relative_to(tmp_path / "there")
+    assert not list(place.glob("runs/.unpacked"))
+
+
+def test_methods_whose_rows_are_published_are_left_out(whole, home, tmp_path):
+    place = home("here")
+    published = place / "results/published/tiny"
+    published.mkdir(parents=True)
+    for path in (whole / "results/tiny").glob("*-ce.*"):
+        shutil.copy(path, published)
+    profile = load_profile("tiny")
+    assert "ce" not in {step.method for step in steps_left(profile)}
+    assert tables_left(profile)[0] == "attacks-clustr"
+    # rows of another protocol are not those of this profile
+    changed = replace(profile, attacks={"linf": profile.attacks["linf"]})
+    assert {step.method for step in steps_left(changed)} >= {"ce"}
+    done = leg(tmp_path / "pack", 80)
+    assert done.left[0] == "attacks-clustr"
+    # what others start from is trained all the same
+    assert (run_folder(profile.recipes["ce"]) / "run.json").exists()
+
+
+# half precision
+
+
+def test_rows_are_measured_on_the_weights_that_travel_and_say_so(home, tmp_path):
+    place, folder = home("here"), tmp_path / "pack"
+    certified = replace(load_profile("tiny"), attacks={}, examination=None, sandwich=None)
+    leg(folder, half=True, profile=certified)
+    recipes, dtypes = load_profile("tiny").recipes, {}
+    for method, recipe in recipes.items():
+        run = load_run(run_folder(recipe))
+        weights = load_file(run.path / "model.safetensors")
+        dtypes[method] = {
+            weights[name].dtype for name in weights if name.startswith("network.") and weights[name].dim() > 1
+        }
+        assert {weights[name].dtype for name in ("clusters.centroids", "clusters.variance")} == {torch.float32}
+        expected = "float32" if method == "clustr-cert" else "float16"
+        assert run.weights_dtype == read_json(run.path / "run.json")["weights_dtype"] == expected
+        made = check_sidecar(place / f"results/tiny/certificates-{method}.csv")["made"]
+        assert (made["weights_dtype"], made["weights_sha256"]) == (expected, run.weights_sha256)
+        # what is attacked is what the file holds
+        state = run.model().state_dict()
+        for name, tensor in state.items():
+            if f"network.{name}" in weights and method != "clustr-cert":
+                assert torch.equal(tensor, weights[f"network.{name}"].to(tensor.dtype))
+    assert dtypes == {name: {torch.float32 if name == "clustr-cert" else torch.float16} for name in recipes}
+    # the next machine measures the same weights, or none
+    home("there")
+    assert leg(folder, half=True, profile=certified).written == ()
+    with pytest.raises(ValueError, match=r"half precision \(--half\) False, got one of True in"):
+        leg(folder)
+    home("here")
+    with pytest.raises(
+        ValueError, match=r"half: expected float32 weights with half=False, got a finished run with float16"
+    ):
+        leg(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_in_full_precision_is_not_taken_for_one_in_half(home):
+    home("here")
+    recipe = load_profile("tiny").recipes["smoothing"]
+    run = fit(recipe, progress=False)
+    before = contents(run.path)
+    with pytest.raises(
+        ValueError, match=r"half: expected float16 weights with half=True, got .* float32 in .*smoothing"
+    ):
+        fit(recipe, half=True, progress=False)
+    assert contents(run.path) == before
+
+
+def test_weights_beyond_half_precision_are_refused_by_name():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    network[0].weight.data[0, 0] = 7e4
+    with pytest.raises(
+        ValueError, match=r"half: expected weights of at most 65504 in size, got a larger one in 0\.weight"
+    ):
+        round_to_half(network)
+
+
+# bad input
+
+
+@pytest.fixture
+def refused(home, tmp_path, capsys):
+    """What the command says of bad input; nothing may have been done or lost."""
+
+    def command(*arguments, folder=tmp_path / "pack", place="elsewhere", profile="tiny"):
+        where = home(place)
+        before = contents(where), contents(folder) if folder.is_dir() else None
+        given = ["--profile", profile, "--into", str(folder), "--device", "cpu", *arguments]
+        assert main(["leg", *(given if "--minutes" in arguments else ["--minutes", "1", *given])]) == 2
+        assert (contents(where), contents(folder) if folder.is_dir() else None) == before
+        return capsys.readouterr().err
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--minutes", "0"), "--minutes: expected a positive number, got 0"),
+        (("--minutes", "-3"), "--minutes: expected a positive number, got -3"),
+        (("--minutes", "nan"), "--minutes: expected a positive number, got nan"),
+        (("--pack", "5kB"), "--pack: expected at least 32kB, got 5000 bytes"),
+        (("--pack", "much"), "--pack: expected a size such as 15MB, 500kB or 16MiB, got 'much'"),
+        (("--files", "1"), "--files: expected at least 2, the index and a part, got 1"),
+        (("--device", "cuda:77"), "--device: expected one that works here, such as cpu, got 'cuda:77'"),
+    ],
+)
+def test_an_argument_without_meaning_is_named_before_any_work(refused, arguments, message):
+    said = refused(*arguments)
+    assert said.startswith(f"clustr: {message}")
+    assert said.count("\n") == 1
+
+
+@pytest.fixture
+def carried(whole, tmp_path):
+    """A pack that came from elsewhere."""
+    return shutil.copytree(whole / "pack", tmp_path / "pack")
+
+
+def test_a_pack_of_another_profile_text_or_version_is_refused(carried, refused, home, monkeypatch):
+    place = home("elsewhere")
+    shutil.copy(place / "profiles/tiny.yaml", place / "profiles/other.yaml")
+    said = refused(profile="other")
+    assert "clustr: --into: expected a leg of profile {'name': 'other'}, got one of {'name': 'tiny'} in" in said
+    monkeypatch.setattr(sys.modules[__name__], "PROFILE", PROFILE.replace("epochs: 3", "epochs: 4"))
+    assert "clustr: --into: expected a leg of profile {'sha256': " in refused()
+    monkeypatch.undo()
+    monkeypatch.setitem(VERSIONS, "attack", 99)
+    home("elsewhere")
+    assert "--into: expected a leg of measurement versions {'attack': 99}, got one of {'attack': 1} in" in refused()
+
+
+def test_a_pack_of_another_training_is_refused(carried, refused, monkeypatch):
+    monkeypatch.setattr(leg_module, "training_version", lambda recipe: "99")
+    assert "--into: expected a leg of training versions {'clustr-cert': '99', " in refused()
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged", "index", "foreign"])
+def test_a_pack_that_is_not_whole_is_refused(carried, refused, how):
+    path = sorted(carried.glob("*.part"))[1]
+    if how == "missing":
+        path.unlink()
+        message = f"--into: expected part 2 of {len(read_index(carried)['parts'])}, {path.name}, in {carried}, got no"
+    elif how == "damaged":
+        path.write_bytes(b"x" + path.read_bytes()[1:])
+        message = f"--into: expected part 2 of {len(read_index(carried)['parts'])}, {path.name}, of 40000 bytes"
+    elif how == "index":
+        (carried / INDEX).unlink()
+        message = f"--into: expected an empty folder or one with {INDEX}, got 0001-"
+    else:
+        shutil.rmtree(carried)
+        carried.mkdir()
+        (carried / "notes.txt").touch()
+        message = f"--into: expected an empty folder or one with {INDEX}, got notes.txt alone in {carried}"
+    assert message in refused()
+
+
+def test_another_training_of_the_same_run_is_refused(carried, whole, home, refused):
+    place = home("elsewhere")
+    run = run_folder(load_profile("tiny").recipes["ce"])
+    shutil.copytree(whole / "runs" / run.name, run)
+    weights = run / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    said = refused()
+    assert f"clustr: --into: expected the run {run.name} with the weights " in said
+    assert str(place) in said
+
+
+def test_a_leg_from_the_shell_says_what_it_did_and_what_is_left(whole, carried, home, capsys):
+    home("there")
+    given = ["--profile", "tiny", "--into", str(carried), "--device", "cpu", "--pack", "40kB"]
+    assert main(["leg", "--minutes", "1", *given]) == 0
+    out = capsys.readouterr().out
+    assert f"{carried}: {len(list(carried.iterdir()))} files, " in out
+    assert "left for later legs: nothing" in out
+    (carried.parent / "there/results/tiny/sandwich-clustr-cert.csv").unlink()
+    assert main(["leg", "--minutes", "1", *given, "--files", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "did not fit, and stays here: " in out
+    assert len(list(carried.iterdir())) == 2
+
+
+FAILING = """\
+shared: {dataset: digits, width: 4, train_examples: 150}
+methods:
+  ce: {epochs: 1}
+  pgd-at: {epochs: 1, steps: 1, learning_rate: 1.0e+30}
+certified_examples: 10
+"""
+
+
+def test_a_method_that_fails_takes_nothing_from_the_others(home, tmp_path):
+    place = home("here")
+    (place / "profiles/tiny.yaml").write_text(FAILING, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^pgd-at: "):
+        leg(tmp_path / "pack")
+    assert {path.stem for path in (place / "results/tiny").glob("*.csv")} == {
+        "certificates-ce",
+        "certificates-prototypes",
+    }
+    assert tables_left(load_profile("tiny")) == ["certificates-pgd-at"]
+
+
+def test_rows_of_other_weights_than_those_here_are_not_done(home, tmp_path):
+    place = home("here")
+    (place / "profiles/tiny.yaml").write_text(FAILING.replace("  pgd-at", "  # pgd-at"), encoding="utf-8")
+    profile = load_profile("tiny")
+    leg(tmp_path / "pack")
+    assert tables_left(profile) == []
+    weights = run_folder(profile.recipes["ce"]) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    assert tables_left(profile) == ["certificates-ce"]
