@@ -352,8 +352,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--method", required=name != "attack", help=f"one of {', '.join(METHODS)}")
         sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a recipe's field")
         sub.add_argument("--precision", choices=get_args(Precision), help="short for --set precision=...")
-        sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
-        sub.add_argument("--threads", type=int, help="number of CPU threads (default: PyTorch's choice)")
+        _add_machine(sub)
         if name == "attack":
             sub.add_argument(
                 "--official",
@@ -397,9 +396,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep finished networks in half precision; their rows are measured so, and say so",
     )
-    leg.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
-    leg.add_argument("--threads", type=int, help="number of CPU threads (default: PyTorch's choice)")
+    _add_machine(leg)
     return parser
+
+
+def _add_machine(sub: argparse.ArgumentParser) -> None:
+    """On what a command runs."""
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
+    sub.add_argument("--threads", type=int, help="number of CPU threads (default: PyTorch's choice)")
 
 
 if __name__ == "__main__":

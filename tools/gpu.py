@@ -57,7 +57,7 @@ def command(stage: str, seconds: float, into: Path, profile: str, *, half: bool,
 
 def run(stage: str, seconds: float, into: Path, asked: Sequence[str], *, made: Path | None = None) -> Done:
     """Run a stage for at most so many seconds, and keep what it says and makes."""
-    begun, verdict = time.monotonic(), "out of time"
+    begun, verdict = time.time(), "out of time"
     with written_whole(into / f"{stage}.log") as temporary, temporary.open("w", encoding="utf-8") as log:
         stage_of = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen([sys.executable, *asked], cwd=home().resolve(), **stage_of)
@@ -65,10 +65,10 @@ def run(stage: str, seconds: float, into: Path, asked: Sequence[str], *, made: P
             verdict = "failed" if process.wait(seconds) else "done"
         except subprocess.TimeoutExpired:
             _end(process)
-    if made is not None and made.exists() and made.stat().st_mtime >= time.time() - (time.monotonic() - begun):
+    if made is not None and made.exists() and made.stat().st_mtime >= begun:
         with written_whole(into / made.name) as temporary:
             shutil.copyfile(made, temporary)
-    return Done(stage, verdict, time.monotonic() - begun)
+    return Done(stage, verdict, time.time() - begun)
 
 
 def _end(process: subprocess.Popen) -> None:

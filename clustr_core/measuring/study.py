@@ -374,7 +374,7 @@ def certified_table(study: Study, methods: Sequence[str] | None = None) -> pd.Da
 def attack_table(study: Study) -> pd.DataFrame:
     """Robust accuracy in % under each attack and loss on its own, and under all correct ones: a row each method."""
     rows = study.attacks
-    here = on_common_images(where(rows, (rows["norm"] == "linf") & ((rows["eps"] - study.eps()).abs() < 1e-6)))
+    here = on_common_images(_attacked_at(rows, study.eps()))
     alone = robust_accuracy_by_loss(here).query("eps > 0")
     alone = alone.assign(name=[ATTACK_NAMES.get(key, ", ".join(key)) for key in _pairs(alone, "attack", "loss")])
     together = robust_accuracy(where(here, here["attack"] != "paper")).query("eps > 0")
@@ -408,7 +408,7 @@ def by_attack(rows: pd.DataFrame, eps: float) -> pd.DataFrame:
     Raises:
         ValueError: if the rows have no attack in L-infinity at that eps.
     """
-    here = where(rows, (rows["norm"] == "linf") & ((rows["eps"] - eps).abs() < 1e-6))
+    here = _attacked_at(rows, eps)
     if here.empty:
         found = sorted(set(rows.loc[rows["norm"] == "linf", "eps"]))
         raise ValueError(f"eps: expected one of {found}, got {eps:g}")
@@ -443,9 +443,14 @@ def widths() -> pd.DataFrame:
 
 def disagreement(rows: pd.DataFrame, eps: float) -> float:
     """The share of images that PGD by one loss leaves robust and by another breaks."""
-    here = where(rows, (rows["attack"] == "pgd") & (rows["norm"] == "linf") & ((rows["eps"] - eps).abs() < 1e-6))
-    robust = here.groupby("index")["robust"].nunique()
+    here = _attacked_at(rows, eps)
+    robust = where(here, here["attack"] == "pgd").groupby("index")["robust"].nunique()
     return float((robust > 1).to_numpy().mean())
+
+
+def _attacked_at(rows: pd.DataFrame, eps: float) -> pd.DataFrame:
+    """The rows of attacks in L-infinity at an eps."""
+    return where(rows, (rows["norm"] == "linf") & ((rows["eps"] - eps).abs() < 1e-6))
 
 
 def ablation_table(study: Study) -> pd.DataFrame:
