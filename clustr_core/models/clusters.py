@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from clustr_core.numerics.distances import squared_distances
+from clustr_core.numerics.groups import table_by_class
 from clustr_core.numerics.kernels import dispatch
 from clustr_core.numerics.rounding import working_dtype
 
@@ -73,7 +74,7 @@ class Clusters:
             torch.equal(kept[1], self.labels) if self.labels.is_cpu else kept[0].unchanged(self.labels)
         ):
             _check_labels(self.labels)
-            kept = Seen(self.labels), self.labels.clone(), _table_by_class(self.labels)
+            kept = Seen(self.labels), self.labels.clone(), table_by_class(self.labels)
             self.__dict__["_by_class"] = kept
         return kept[2]
 
@@ -143,14 +144,6 @@ def class_indices(labels: Tensor) -> Int[Tensor, "..."]:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels: expected class indices 0, 1, 2, ..., got non-integer values ({labels.dtype})")
     return labels.long()
-
-
-def _table_by_class(labels: Int[Tensor, " cluster"]) -> tuple[Int[Tensor, "class slot"], Bool[Tensor, "class slot"]]:
-    counts = torch.bincount(labels)
-    slots = torch.arange(int(counts.max()), device=counts.device)
-    position = (counts.cumsum(0) - counts)[:, None] + slots
-    order = labels.argsort(stable=True)
-    return order[position.clamp_max(len(order) - 1)], slots < counts[:, None]
 
 
 def fit_clusters(

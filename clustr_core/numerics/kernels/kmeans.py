@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from clustr_core.numerics.groups import table_by_class
 from clustr_core.numerics.kernels import register
 from clustr_core.numerics.rounding import HALF_DTYPES, full_precision
 
@@ -74,14 +75,11 @@ class Problem:
 def grouped(points: Float[Tensor, "point dim"], labels: Int[Tensor, " point"]) -> Iterator[Problem]:
     """The points by class, in tables that are at least half full; every class has a point."""
     sizes = torch.bincount(labels)
-    order, starts = labels.argsort(stable=True), sizes.cumsum(0) - sizes
     # sizes of one exponent: 1, 2, 3 to 4, 5 to 8, ...
     exponents = (sizes - 1).double().frexp().exponent
     for exponent in exponents.unique().tolist():
         classes = (exponents == exponent).nonzero().squeeze(1)
-        places = torch.arange(int(sizes[classes].max()), device=labels.device)
-        filled = places < sizes[classes, None]
-        rows = order[(starts[classes, None] + places).clamp_max(len(order) - 1)]
+        rows, filled = table_by_class(labels, classes)
         table = points[rows].float().masked_fill(~filled[..., None], 0)
         origins = table.sum(dim=1, keepdim=True) / sizes[classes, None, None]
         table = (table - origins).masked_fill(~filled[..., None], 0)
