@@ -47,9 +47,9 @@ bench: $(READY)  ## everything that is timed, beside its targets (nothing else s
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps adv-lib==0.2.8
 	$(BIN)/python -m benchmarks
 
-STAGES ?= tests kernels leg
+STAGES ?= tests kernels steps leg
 MINUTES ?= 14
-gpu: $(READY)  ## a quarter of an hour on a GPU: make gpu STAGES='tests kernels leg' MINUTES=14; results in legs/session
+gpu: $(READY)  ## a quarter of an hour on a GPU: make gpu STAGES='tests kernels steps leg' MINUTES=14; results in legs/session
 	$(BIN)/python -m tools.gpu --into legs/session --stages $(STAGES) --minutes '$(MINUTES)' $(ARGS)
 
 proofs:  ## check the proof of the certificates with Coq, and print what it assumes (Debian: apt-get install coq)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from benchmarks.harness import Call, Effort, Row, interleaved, peak_extra_megabytes, repeated
@@ -228,6 +227,8 @@ def magnet(effort: Effort) -> list[Row]:
 
 def kmeans(effort: Effort) -> list[Row]:
     """Per-class k-means beside scikit-learn's and faiss's in a plain loop over the classes, one start each."""
+    from sklearn.cluster import KMeans  # two seconds, in each fresh process that measures something else
+
     count, classes, per_class, dim = effort.pick((20_000, 10, 10, 512), (120, 3, 2, 8))
     points, drawn, clusters = scene(count, classes, per_class, dim)
     labels = clusters.labels[drawn]

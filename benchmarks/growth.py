@@ -160,7 +160,8 @@ def predictions(effort: Effort) -> pd.DataFrame:
             ratio = times.ratio(setting, first) * calibration / predicted
             rows.append(
                 {"what": what, "setting": setting, "predicted": predicted, "measured": times.median(setting),
-                 "ratio": ratio, "calibrated": setting == first, "threads": 1}
+                 "ratio": ratio, "calibrated": setting == first, "threads": 1,
+                 "within_a_fifth": "yes" if abs(ratio - 1) <= 0.2 else "no"}
             )  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import transforms
 
 from benchmarks.harness import Call, Effort, Row, Times, interleaved, seconds
 from clustr_core import data
@@ -38,6 +37,8 @@ SHOWN = ("ce", "clustr", "clustr-qtrades", "clustr-cert")
 
 def augmentation(effort: Effort) -> list[Row]:
     """One batch of crops and flips: whole tensors beside torchvision image by image."""
+    from torchvision import transforms  # two seconds
+
     count = effort.pick(240, 6)
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]

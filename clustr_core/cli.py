@@ -84,6 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, CertificateBroken) as error:
         print("clustr:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition(". ")[0]
+        print(f"clustr: {first}; take a device with more memory", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -244,8 +248,10 @@ def _leg(options: argparse.Namespace) -> None:
     if not 0 < options.minutes < math.inf:
         raise ValueError(f"--minutes: expected a positive number, got {options.minutes:g}")
     bounds = Bounds(parse_size(options.pack), options.files)
-    profile, folder, device = load_profile(options.profile or "quick"), expanded(options.into), _device(options)
-    leg = run_leg(profile, folder, Clock(60 * options.minutes), bounds, half=options.half, device=device)
+    profile, device = load_profile(options.profile or "quick"), _device(options)
+    folder = home() / "legs" / profile.name if options.into is None else expanded(options.into)
+    how = {"half": options.half, "captured": options.captured, "device": device}
+    leg = run_leg(profile, folder, Clock(60 * options.minutes), bounds, **how)
     for name in leg.written:
         print(f"wrote {os.path.relpath(home() / 'results' / profile.name / name)}")
     print(f"{folder}: {leg.packed.files} files, {leg.packed.total / 1e6:.1f} MB")
@@ -382,7 +388,7 @@ def _parser() -> argparse.ArgumentParser:
     leg.add_argument("--profile", help="NAME of profiles/NAME.yaml, or the path of a YAML file (default: quick)")
     leg.add_argument("--minutes", type=float, required=True, help="how long the leg may go on, packing included")
     leg.add_argument(
-        "--into", required=True, metavar="DIR", help="the folder of the pack; the next leg is given it too"
+        "--into", metavar="DIR", help="the folder of the pack, which the next leg is given too (default: legs/NAME)"
     )
     leg.add_argument("--pack", default="15MB", metavar="SIZE", help="the size of a file at most (default: 15MB)")
     leg.add_argument(
@@ -396,6 +402,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep finished networks in half precision; their rows are measured so, and say so",
     )
+    leg.add_argument("--captured", action="store_true", help="train by CUDA graphs, on one GPU")
     _add_machine(leg)
     return parser
 

@@ -185,8 +185,7 @@ def random_crop_flip(
     if not flip:
         return crops
     mirrored = torch.rand(count, generator=generator, device=device) < 0.5
-    crops[mirrored] = crops[mirrored].flip(-1)
-    return crops
+    return torch.where(mirrored[:, None, None, None], crops.flip(-1), crops)
 
 
 def _load_digits(root: Path) -> Dataset:

@@ -1,7 +1,6 @@
 import math
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import product
 
 import pandas as pd
@@ -9,8 +8,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import growth
-from benchmarks.harness import Effort
 from clustr_core import costs, data
 from clustr_core.certificates.ladder import certified_radius
 from clustr_core.measuring.profile import load_profile
@@ -224,40 +221,6 @@ def test_a_plan_for_imagenet():
     assert more["refresh, one epoch"].flops > one["refresh, one epoch"].flops
     assert more["training, one epoch"] == epoch
     assert all(math.isfinite(part.seconds) and part.seconds > 0 for part in one.values())
-
-
-def test_measured_points_are_predicted_within_a_fifth(monkeypatch):
-    """Calibrated at one size, in the same rounds as the points that are predicted; a busy machine gets three tries."""
-    model, images, _ = growth.unbreakable(16, 24)
-    network = costs.resnet18(width=16)
-
-    def works(effort):
-        forward = {str(n): (costs.forward(network, n), partial(growth._forward, model, images[:n])) for n in (24, 16)}
-        attack = {}
-        for n, count in ((24, 2), (16, 3)):
-            work = costs.gradient(network, n * count)
-            work = replace(work, flops=work.flops + 2 * costs.forward(network, n).flops)
-            call = partial(growth.pgd, model, images[:n], torch.zeros(n, dtype=torch.long), eps=growth.EPS,
-                           step_size=growth.STEP, steps=count)  # fmt: skip
-            attack[f"{n} {count}"] = (work, call)
-        certificates = {}
-        for n, classes in ((12_000, 40), (20_000, 40), (12_000, 60)):
-            g = torch.Generator().manual_seed(0)
-            centroids = torch.randn(classes * 10, 256, generator=g)
-            clusters = Clusters(centroids, torch.arange(classes).repeat_interleave(10), torch.ones(classes * 10))
-            z = centroids[torch.arange(n) % len(centroids)] + 0.5 * torch.randn(n, 256, generator=g)
-            work = costs.certificate(n, classes * 10, 10, 256, bound="pairwise")
-            certificates[f"{n} {classes}"] = (work, partial(growth.certified_radius, z, clusters))
-        return {"forward": forward, "attack": attack, "certificates": certificates}
-
-    monkeypatch.setattr(growth, "_works", works)
-    worst = []
-    for _ in range(3):
-        table = growth.predictions(Effort(rounds=7, seconds=8.0))
-        worst.append(float((table["ratio"] - 1).abs().max()))
-        if worst[-1] <= 0.2:
-            return
-    pytest.fail(f"predictions: expected them within 20 % of what is measured, got at best {100 * min(worst):.0f} %")
 
 
 def test_a_bill_by_hand():

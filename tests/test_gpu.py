@@ -1,6 +1,9 @@
 """The same calls on a CUDA device; skipped only where there is none."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +15,14 @@ from clustr_core.attacks.gradient import pgd
 from clustr_core.attacks.paper import ScoreModel, paper_pgd
 from clustr_core.attacks.temperature import rescaled
 from clustr_core.attacks.transfer import transfer
+from clustr_core.certificates.ladder import certify
 from clustr_core.measuring.attacked import attack_table
 from clustr_core.measuring.certified import certificate_table
 from clustr_core.measuring.profile import Protocol
 from clustr_core.models.classifiers import ClusterClassifier
 from clustr_core.models.clusters import fit_clusters
+from clustr_core.models.encoders import build_encoder
+from clustr_core.numerics.rounding import full_precision
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import (
     ClustrQTrades,
@@ -106,3 +112,47 @@ def test_attacks_stay_on_the_device_of_their_inputs() -> None:
         assert result.success.is_cuda
         assert result.gradients.is_cuda
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@contextmanager
+def coarse() -> Iterator[None]:
+    """All that PyTorch has for coarser products, switched on by a caller."""
+    cudnn: Any = torch.backends.cudnn
+    kept = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    torch.set_float32_matmul_precision("medium")
+    cudnn.allow_tf32 = True
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(kept[0])
+        cudnn.allow_tf32 = kept[1]
+
+
+def test_a_certificate_is_of_full_precision_whatever_the_caller_has_switched_on() -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder("lip-cnn", (3, 32, 32), width=48).cuda().eval()
+    images = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.no_grad(), full_precision(images.device):
+        clusters, _ = fit_clusters(encoder(images), torch.arange(40, device="cuda") % 4, per_class=2)
+    model = ClusterClassifier(encoder, clusters, rule="nearest")
+    plain = certify(model, images)
+    with coarse():
+        found = certify(model, images)
+    assert torch.equal(found.radius, plain.radius)
+    assert torch.equal(found.prediction, plain.prediction)
+    assert (plain.radius > 0).any()
+
+
+def test_one_process_speaks_to_itself_by_nccl(tmp_path: Path) -> None:
+    from clustr_core.training.processes import _Gather
+
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)
+    try:
+        part = torch.randn(3, 4, device="cuda", requires_grad=True)
+        whole = _Gather.apply(part, 0, 1)
+        (gradient,) = torch.autograd.grad(whole.square().sum(), part)
+        assert torch.equal(whole, part)
+        assert torch.equal(gradient, 2 * part)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -23,20 +23,20 @@ def stages(monkeypatch: pytest.MonkeyPatch):
 def test_a_stage_that_fails_or_takes_too_long_takes_nothing_from_the_others(
     stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stages(tests=FAILS, kernels=WAITS, leg=SAYS)
-    assert gpu.main(["--into", str(tmp_path), "--toy", "--minutes", "0.5"]) == 1
+    stages(tests=FAILS, kernels=WAITS, steps=SAYS, leg=SAYS)
+    assert gpu.main(["--into", str(tmp_path), "--toy", "--minutes", "0.2"]) == 1
     said = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-    assert said == [["tests", "failed"], ["kernels", "out"], ["leg", "done"]]
+    assert said == [["tests", "failed"], ["kernels", "out"], ["steps", "done"], ["leg", "done"]]
     assert (tmp_path / "leg.log").read_text() == "said\n"
     assert "it broke" in (tmp_path / "tests.log").read_text()
 
 
 def test_a_leg_has_what_is_left_and_a_toy_none_of_the_gpu(tmp_path: Path) -> None:
-    leg = gpu.command("leg", 620.0, tmp_path, "gpu", half=False, toy=False)
+    leg = gpu.command("leg", 620.0, tmp_path, "gpu", [], toy=False)
     assert leg[leg.index("--minutes") + 1] == "10.00"
     assert leg[leg.index("--profile") + 1] == "gpu"
     assert "--half" not in leg
-    toy = gpu.command("leg", 620.0, tmp_path, "gpu", half=True, toy=True)
+    toy = gpu.command("leg", 620.0, tmp_path, "gpu", ["--half"], toy=True)
     assert (toy[toy.index("--profile") + 1], toy[toy.index("--device") + 1]) == ("smoke", "cpu")
     assert "--half" in toy
 

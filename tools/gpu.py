@@ -1,14 +1,16 @@
 """A quarter of an hour on a GPU, used well: stages under limits of their own, each result kept as soon as it is there.
 
-    python -m tools.gpu --into DIR [--stages tests kernels leg] [--minutes 14] [--profile gpu] [--half] [--toy]
+    python -m tools.gpu --into DIR [--stages tests kernels steps leg] [--minutes 14] [--profile gpu] [--half] [--toy]
 
 tests    what is marked ``gpu``
 kernels  the GPU kernels beside plain PyTorch, eager and compiled: kernels.csv
+steps    epochs of the headline methods, captured as CUDA graphs and not, and attacks, beside bare loops: gpu-steps.csv
 leg      as much of a profile as fits into what is left: `clustr leg`, whose pack in DIR/leg the next leg goes on from
 
 A stage that fails or runs out of time takes nothing from the others; DIR holds what each said (STAGE.log) and made.
 What is left of one that runs out of time is killed; a leg that is asked to end packs first. ``--toy`` tries all of it
-on a CPU: the tests are skipped, kernels compiled and not timed, the leg is profile smoke's.
+on a CPU: the tests are skipped, kernels compiled and not timed, steps tiny, the leg is profile smoke's. ``--captured``
+lets the leg train by CUDA graphs; take it once `steps` has shown on such a card that they are right and faster.
 """
 
 import argparse
@@ -25,9 +27,13 @@ from pathlib import Path
 
 from clustr_core.storage.files import home, written_whole
 
-STAGES = ("tests", "kernels", "leg")
+STAGES = ("tests", "kernels", "steps", "leg")
 # of the minutes that are left when it begins, at most this share; the last stage has all of it
-SHARES = {"tests": 0.15, "kernels": 0.2, "leg": 1.0}
+SHARES = {"tests": 0.15, "kernels": 0.2, "steps": 0.25, "leg": 1.0}
+# what a stage leaves in results/bench
+MADE = {"kernels": "kernels.csv", "steps": "gpu-steps.csv"}
+# of `clustr leg`
+FLAGS = ("--half", "--captured")
 # seconds: what a leg needs beyond its minutes, to import, to finish a piece and to pack
 ROOM = 20.0
 # seconds that a stage has to end once it is asked to
@@ -43,16 +49,18 @@ class Done:
     seconds: float
 
 
-def command(stage: str, seconds: float, into: Path, profile: str, *, half: bool, toy: bool) -> list[str]:
-    """What a stage runs."""
+def command(stage: str, seconds: float, into: Path, profile: str, flags: Sequence[str], *, toy: bool) -> list[str]:
+    """What a stage runs; the leg with these flags."""
     if stage == "tests":
         return ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     if stage == "kernels":
         return ["-m", "benchmarks.kernels", *(["--compile"] if toy else [])]
+    if stage == "steps":
+        return ["-m", "benchmarks.gpu_steps", *(["--toy"] if toy else [])]
     device = "cpu" if toy else "cuda"
     minutes = max(seconds - ROOM, 0.5 * seconds) / 60
     leg = ["--profile", "smoke" if toy else profile, "--minutes", f"{minutes:.2f}", "--into", str(into / "leg")]
-    return ["-m", "clustr_core.cli", "leg", *leg, "--device", device, *(["--half"] if half else [])]
+    return ["-m", "clustr_core.cli", "leg", *leg, "--device", device, *flags]
 
 
 def run(stage: str, seconds: float, into: Path, asked: Sequence[str], *, made: Path | None = None) -> Done:
@@ -88,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--minutes", type=float, default=14.0, help="for all stages together (14)")
     parser.add_argument("--profile", default="gpu")
-    parser.add_argument("--half", action="store_true", help="as `clustr leg` takes it")
+    for flag in FLAGS:
+        parser.add_argument(flag, dest="flags", action="append_const", const=flag, default=[], help="as `clustr leg`")
     parser.add_argument("--toy", action="store_true", help="on a CPU, at toy size")
     options = parser.parse_args(arguments)
     if not options.minutes > 0:
@@ -101,8 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for place, stage in enumerate(options.stages):
         left, last = end - time.monotonic(), place == len(options.stages) - 1
         seconds = left * (1 if last else SHARES[stage])
-        asked = command(stage, seconds, into, options.profile, half=options.half, toy=options.toy)
-        made = home() / "results/bench/kernels.csv" if stage == "kernels" and not options.toy else None
+        asked = command(stage, seconds, into, options.profile, options.flags, toy=options.toy)
+        made = home() / "results/bench" / MADE[stage] if stage in MADE and not options.toy else None
         done = run(stage, seconds, into, asked, made=made)
         print(f"{done.stage:8} {done.verdict:12} {done.seconds:6.1f} s", flush=True)
         found.append(done)

@@ -29,9 +29,10 @@ from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.measuring.written import is_written, made_by, made_of, write_rows
 from clustr_core.numerics.rounding import full_precision
-from clustr_core.storage.files import home
+from clustr_core.storage.files import home, written_whole
 from clustr_core.storage.pack import Bounds, Member, Packed, pack, read_index, unpack
 from clustr_core.storage.provenance import sidecar_of
+from clustr_core.training.captured import check_captured
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import CrossEntropy, Recipe, run_folder, training_version
 from clustr_core.training.run import CHECKPOINT, DONE, HISTORY, WEIGHTS, Run, check_stored_dtype, load_run
@@ -253,26 +254,31 @@ def run_leg(
     bounds: Bounds,
     *,
     half: bool = False,
+    captured: bool = False,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Leg:
     """Do as much of a profile as fits, and pack it; go on from what an earlier leg left in the folder.
 
-    Nothing is begun that would not be done in time, as far as is known: the first piece of a kind is not known, and a
-    first epoch or piece that takes longer than the leg is done all the same. Whatever ends the leg, an error too, what
-    is there is packed; a killed leg has packed shortly before.
+    Tables that are published already are put beside the new ones, so that the last leg leaves the whole study in
+    ``results/<profile>``. Nothing is begun that would not be done in time, as far as is known: the first piece of a
+    kind is not known, and a first epoch or piece that takes longer than the leg is done all the same. Whatever ends the
+    leg, an error too, what is there is packed; a killed leg has packed shortly before.
 
     Args:
         folder: of the pack. What it holds is put where it is missing here, or has gone further than here.
         half: keep finished networks in half precision (`run.stored_dtype`), so that they travel in half the bytes.
             Their rows are measured on exactly those weights, and their sidecars and ``run.json`` say so.
+        captured: as `loop.fit` takes it.
     Raises:
         ValueError: before any work is done, if the folder holds the leg of another profile, version or precision, or
             lacks a part, or has a damaged one, or if its finished runs are not those that are here; after the work, if
             a method failed, such as one that diverged: the others have had their turn.
     """
-    _prepare(profile, folder, bounds, half)
-    work = _Work(profile, folder, clock, bounds, half, torch.device(device), progress)
+    if captured:
+        check_captured(torch.device(device), 1)
+    _prepare(profile, folder, bounds, half=half, captured=captured)
+    work = _Work(profile, folder, clock, bounds, half, captured, torch.device(device), progress)
     failed: dict[str, str] = {}
     try:
         for step in steps_left(profile):
@@ -289,6 +295,7 @@ def run_leg(
         log.info("the time is up")
     finally:
         packed = work.pack()
+        _take_published(profile)
     if failed:
         raise ValueError("; ".join(f"{method}: {error}" for method, error in failed.items()))
     # a partial table may have given way to the whole one
@@ -305,6 +312,7 @@ class _Work:
     clock: Clock
     bounds: Bounds
     half: bool
+    captured: bool
     device: torch.device
     progress: bool
     packed_at: float = 0.0
@@ -341,8 +349,8 @@ class _Work:
     def _train(self, method: str) -> None:
         for recipe in _needed(self.profile, method):
             before = partial(self._before, f"epoch of {recipe.method}")
-            options = {"half": self.half, "device": self.device, "progress": self.progress, "before_epoch": before}
-            fit(recipe, dataset=self._dataset(recipe), **options)
+            options = {"half": self.half, "captured": self.captured, "device": self.device, "progress": self.progress}
+            fit(recipe, dataset=self._dataset(recipe), before_epoch=before, **options)
 
     def _attack(self, step: Step, run: Run) -> None:
         profile, (name, protocol) = self.profile, list(step.attacks.items())[-1]
@@ -436,7 +444,12 @@ class _Work:
         begun = self.clock.now()
         for step in list(self.partial.values()):
             self._write_attacks(step)
-        packed = pack(self.folder, _groups(self.profile), self.bounds, _facts(self.profile, half=self.half))
+        packed = pack(
+            self.folder,
+            _groups(self.profile),
+            self.bounds,
+            _facts(self.profile, half=self.half, captured=self.captured),
+        )
         self.packed_at = self.clock.now()
         self.packing = self.packed_at - begun
         self.clock.reserve = max(self.clock.reserve, 1.5 * self.packing)
@@ -479,7 +492,7 @@ def _remove_table(table: Path) -> None:
 # what travels
 
 
-def _facts(profile: Profile, *, half: bool) -> dict[str, Any]:
+def _facts(profile: Profile, *, half: bool, captured: bool) -> dict[str, Any]:
     """By what a pack is known."""
     versions = {method: training_version(recipe) for method, recipe in profile.recipes.items()}
     return {
@@ -487,6 +500,7 @@ def _facts(profile: Profile, *, half: bool) -> dict[str, Any]:
         "training_versions": versions,
         "measurement_versions": VERSIONS,
         "half": half,
+        "captured": captured,
     }
 
 
@@ -497,7 +511,13 @@ def _groups(profile: Profile) -> list[list[Member]]:
     left = dict.fromkeys(step.method for step in steps_left(profile) if step.method in profile.recipes)
     needed = list(dict.fromkeys(run_folder(recipe) for method in left for recipe in _needed(profile, method)))
     runs = list(dict.fromkeys(run_folder(each) for recipe in profile.recipes.values() for each in _with_starts(recipe)))
-    tables = [path for path in sorted(_results(profile).rglob("*.csv")) if sidecar_of(path).exists()]
+    published = _visible(home() / "results/published" / profile.name)
+    everywhere = {path.name: path.read_bytes() for path in published if path.suffix == ".csv"}
+    tables = [
+        path
+        for path in sorted(_results(profile).rglob("*.csv"))
+        if sidecar_of(path).exists() and path.read_bytes() != everywhere.get(path.name)
+    ]
     groups = [[table, sidecar_of(table)] for table in tables]
     groups += [[path] for run in runs for kind in ("tables", "counterexamples") for path in _visible(run / kind)]
     done = [run for run in runs if (run / DONE).exists()]
@@ -513,27 +533,43 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
 
 
-def _prepare(profile: Profile, folder: Path, bounds: Bounds, half: bool) -> None:
+def _take_published(profile: Profile) -> None:
+    """Put published tables that are what the profile would make into ``results/<profile>``, where none is there."""
+    published = home() / "results/published" / profile.name
+    for kind, methods in profile.measured.items():
+        for method in methods:
+            mine = _results(profile) / f"{kind}-{method}.csv"
+            if is_written(published, profile, kind, method) and not mine.exists():
+                for path in (published / mine.name, sidecar_of(published / mine.name)):
+                    with written_whole(mine.parent / path.name) as temporary:
+                        shutil.copyfile(path, temporary)
+
+
+def _prepare(profile: Profile, folder: Path, bounds: Bounds, *, half: bool, captured: bool) -> None:
     """Check all that can be checked, and put what the folder holds where it belongs."""
     index = read_index(folder)
     if index is not None:
-        _check_facts(index, _facts(profile, half=half), folder)
+        _check_facts(index, _facts(profile, half=half, captured=captured), folder)
     for recipe in profile.recipes.values():
         if (run_folder(recipe) / DONE).exists():
             check_stored_dtype(load_run(run_folder(recipe), expected=recipe), half=half)
     if index is None:
         # so that a folder whose index was lost is told from one whose first leg was killed
-        pack(folder, [], bounds, _facts(profile, half=half))
+        pack(folder, [], bounds, _facts(profile, half=half, captured=captured))
         return
     with _scratch() as unpacked:
         unpack(folder, unpacked)
         _restore(unpacked, home(), profile)
 
 
+NAMES_OF_FACTS = {"half": "half precision (--half)", "captured": "captured updates (--captured)"}
+
+
 def _check_facts(index: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
     for name, value in expected.items():
-        if (found := index.get(name)) != value:
-            what = "half precision (--half)" if name == "half" else name.replace("_", " ")
+        # packs of before say nothing of `captured`, and were not
+        if (found := index.get(name, False)) != value:
+            what = NAMES_OF_FACTS.get(name, name.replace("_", " "))
             said, got = _differing(value, found), _differing(found, value)
             raise ValueError(f"--into: expected a leg of {what} {said}, got one of {got} in {folder}")
 

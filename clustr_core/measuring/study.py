@@ -389,11 +389,28 @@ def full_width(kind: str = "attacks") -> pd.DataFrame:
     """Rows of one ClusTR of the paper's width (ResNet-18 of width 64, CIFAR-10): measured once, on a GPU.
 
     Args:
-        kind: "attacks" or "certificates".
+        kind: "attacks" or "certificates"; "again" for attacks on the same weights by this version on a CPU, on 64 of
+            the images (`tools.given_weights`).
     Raises:
         FileNotFoundError: if there are none.
     """
     return read_table(home() / "results/published/full-width" / f"{kind}-clustr.csv")
+
+
+def measured_again(eps: float) -> pd.DataFrame:
+    """Robust accuracy of the network of the paper's width under each attack, as measured then and again.
+
+    Returns:
+        columns ``attack first again``, each with its interval, in per cent: on the GPU, and on a CPU by this version
+        with other starts, on the same images. The second time the weights were rounded to half precision, the paper's
+        protocol had one restart in place of ten, and images were transferred from another network.
+    """
+    again = full_width("again")
+    first = full_width()
+    first = where(first, first["index"].isin(again["index"]))
+    both = {"first": by_attack(first, eps), "again": by_attack(again, eps).iloc[:-1]}
+    columns = {name: pd.Series(with_intervals(rows, "robust_accuracy"), rows["attack"]) for name, rows in both.items()}
+    return pd.DataFrame(columns).loc[list(both["again"]["attack"])].rename_axis("attack").reset_index()
 
 
 def by_attack(rows: pd.DataFrame, eps: float) -> pd.DataFrame:

@@ -135,7 +135,7 @@ class PackedClusters:
         centroids, variance = clusters.centroids.index_select(0, order), clusters.variance[order]
         sigma, origin = variance[0].sqrt(), mean_centroid(centroids)
         ratios = variance[0] / variance
-        shared = bool((ratios == 1).all())
+        shared = clusters.all_alike
         scaled = centroids.sub_(origin).div_(sigma)
         weights = scaled if shared else ratios[:, None] * scaled
         constants = torch.linalg.vecdot(weights, scaled).div_(-2).masked_fill_(empty, -torch.inf)

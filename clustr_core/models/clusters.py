@@ -78,6 +78,15 @@ class Clusters:
             self.__dict__["_by_class"] = kept
         return kept[2]
 
+    @property
+    def all_alike(self) -> bool:
+        """Whether all clusters have the same variance. Looked up once, and again as `by_class` is."""
+        kept: tuple[Seen, bool] | None = self.__dict__.get("_all_alike")
+        if kept is None or self.variance.is_cpu or not kept[0].unchanged(self.variance):
+            kept = Seen(self.variance), bool((self.variance == self.variance[0]).all())
+            self.__dict__["_all_alike"] = kept
+        return kept[1]
+
     def gather_by_class(
         self, values: Shaped[Tensor, "batch cluster"], fill: float | bool
     ) -> Shaped[Tensor, "batch class slot"]:

@@ -119,16 +119,22 @@ class ResNet18(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch dim"]:
         """Embeddings: the globally averaged features of the last stage."""
-        x = torch.relu(self.bn1(self.conv1(self.normalize(images))))
+        x = torch.relu(self.bn1(self.conv1(_channels_first(self.normalize(images)))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.pool(x).flatten(1)
+
+
+def _channels_first(images: Tensor) -> Tensor:
+    """Images of one channel, whose strides may be those of channels last too, in the layout that is safe to train in
+    (`to_channels_last_frozen`)."""
+    return images.reshape(-1).view(images.shape) if images.shape[1] == 1 else images
 
 
 def to_channels_last_frozen(module: nn.Module) -> None:
     """Lay a finished network's weights out with channels last, in which convolutions are faster (benchmarks).
 
     They take no gradient any more: PyTorch 2.14 on a CPU writes past its memory where it takes that of a strided 1x1
-    convolution in this layout, with several threads and an odd number of images. So training keeps the other layout.
+    convolution in this layout. So training keeps the other layout.
     """
     module.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clustr_core import data
+from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.models.embed import embed_all
 from clustr_core.training.processes import Processes
 from clustr_core.training.recipes import Recipe, has_cluster_batches
@@ -87,6 +89,21 @@ def check_embeddings(encoder: nn.Module, images: Tensor) -> None:
         raise ValueError("the training collapsed: all embeddings are equal (variance 0); try a smaller learning_rate")
 
 
+@contextmanager
+def naming_divergence() -> Iterator[None]:
+    """Say of losses that a sampler refuses what became of the training.
+
+    Raises:
+        ValueError: in place of the sampler's.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("losses: expected finite values"):
+            raise
+        raise ValueError(f"the training diverged: {error}; try a smaller learning_rate") from error
+
+
 def check_loss(loss: float) -> None:
     """Refuse to go on with a loss that is not finite.
 
@@ -95,6 +112,50 @@ def check_loss(loss: float) -> None:
     """
     if not math.isfinite(loss):
         raise ValueError(f"the training diverged: the mean loss is {loss}; try a smaller learning_rate")
+
+
+@contextmanager
+def naming_batch_that_fits(
+    recipe: Recipe, network: LinearClassifier | ClusterClassifier, images: Tensor, processes: Processes
+) -> Iterator[None]:
+    """Say of a device whose memory a batch exceeds about how many images would fit; of several processes, only that.
+
+    Raises:
+        ValueError: in place of PyTorch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        sizes = "clusters_per_batch, per_cluster" if has_cluster_batches(recipe) else "batch_size"
+        asked = images_in_a_batch(recipe)
+        said = f"{sizes}: batches of {asked} images do not fit into the memory of {images.device}"
+        if processes.count == 1:
+            # what the batch took is held by the frames in which it did not suffice
+            traceback.clear_frames(error.__traceback__)
+            fitting = batch_that_fits(network, images, asked)
+            said += f"; about {fitting} images fit" if fitting else "; not even two images fit: take a smaller width"
+        raise ValueError(said) from error
+
+
+def images_in_a_batch(recipe: Recipe) -> int:
+    """So many at most."""
+    return recipe.clusters_per_batch * recipe.per_cluster if has_cluster_batches(recipe) else recipe.batch_size
+
+
+def batch_that_fits(network: LinearClassifier | ClusterClassifier, images: Tensor, most: int) -> int:
+    """The largest half, quarter, ... of ``most`` images, two at least, of which one forward and backward pass fits into
+    memory; 0 if there is none. What a method needs beyond that, such as a second pass, is not in it."""
+    size = most // 2
+    while size > 1:
+        network.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        try:
+            network.embed(data.to_float(images[:size])).sum().backward()
+        except torch.OutOfMemoryError:
+            size //= 2
+        else:
+            return size
+    return 0
 
 
 @contextmanager

@@ -52,14 +52,46 @@ def magnet_loss(
         the logarithm of a sum + 1e-8, which caps the loss at 18.4 and stops the gradient of badly wrong examples.
     """
     _check_lengths(embeddings, labels, assignments)
-    own, cluster_labels = _cluster_of_rows(assignments, labels)
-    wide = embeddings.float() if embeddings.dtype in HALF_DTYPES else embeddings
-    per_example, variance = _Magnet.apply(wide, own, cluster_labels, gap)  # pyright: ignore[reportGeneralTypeIssues]
+    per_example, variance = magnet_of_slots(embeddings, slots_of(assignments, labels), gap)
     # whatever is not finite makes the variance so: only then look for it
     if not math.isfinite(variance.detach()):
         check_finite(embeddings)
         raise ValueError(f"embeddings: expected values whose squares do not overflow, got {embeddings.abs().max():.4g}")
     return MagnetLoss(per_example.mean(), per_example, variance)
+
+
+class Slots(NamedTuple):
+    """Of what clusters a batch is made: the place of each row's cluster among them, and the class of each of them."""
+
+    own: Int[Tensor, " batch"]
+    classes: Int[Tensor, " slot"]
+
+
+def slots_of(assignments: Int[Tensor, " batch"], labels: Int[Tensor, " batch"]) -> Slots:
+    """The clusters of a batch, renumbered 0, 1, 2, ... in their order.
+
+    Raises:
+        ValueError: if a cluster holds two classes, or all of them are of one class.
+    """
+    _, own = assignments.unique(return_inverse=True)
+    classes = labels.new_empty(int(own.max()) + 1)
+    classes[own] = labels
+    if (classes[own] != labels).any():
+        raise ValueError("assignments: expected clusters of one class each, got a cluster with two labels")
+    if (classes == classes[0]).all():
+        raise ValueError("labels: expected at least two classes in a batch, got one, which has no rival")
+    return Slots(own, classes)
+
+
+def magnet_of_slots(
+    embeddings: Float[Tensor, "batch dim"], slots: Slots, gap: float
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""]]:
+    """``per_example`` and ``variance`` of `magnet_loss`, for which nothing is read off the device.
+
+    What is not finite makes both so: whoever trains on them looks at the loss.
+    """
+    wide = embeddings.float() if embeddings.dtype in HALF_DTYPES else embeddings
+    return _Magnet.apply(wide, slots.own, slots.classes, gap)  # pyright: ignore[reportReturnType]
 
 
 class _Magnet(torch.autograd.Function):
@@ -224,6 +256,18 @@ def certificate_loss(
     _check_rows(embeddings, labels)
     _check_classes(labels, clusters)
     check_positive(margin=margin, temperature=temperature)
+    return unchecked_certificate_loss(embeddings, labels, clusters, margin=margin, temperature=temperature)
+
+
+def unchecked_certificate_loss(
+    embeddings: Float[Tensor, "batch dim"],
+    labels: Int[Tensor, " batch"],
+    clusters: Clusters,
+    *,
+    margin: float,
+    temperature: float,
+) -> Float[Tensor, " batch"]:
+    """`certificate_loss`, for which nothing is read off the device: whoever trains on it looks at the loss."""
     distances = squared_distances(embeddings, clusters.centroids)
     is_rival = clusters.labels != labels[:, None]
     own_distance, own = distances.masked_fill(is_rival, torch.inf).min(dim=1)
@@ -276,18 +320,6 @@ def consistency_loss(
     """
     targets = clean_logits.detach().softmax(dim=1)
     return -(targets * moved_logits.exp().log_softmax(dim=1)).sum(dim=1)
-
-
-def _cluster_of_rows(assignments: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Clusters renumbered 0.. in the batch, and the class of each; checks that each holds one class."""
-    _, own = assignments.unique(return_inverse=True)
-    cluster_labels = labels.new_empty(int(own.max()) + 1)
-    cluster_labels[own] = labels
-    if (cluster_labels[own] != labels).any():
-        raise ValueError("assignments: expected clusters of one class each, got a cluster with two labels")
-    if (cluster_labels == cluster_labels[0]).all():
-        raise ValueError("labels: expected at least two classes in a batch, got one, which has no rival")
-    return own, cluster_labels
 
 
 def _log_one_plus_sum_exp(values: Float[Tensor, "batch column"]) -> Float[Tensor, " batch"]:

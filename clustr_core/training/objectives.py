@@ -5,11 +5,11 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from clustr_core.attacks.ball import pgd_endpoint, random_point
+from clustr_core.attacks.ball import Ball, Walk, random_point, unchecked_endpoint
 from clustr_core.attacks.losses import cross_entropy, kl_divergence
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, cluster_logits
 from clustr_core.models.embed import evaluating
-from clustr_core.training.losses import certificate_loss, consistency_loss, margin_cross_entropy
+from clustr_core.training.losses import consistency_loss, margin_cross_entropy, unchecked_certificate_loss
 from clustr_core.training.recipes import (
     AdversarialTraining,
     Clustr,
@@ -33,13 +33,11 @@ def objective(recipe: Recipe, step: Step) -> Terms:
 def _(recipe: AdversarialTraining, step: Step) -> Terms:
     labels = step.mine(step.labels)
     with evaluating(step.network):
-        moved = pgd_endpoint(
+        moved = unchecked_endpoint(
             lambda x: cross_entropy(step.logits(x), labels),
             step.mine(step.images),
             step.mine(random_point(step.images, recipe.eps, "linf", step.generator)),
-            eps=recipe.eps,
-            step_size=recipe.step_size,
-            steps=recipe.steps,
+            *_around(recipe.eps, recipe.step_size, recipe.steps),
         )
     return Terms(cross_entropy(step.logits(moved), labels))
 
@@ -51,13 +49,11 @@ def _(recipe: Trades, step: Step) -> Terms:
         with torch.no_grad():
             clean = step.logits(images)
         noise = torch.empty_like(step.images).normal_(generator=step.generator)
-        moved = pgd_endpoint(
+        moved = unchecked_endpoint(
             lambda x: kl_divergence(clean, step.logits(x)),
             images,
             images + recipe.start_scale * step.mine(noise),
-            eps=recipe.eps,
-            step_size=recipe.step_size,
-            steps=recipe.steps,
+            *_around(recipe.eps, recipe.step_size, recipe.steps),
         )
     logits = step.logits(images)
     divergence = kl_divergence(logits, step.logits(moved))
@@ -84,7 +80,7 @@ def _(recipe: ClustrQTrades, step: Step) -> Terms:
 
     with evaluating(step.network):
         start = step.mine(random_point(step.images, recipe.eps, "linf", step.generator))
-        moved = pgd_endpoint(inconsistency, images, start, eps=recipe.eps, step_size=recipe.step_size, steps=1)
+        moved = unchecked_endpoint(inconsistency, images, start, *_around(recipe.eps, recipe.step_size, 1))
     return Terms(magnet + recipe.consistency_weight * inconsistency(moved), magnet)
 
 
@@ -93,7 +89,7 @@ def _(recipe: ClustrCert, step: Step) -> Terms:
     assert isinstance(step.network, ClusterClassifier)
     embeddings, clusters = step.embed(step.mine(step.images)), step.network.clusters
     size = {"margin": recipe.margin, "temperature": recipe.temperature}
-    return Terms(certificate_loss(embeddings, step.mine(step.labels), clusters, **size))
+    return Terms(unchecked_certificate_loss(embeddings, step.mine(step.labels), clusters, **size))
 
 
 @objective.register
@@ -111,3 +107,8 @@ def _(recipe: Smoothing, step: Step) -> Terms:
     noise = torch.empty_like(step.images).normal_(generator=step.generator)
     noisy = step.mine(step.images + recipe.noise * noise)
     return Terms(cross_entropy(step.logits(noisy), step.mine(step.labels)))
+
+
+def _around(eps: float, step_size: float, steps: int) -> tuple[Ball, Walk]:
+    """Where training's adversary may look, and how it walks, from one start."""
+    return Ball(eps, "linf"), Walk(step_size, steps, restarts=1, seed=0)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from clustr_core import data
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.storage.files import written_whole
+from clustr_core.training.captured import Recorder
+from clustr_core.training.checks import images_in_a_batch
 from clustr_core.training.processes import ALONE, Processes
 from clustr_core.training.recipes import (
     Recipe,
-    has_cluster_batches,
     has_persistent_perturbation,
     recipe_from_dict,
     recipe_to_dict,
@@ -48,6 +49,8 @@ class State:
     data_sha256: str
     perturbation: Tensor | None
     processes: Processes = ALONE
+    # what records updates, to be repeated; None where they are made anew each time
+    record: Recorder | None = None
     # running statistics of batch norm that the processes do not share as they are computed
     local_statistics: list[Tensor] = field(default_factory=list)
     epoch: int = 0
@@ -61,38 +64,44 @@ def new_state(
     labels: Tensor,
     start: Run | None,
     processes: Processes = ALONE,
+    record: Recorder | None = None,
 ) -> State:
     """The start of a training: fresh weights, or those of the run that it starts from."""
     network = new_network(recipe, dataset.image_shape, dataset.num_classes)
     if start is not None:
         network.load_state_dict(prefixed(load_file(start.path / WEIGHTS), "network."))
     network.to(images.device)
+    if record is not None and recipe.precision != "32-true":
+        # what tensor cores want; files keep the usual layout
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     local_statistics = processes.prepared(network)
     if isinstance(network, ClusterClassifier) and start is None:
         embeddings = embedded(processes, network.encoder, images)
         clusters, _ = clustered(processes, recipe, embeddings, labels, recipe.seed)
         network.centroids.data.copy_(clusters.centroids)
     trained = network.encoder if recipe.cluster_batches else network
-    optimiser = _optimiser(recipe, trained)
+    optimiser = _optimiser(recipe, trained, images.device if record else None)
     generator = torch.Generator(images.device).manual_seed(recipe.seed)
     perturbation = _no_perturbation(recipe, images)
     sha256 = training_digest(recipe, dataset)
-    return State(network, optimiser, generator, sha256, perturbation, processes, local_statistics)
+    return State(network, optimiser, generator, sha256, perturbation, processes, record, local_statistics)
 
 
 def _no_perturbation(recipe: Recipe, images: Tensor) -> Tensor | None:
     """Free training's perturbation at the start: zeros for the largest batch."""
     if not has_persistent_perturbation(recipe):
         return None
-    size = recipe.clusters_per_batch * recipe.per_cluster if has_cluster_batches(recipe) else recipe.batch_size
-    return images.new_zeros(size, *images.shape[1:], dtype=torch.float32)
+    return images.new_zeros(images_in_a_batch(recipe), *images.shape[1:], dtype=torch.float32)
 
 
-def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    rate, decay = recipe.learning_rate, recipe.weight_decay
+def _optimiser(recipe: Recipe, module: nn.Module, recorded_on: torch.device | None) -> torch.optim.Optimizer:
+    """The recipe's optimiser; one whose steps are recorded reads its rate on the device, and takes it in one kernel."""
+    options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recorded_on is not None:
+        options |= {"lr": torch.tensor(recipe.learning_rate, device=recorded_on), "fused": recorded_on.type == "cuda"}
     if recipe.optimiser == "sgd":
-        return torch.optim.SGD(module.parameters(), lr=rate, weight_decay=decay, momentum=0.9)
-    return torch.optim.Adam(module.parameters(), lr=rate, weight_decay=decay)
+        return torch.optim.SGD(module.parameters(), **options, momentum=0.9)
+    return torch.optim.Adam(module.parameters(), **options, capturable=options.get("fused", False))
 
 
 def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
@@ -105,7 +114,8 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
     packed = state.optimiser.state_dict()
     tensors = {f"network.{name}": tensor for name, tensor in network_tensors(state.network).items()}
     for index, slots in packed["state"].items():
-        tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in slots.items() if tensor is not None}
+        kept = {name: tensor.contiguous() for name, tensor in slots.items() if tensor is not None}
+        tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in kept.items()}
     tensors["generator"] = state.generator.get_state()
     if state.perturbation is not None:
         tensors["perturbation"] = state.perturbation
@@ -115,7 +125,6 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
         "train_data_sha256": state.data_sha256,
         "epoch": state.epoch,
         "history": state.history,
-        "param_groups": packed["param_groups"],
     }
     with written_whole(folder / CHECKPOINT) as temporary:
         save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
@@ -158,10 +167,15 @@ def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
     facts, tensors = checkpoint_facts(path, recipe, state.data_sha256), load_file(path)
     state.network.load_state_dict(prefixed(tensors, "network."))
     slots: dict[int, dict[str, Tensor]] = {}
+    weights = [weight for group in state.optimiser.param_groups for weight in group["params"]]
     for name, tensor in prefixed(tensors, "optimiser.").items():
         index, _, slot = name.partition(".")
-        slots.setdefault(int(index), {})[slot] = tensor
-    state.optimiser.load_state_dict({"state": slots, "param_groups": facts["param_groups"]})
+        like = weights[int(index)]
+        # laid out as its weight is, which a fused step takes for granted
+        laid_out = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
+        slots.setdefault(int(index), {})[slot] = laid_out
+    # of the groups a recipe says all, and the device that trains
+    state.optimiser.load_state_dict({"state": slots, "param_groups": state.optimiser.state_dict()["param_groups"]})
     state.generator.set_state(tensors["generator"])
     if state.perturbation is not None:
         state.perturbation.copy_(tensors["perturbation"])

@@ -10,14 +10,14 @@ from torch import Tensor
 from clustr_core import data
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.models.clusters import Clusters
-from clustr_core.training.losses import magnet_loss
+from clustr_core.training.losses import Slots, magnet_of_slots, slots_of
 from clustr_core.training.processes import ALONE, Processes
 from clustr_core.training.recipes import Recipe
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an objective sees of one batch. ``clusters`` and ``assignments`` are there for the magnet loss only.
+    """What an objective sees of one batch. ``clusters``, ``assignments`` and ``slots`` are for the magnet loss only.
 
     Every process sees the whole batch and draws what is random for all of it; it computes `mine`, its own part.
     """
@@ -29,6 +29,7 @@ class Step:
     assignments: Int[Tensor, " batch"] | None = None
     clusters: Clusters | None = None
     processes: Processes = ALONE
+    slots: Slots | None = None
 
     def mine(self, rows: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "part ..."]:
         """This process's part of the batch."""
@@ -44,9 +45,12 @@ class Step:
 
     def magnet(self, embeddings: Float[Tensor, "part dim"], gap: float) -> Float[Tensor, " part"]:
         """The magnet loss of this process's part: its centroids are means over the whole batch."""
-        assert self.assignments is not None
+        slots = self.slots
+        if slots is None:
+            assert self.assignments is not None
+            slots = slots_of(self.assignments, self.labels)
         batch = self.processes.gathered(embeddings, len(self.labels))
-        return self.mine(magnet_loss(batch, self.assignments, self.labels, gap=gap).per_example)
+        return self.mine(magnet_of_slots(batch, slots, gap)[0])
 
 
 class Terms(NamedTuple):

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torchattacks
 from pyautoattack import AutoAttack
 from torch import nn
 
@@ -258,6 +257,8 @@ def test_is_not_weaker_than_pgd(network, norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_agrees_with_a_second_implementation(norm):
+    import torchattacks
+
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4)).eval()
     images = torch.rand(100, *SHAPE, generator=torch.Generator().manual_seed(6))

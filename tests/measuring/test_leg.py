@@ -284,6 +284,9 @@ def test_methods_whose_rows_are_published_are_left_out(whole, home, tmp_path):
     assert {step.method for step in steps_left(changed)} >= {"ce"}
     done = leg(tmp_path / "pack", 80)
     assert done.left[0] == "attacks-clustr"
+    # its tables stand beside the new ones
+    for path in published.iterdir():
+        assert (place / "results/tiny" / path.name).read_bytes() == path.read_bytes()
     # what others start from is trained all the same
     assert (run_folder(profile.recipes["ce"]) / "run.json").exists()
 
@@ -374,6 +377,7 @@ def refused(home, tmp_path, capsys):
         (("--pack", "5kB"), "--pack: expected at least 32kB, got 5000 bytes"),
         (("--pack", "much"), "--pack: expected a size such as 15MB, 500kB or 16MiB, got 'much'"),
         (("--files", "1"), "--files: expected at least 2, the index and a part, got 1"),
+        (("--captured",), "captured: expected one process on a CUDA device, which alone has graphs, got 1 on cpu"),
         (("--device", "cuda:77"), "--device: expected one that works here, such as cpu, got 'cuda:77'"),
     ],
 )
@@ -381,6 +385,12 @@ def test_an_argument_without_meaning_is_named_before_any_work(refused, arguments
     said = refused(*arguments)
     assert said.startswith(f"clustr: {message}")
     assert said.count("\n") == 1
+
+
+def test_without_a_folder_the_pack_lies_under_the_profiles_name(home):
+    place = home("here")
+    assert main(["leg", "--profile", "tiny", "--minutes", "0.0001", "--device", "cpu"]) == 0
+    assert read_index(place / "legs/tiny")["profile"]["name"] == "tiny"
 
 
 @pytest.fixture

@@ -268,6 +268,27 @@ def test_one_models_accuracy_attack_by_attack_and_where_the_losses_disagree() ->
         study.by_attack(rows, 0.2)
 
 
+def test_the_wide_network_measured_again_differs_where_the_source_of_the_transfer_does() -> None:
+    """What chapter 6 says of the second measurement."""
+    again, first, eps = study.full_width("again"), study.full_width(), 8 / 255
+    assert again["index"].nunique() == 64
+    assert set(again["index"]) <= set(first["index"])
+    assert (again.drop_duplicates("index").set_index("index")["label"]).equals(
+        first.drop_duplicates("index").set_index("index")["label"].loc[again["index"].unique()]
+    )
+    table = study.measured_again(eps).set_index("attack")
+    found = study.by_attack(again, eps).set_index("attack")
+    assert list(table.index) == list(found.index)[:-1]
+    white = [name for name in table.index if name.startswith(("PGD", "cell"))]
+    for name in white:
+        value, low, high = (100 * found.loc[name, part] for part in ("robust_accuracy", "low", "high"))
+        assert table.loc[name, "again"] == f"{value:.1f}\N{NO-BREAK SPACE}[{low:.1f},\N{NO-BREAK SPACE}{high:.1f}]"
+        # the first measurement lies in the interval of the second
+        assert low <= float(table.loc[name, "first"].split("\N{NO-BREAK SPACE}")[0]) <= high
+    assert table.loc["transfer", "first"].startswith("0.0")
+    assert found.loc["transfer", "robust_accuracy"] > 0.5
+
+
 def test_a_narrow_and_a_wide_network_fail_in_different_ways(cifar: study.Study) -> None:
     """What chapter 6 says of the two networks."""
     found = study.widths().set_index(["width", "attack"])["robust_accuracy"]

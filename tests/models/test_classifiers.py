@@ -11,6 +11,7 @@ from torch import nn
 from clustr_core.certificates.ladder import certified_radius, certify
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, cluster_logits, nearest_logits
 from clustr_core.models.clusters import Clusters
+from clustr_core.models.encoders import build_encoder
 from clustr_core.numerics import chunks
 
 
@@ -448,3 +449,15 @@ def test_labels_of_any_integer_dtype_are_the_same_labels(dtype, as_installed):
     assert torch.equal(cluster_logits(z, narrow), cluster_logits(z, wide))
     with pytest.raises(ValueError, match="labels: expected class indices"):
         Clusters(SQUARE, labels.bool(), torch.ones(4))
+
+
+def test_a_resnet_sees_one_channel_in_the_layout_that_is_safe_to_train_in() -> None:
+    """Strides of one channel may be those of channels last too, in which PyTorch writes past its memory."""
+    encoder = build_encoder("resnet18", (1, 8, 8), width=8)
+    images = torch.rand(6, 64).as_strided((6, 1, 8, 8), (64, 1, 8, 1))
+    seen = []
+    encoder.conv1.register_forward_pre_hook(lambda module, given: seen.append(given[0].stride()))
+    embeddings = encoder(images.requires_grad_())
+    assert seen == [(64, 64, 8, 1)]
+    embeddings.sum().backward()
+    torch.testing.assert_close(embeddings, encoder(images.detach().clone(memory_format=torch.contiguous_format)))

@@ -9,6 +9,7 @@ import torch
 from disk import contents
 
 from clustr_core.data import Dataset
+from clustr_core.models.encoders import SmallCNN
 from clustr_core.training import loop
 from clustr_core.training.loop import fit, train_epoch
 from clustr_core.training.recipes import METHODS, Clustr, ClustrCert, CrossEntropy
@@ -203,3 +204,44 @@ def test_weights_that_are_not_those_of_the_run_are_refused(digits, home):
     (run.path / "model.safetensors").write_bytes((second.path / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"model\.safetensors: expected the weights of \w{10}, as run\.json says, got"):
         load_run(run.path).model()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "asked", "said"),
+    [
+        (
+            CrossEntropy(epochs=2, width=4, train_examples=200, batch_size=100),
+            40,
+            "batch_size: batches of 100 images do not fit into the memory of cpu; about 25 images fit",
+        ),
+        (
+            Clustr(epochs=2, width=4, train_examples=200, clusters_per_batch=5, per_cluster=8),
+            20,
+            "clusters_per_batch, per_cluster: batches of 40 images do not fit .*; about 20 images fit",
+        ),
+        (
+            CrossEntropy(epochs=2, width=4, train_examples=200, batch_size=50),
+            0,
+            "batch_size: .*; not even two images fit: take a smaller width",
+        ),
+    ],
+    ids=["plain", "clusters", "none"],
+)
+def test_what_does_not_fit_into_memory_says_what_does(recipe, asked, said, digits, tmp_path, monkeypatch):
+    real = SmallCNN.forward
+
+    def limited(self, images):
+        if self.training and len(images) > asked:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(self, images)
+
+    monkeypatch.setattr(SmallCNN, "forward", limited)
+    with pytest.raises(ValueError, match=rf"epoch 1: {said}.*; the checkpoint after epoch 0 is kept"):
+        fit(recipe, dataset=digits, folder=tmp_path / "run", progress=False)
+    assert (tmp_path / "run/checkpoint.safetensors").exists()
+
+
+def test_losses_that_a_sampler_refuses_say_that_the_training_diverged(digits, tmp_path):
+    recipe = Clustr(epochs=2, width=4, train_examples=200, per_cluster=4, optimiser="sgd", learning_rate=1e30)
+    with pytest.raises(ValueError, match=r"epoch 1: the training diverged: .*; try a smaller learning_rate; the check"):
+        fit(recipe, dataset=digits, folder=tmp_path / "run", progress=False)

@@ -27,6 +27,8 @@ VARIABLE = "CLUSTR_KERNELS"
 _KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
 # the first one with all that the kernels use; of torch 2.8
 OLDEST_TRITON = (3, 4)
+# the compute capability of the oldest GPU for which they are compiled, and looked at
+OLDEST_CAPABILITY = (8, 0)
 _TRITON_MODULES = ("cluster_logits", "pairwise_radius")
 # of those in Triton, which a GPU has shown to be faster than plain PyTorch, eager and compiled (`benchmarks.kernels`).
 # None yet: an older version of them was slower on an H100, and these have not met a GPU
@@ -65,7 +67,7 @@ def dispatch(name: str, reference: _Reference, first: Tensor) -> Callable[..., A
         return _KERNELS.get((name, "cuda"), reference)
     if first.is_cuda:
         _import_kernels()
-    if name in _TRITON_MODULES and name not in FASTER:
+    if name in _TRITON_MODULES and (name not in FASTER or _lacking_capability(first)):
         return reference
     return _KERNELS.get((name, first.device.type), reference)
 
@@ -80,6 +82,16 @@ def _require_triton(first: Tensor) -> None:
             f"{VARIABLE}: expected a CUDA tensor for 'triton', got one on {first.device}; "
             "there it runs only under its interpreter, with TRITON_INTERPRET=1 set from the start"
         )
+    if lacking := _lacking_capability(first):
+        raise RuntimeError(f"{VARIABLE}: 'triton' needs {lacking}")
+
+
+def _lacking_capability(first: Tensor) -> str:
+    """Why the kernels in Triton are not for a tensor's GPU; "" where they are, and for a CPU."""
+    if not first.is_cuda or (found := torch.cuda.get_device_capability(first.device)) >= OLDEST_CAPABILITY:
+        return ""
+    name = torch.cuda.get_device_name(first.device)
+    return f"compute capability {_version(OLDEST_CAPABILITY)} or newer, and {name} has {_version(found)}"
 
 
 @cache
