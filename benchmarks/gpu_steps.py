@@ -12,11 +12,9 @@ images and scaled up to 50,000, so what is done once an epoch (recording, a batc
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -24,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.harness import Effort, interleaved
 from benchmarks.steps import drawn_dataset
 from clustr_core.attacks.gradient import pgd
 from clustr_core.data import Dataset
@@ -61,16 +60,9 @@ class Size:
 TOY = Size("cpu", width=8, batch=6, batches=2, steps=2, images=(4,), rounds=1)
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    """What a call takes until the device is done with it."""
-    _wait(device)
-    begun = time.perf_counter()
+def finished(call: Callable[[], object], device: str) -> None:
+    """A call, until the device is done with it."""
     call()
-    _wait(device)
-    return time.perf_counter() - begun
-
-
-def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -186,12 +178,9 @@ def attacks(size: Size) -> Iterator[dict[str, Any]]:
 
 
 def _in_turn(ways: dict[str, Callable[[], object]], size: Size) -> dict[str, float]:
-    """Median seconds of each way, after two calls that compile and warm up."""
-    for call in ways.values():
-        for _ in range(2):
-            call()
-    taken = [{way: seconds(call, size.device) for way, call in ways.items()} for _ in range(size.rounds)]
-    return {way: median(row[way] for row in taken) for way in ways}
+    """Median seconds of each way, after a call that compiles and warms up."""
+    times = interleaved({way: partial(finished, call, size.device) for way, call in ways.items()}, Effort(size.rounds))
+    return {way: times.median(way) for way in ways}
 
 
 def main() -> int:

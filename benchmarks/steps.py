@@ -23,9 +23,10 @@ from clustr_core.models.classifiers import ClusterClassifier
 from clustr_core.models.clusters import Clusters
 from clustr_core.models.embed import embed_all
 from clustr_core.models.encoders import build_encoder
+from clustr_core.training.checks import images_in_a_batch
 from clustr_core.training.loop import replays, update
 from clustr_core.training.objectives import objective
-from clustr_core.training.recipes import Clustr, Recipe, Smoothing
+from clustr_core.training.recipes import Recipe, Smoothing
 from clustr_core.training.refresh import clusters_and_sampler
 from clustr_core.training.sampling import ClusterBatches
 from clustr_core.training.state import new_state
@@ -127,8 +128,7 @@ class Trainee:
     @property
     def batch(self) -> int:
         """Images of a step."""
-        recipe = self.recipe
-        return recipe.clusters_per_batch * recipe.per_cluster if isinstance(recipe, Clustr) else recipe.batch_size
+        return images_in_a_batch(self.recipe)
 
     def step(self) -> Step:
         """One batch, augmented."""

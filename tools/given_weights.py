@@ -12,6 +12,8 @@ piece in ``runs/given-<digest of the weights>``, so a killed call goes on.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -23,14 +25,12 @@ from clustr_core import data
 from clustr_core.measuring.attacked import measure
 from clustr_core.measuring.profile import Protocol
 from clustr_core.measuring.targets import AttackTarget
-from clustr_core.models.classifiers import ClusterClassifier
-from clustr_core.models.clusters import Clusters
-from clustr_core.models.encoders import build_encoder
 from clustr_core.models.official import load_official
 from clustr_core.storage.files import digest, home, read_json
 from clustr_core.storage.provenance import environment, write_sidecar
 from clustr_core.storage.tables import write_table
-from clustr_core.training.run import prefixed
+from clustr_core.training.recipes import recipe_from_dict, recipe_to_dict
+from clustr_core.training.run import cluster_network
 
 EPS = 8 / 255
 # the attacks of profile gpu that end within minutes on two cores; the paper's protocol has one restart
@@ -40,16 +40,6 @@ PROTOCOLS = {
     "walk": Protocol(attack="cell-walk", eps=(EPS,), steps=40, restarts=9),
     "transfer": Protocol(attack="transfer", eps=(EPS,), steps=40, losses=("ce",)),
 }
-
-
-def network(weights: Path, recipe: dict, shape: tuple[int, int, int]) -> nn.Module:
-    """The cluster network of a run's file, in float32 and evaluation mode."""
-    tensors = load_file(weights)
-    encoder = build_encoder(recipe["encoder"], shape, width=recipe["width"], dataset=recipe["dataset"])
-    parts = prefixed(tensors, "network.encoder.")
-    encoder.load_state_dict({name: each.float() if each.is_floating_point() else each for name, each in parts.items()})
-    clusters = Clusters(*(tensors[f"clusters.{name}"] for name in ("centroids", "labels", "variance")))
-    return ClusterClassifier(encoder, clusters, neighbours=recipe["neighbours"]).eval()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,26 +59,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measured(options: argparse.Namespace) -> int:
-    recipe = read_json(options.recipe)["recipe"]
+    recipe = recipe_from_dict(read_json(options.recipe)["recipe"])
     dataset, sha256 = data.load_dataset(f"folder:{options.data}"), digest(options.weights.read_bytes())
     kept = home() / "runs" / f"given-{sha256[:10]}" / "tables"
-    target = AttackTarget(
-        recipe["method"], lambda: network(options.weights, recipe, dataset.image_shape).to(options.device), sha256,
-        kept, dataset, options.device,
-    )  # fmt: skip
+    target_of = partial(AttackTarget, tables=kept, dataset=dataset, device=options.device)
+
+    def network() -> nn.Module:
+        tensors = load_file(options.weights)
+        return cluster_network(recipe, dataset.image_shape, tensors, recipe.rule).eval().to(options.device)
+
+    def stranger() -> nn.Module:
+        return load_official(options.source, dataset="cifar10").to(options.device)
+
     other = digest(options.source.read_bytes())
-    source = AttackTarget(
-        "source", lambda: load_official(options.source, dataset="cifar10").to(options.device), other, kept, dataset,
-        options.device,
-    )  # fmt: skip
+    target, source = target_of(recipe.method, network, sha256), target_of("source", stranger, other)
     parts = []
     for name, protocol in PROTOCOLS.items():
-        asked = Protocol(**{**vars(protocol), "examples": options.examples})
+        asked = replace(protocol, examples=options.examples)
         parts.append(measure(target, asked, source=source if name == "transfer" else None))
         print(parts[-1].groupby("loss")["robust"].mean().rename(name), flush=True)
-    table = pd.concat(parts, ignore_index=True).assign(method=recipe["method"])
+    table = pd.concat(parts, ignore_index=True).assign(method=recipe.method)
     write_table(options.into, table)
-    facts = {"weights_sha256": sha256, "source_sha256": other, "recipe": recipe}
+    facts = {"weights_sha256": sha256, "source_sha256": other, "recipe": recipe_to_dict(recipe)}
     made = environment(options.device) | {"profile": {"name": None, "sha256": None}} | facts
     write_sidecar(options.into, made, note="Attacks on given weights, by python -m tools.given_weights.")
     return 0

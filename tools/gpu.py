@@ -16,7 +16,6 @@ lets the leg train by CUDA graphs; take it once `steps` has shown on such a card
 import argparse
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clustr_core.storage.files import home, written_whole
+from clustr_core.storage.files import copy_whole, home, written_whole
 
 STAGES = ("tests", "kernels", "steps", "leg")
 # of the minutes that are left when it begins, at most this share; the last stage has all of it
@@ -74,8 +73,7 @@ def run(stage: str, seconds: float, into: Path, asked: Sequence[str], *, made: P
         except subprocess.TimeoutExpired:
             _end(process)
     if made is not None and made.exists() and made.stat().st_mtime >= begun:
-        with written_whole(into / made.name) as temporary:
-            shutil.copyfile(made, temporary)
+        copy_whole(made, into / made.name)
     return Done(stage, verdict, time.time() - begun)
 
 

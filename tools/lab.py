@@ -6,7 +6,6 @@ A double click opens a chapter as a notebook, and what only a built page can sho
 into this virtual environment; a reader's own settings of JupyterLab stay where they are, and win.
 """
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import jupyter_server
 
-from clustr_core.storage.files import home, written_whole
+from clustr_core.storage.files import copy_whole, home
 
 SETTINGS = {
     "overrides.json": Path(sys.prefix, "share/jupyter/lab/settings"),
@@ -25,8 +24,7 @@ SETTINGS = {
 def install(root: Path) -> list[Path]:
     """Put the settings of ``site/lab`` where JupyterLab of this environment reads them."""
     for name, folder in SETTINGS.items():
-        with written_whole(folder / name) as temporary:
-            shutil.copyfile(root / "site/lab" / name, temporary)
+        copy_whole(root / "site/lab" / name, folder / name)
     return [folder / name for name, folder in SETTINGS.items()]
 
 

@@ -9,7 +9,6 @@ import argparse
 import copy
 import math
 import re
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from clustr_core.measuring.profile import load_profile
-from clustr_core.storage.files import home, written_whole
+from clustr_core.storage.files import copy_whole, home, written_whole
 from clustr_core.storage.provenance import check_sidecar, sidecar_of
 from clustr_core.training.recipes import run_key
 from tools import notebooks
@@ -158,8 +157,7 @@ def _replace(folder: Path, files: Sequence[Path]) -> None:
     """Make a folder hold copies of these files and no others; its subfolders stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in files:
-        with written_whole(folder / path.name) as temporary:
-            shutil.copyfile(path, temporary)
+        copy_whole(path, folder / path.name)
     names = {path.name for path in files}
     for path in folder.iterdir():
         if path.is_file() and path.name not in names:

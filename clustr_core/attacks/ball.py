@@ -111,9 +111,9 @@ def pgd_path(
         objective: images -> one value each, to be increased.
     """
     check_inputs(images, norm=norm, eps=eps, step_size=step_size, steps=steps)
-    for x, gradient in _ascent(objective, images, start.detach(), Ball(eps, norm), Walk(step_size, steps, 1, seed=0)):
-        if gradient is not None:
-            check_gradient(gradient)
+    yield start.detach()
+    for x, gradient in _ascent(objective, images, start, Ball(eps, norm), Walk(step_size, steps, 1, seed=0)):
+        check_gradient(gradient)
         yield x
 
 
@@ -137,19 +137,17 @@ def unchecked_endpoint(objective: Objective, images: Images, start: Images, ball
 
     A gradient that is not finite makes all of it NaN.
     """
-    x, spoilt = start, images.new_zeros(())
-    for point, gradient in _ascent(objective, images, start.detach(), ball, walk):
-        x = point
-        if gradient is not None:
-            spoilt = spoilt + 0 * gradient.sum()
-    return x + spoilt
+    last, spoilt = start.detach(), images.new_zeros(())
+    for point, gradient in _ascent(objective, images, start, ball, walk):
+        last, spoilt = point, spoilt + 0 * gradient.sum()
+    return last + spoilt
 
 
 def _ascent(
-    objective: Objective, images: Images, x: Images, ball: Ball, walk: Walk
-) -> Iterator[tuple[Images, Images | None]]:
-    """Each point of a walk, and the gradient that led to it (None for the first)."""
-    yield x, None
+    objective: Objective, images: Images, start: Images, ball: Ball, walk: Walk
+) -> Iterator[tuple[Images, Images]]:
+    """The point after each step of a walk, and the gradient that led to it."""
+    x = start.detach()
     for _ in range(walk.steps):
         _, gradient = _input_gradient(objective, x)
         x = moved(x, gradient, images, ball, walk)

@@ -29,7 +29,7 @@ from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.measuring.written import is_written, made_by, made_of, write_rows
 from clustr_core.numerics.rounding import full_precision
-from clustr_core.storage.files import home, written_whole
+from clustr_core.storage.files import copy_whole, home
 from clustr_core.storage.pack import Bounds, Member, Packed, pack, read_index, unpack
 from clustr_core.storage.provenance import sidecar_of
 from clustr_core.training.captured import check_captured
@@ -541,8 +541,7 @@ def _take_published(profile: Profile) -> None:
             mine = _results(profile) / f"{kind}-{method}.csv"
             if is_written(published, profile, kind, method) and not mine.exists():
                 for path in (published / mine.name, sidecar_of(published / mine.name)):
-                    with written_whole(mine.parent / path.name) as temporary:
-                        shutil.copyfile(path, temporary)
+                    copy_whole(path, mine.parent / path.name)
 
 
 def _prepare(profile: Profile, folder: Path, bounds: Bounds, *, half: bool, captured: bool) -> None:

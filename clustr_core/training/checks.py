@@ -17,6 +17,7 @@ from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.models.embed import embed_all
 from clustr_core.training.processes import Processes
 from clustr_core.training.recipes import Recipe, has_cluster_batches
+from clustr_core.training.sampling import BadLosses
 
 log = logging.getLogger(__name__)
 # so many images tell whether all embeddings may be equal
@@ -98,9 +99,7 @@ def naming_divergence() -> Iterator[None]:
     """
     try:
         yield
-    except ValueError as error:
-        if not str(error).startswith("losses: expected finite values"):
-            raise
+    except BadLosses as error:
         raise ValueError(f"the training diverged: {error}; try a smaller learning_rate") from error
 
 

@@ -64,7 +64,14 @@ from clustr_core.training.run import (
     training_part,
 )
 from clustr_core.training.sampling import Batch, ClusterBatches
-from clustr_core.training.state import State, checkpoint_facts, load_checkpoint, new_state, save_progress
+from clustr_core.training.state import (
+    State,
+    checkpoint_facts,
+    load_checkpoint,
+    new_state,
+    save_progress,
+    trained_weights,
+)
 from clustr_core.training.step import Step, augmented, learning_rate
 
 log = logging.getLogger(__name__)
@@ -261,8 +268,7 @@ def update(recipe: Recipe, state: State, step: Step) -> tuple[Tensor, Tensor]:
     (processes.unpadded_shard(terms.loss, count).sum() / count).backward()
     # not by DDP's hooks: a step has several forward passes, by other methods than `forward`, and parameters that only
     # some recipes use, of which learnable centroids go through no forward pass at all
-    weights = [weight for group in state.optimiser.param_groups for weight in group["params"]]
-    processes.add_up(weight.grad for weight in weights if weight.grad is not None)
+    processes.add_up(weight.grad for weight in trained_weights(state) if weight.grad is not None)
     state.optimiser.step()
     processes.average(state.local_statistics)
     loss = processes.gathered(terms.loss.detach(), count)

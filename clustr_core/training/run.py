@@ -82,14 +82,7 @@ class Run:
             rule: None for the method's own, which is "soft" for a method without clusters.
         """
         rule = rule or self.recipe.rule
-        tensors = self._weights()
-        encoder = build_encoder(
-            self.recipe.encoder, self.image_shape, width=self.recipe.width, dataset=self.recipe.dataset
-        )
-        encoder.load_state_dict(prefixed(tensors, "network.encoder."))
-        clusters = Clusters(**prefixed(tensors, "clusters."))
-        neighbours = self.recipe.neighbours if rule == "soft" else None
-        return finished(ClusterClassifier(encoder, clusters, rule=rule, neighbours=neighbours), device)
+        return finished(cluster_network(self.recipe, self.image_shape, self._weights(), rule), device)
 
     def encoder_at(self, epoch: int, device: str | torch.device = "cpu") -> nn.Module:
         """The encoder as it was after ``epoch`` epochs, for the epochs in ``recipe.snapshots``.
@@ -114,6 +107,16 @@ class Run:
             return load_file(self.path / WEIGHTS)
         except SafetensorError as error:
             raise ValueError(f"{self.path / WEIGHTS}: expected weights, got a damaged file ({error})") from error
+
+
+def cluster_network(
+    recipe: Recipe, image_shape: tuple[int, int, int], tensors: dict[str, Tensor], rule: Rule
+) -> ClusterClassifier:
+    """The encoder and the clusters of a file of weights, in float32 whatever the file keeps, in training mode."""
+    encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
+    encoder.load_state_dict(prefixed(tensors, "network.encoder."))
+    clusters = Clusters(**prefixed(tensors, "clusters."))
+    return ClusterClassifier(encoder, clusters, rule=rule, neighbours=recipe.neighbours if rule == "soft" else None)
 
 
 def finished(network: _Network, device: str | torch.device) -> _Network:

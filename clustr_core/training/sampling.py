@@ -12,6 +12,10 @@ from clustr_core.models.clusters import Clusters
 from clustr_core.numerics.distances import squared_distances
 
 
+class BadLosses(ValueError):
+    """Losses that draw no seed cluster, being negative or not finite."""
+
+
 class Batch(NamedTuple):
     """Indices of examples, and the cluster of each (None for batches that know no clusters)."""
 
@@ -105,11 +109,11 @@ class ClusterBatches:
         """Note the latest losses of some examples (each index at most once).
 
         Raises:
-            ValueError: if a loss is negative or not finite.
+            BadLosses: if one is.
         """
         where, new = indices.cpu().numpy(), losses.detach().double().cpu().numpy()
         if not (np.isfinite(new) & (new >= 0)).all():
-            raise ValueError(f"losses: expected finite values >= 0, got {losses.min():.4g} to {losses.max():.4g}")
+            raise BadLosses(f"losses: expected finite values >= 0, got {losses.min():.4g} to {losses.max():.4g}")
         old, count = self._losses[where], len(self._sizes)
         known, cluster = ~np.isnan(old), self._assignments[where]
         self._loss_sums += np.bincount(cluster, weights=new - np.where(known, old, 0), minlength=count)

@@ -104,6 +104,11 @@ def _optimiser(recipe: Recipe, module: nn.Module, recorded_on: torch.device | No
     return torch.optim.Adam(module.parameters(), **options, capturable=options.get("fused", False))
 
 
+def trained_weights(state: State) -> list[Tensor]:
+    """What the optimiser moves, in its order."""
+    return [weight for group in state.optimiser.param_groups for weight in group["params"]]
+
+
 def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
     """The snapshot, if this epoch is one, and the checkpoint: one safetensors file that holds all a resume needs."""
     if not state.processes.first:
@@ -167,7 +172,7 @@ def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
     facts, tensors = checkpoint_facts(path, recipe, state.data_sha256), load_file(path)
     state.network.load_state_dict(prefixed(tensors, "network."))
     slots: dict[int, dict[str, Tensor]] = {}
-    weights = [weight for group in state.optimiser.param_groups for weight in group["params"]]
+    weights = trained_weights(state)
     for name, tensor in prefixed(tensors, "optimiser.").items():
         index, _, slot = name.partition(".")
         like = weights[int(index)]
