@@ -1,6 +1,7 @@
 """The GPU kernels beside plain PyTorch, each set timed in turn in one run, and what the kernels compile to.
 
-.venv/bin/python -m benchmarks.kernels             on a CUDA device: writes results/bench/kernels.csv
+.venv/bin/python -m benchmarks.kernels             on a CUDA device: writes results/bench/kernels.csv, from which
+                                                   `numerics.kernels.MEASURED` is taken
 .venv/bin/python -m benchmarks.kernels --compile   anywhere: what each kernel compiles to, held to what it should be
 
 Plain PyTorch runs eagerly and through torch.compile, in the inputs' dtype. A kernel's fraction of a limit is the least
@@ -33,6 +34,7 @@ from clustr_core.numerics.kernels import kmeans, tiles
 from clustr_core.numerics.kernels.cluster_logits import cluster_logits
 from clustr_core.numerics.kernels.pairwise_radius import pairwise_radius
 from clustr_core.storage.files import home
+from clustr_core.storage.provenance import commit
 from clustr_core.storage.tables import write_table
 
 # compute capabilities, and the bytes of shared memory that one program may have there
@@ -187,6 +189,7 @@ def measured(case: Case, peak: Peak, rounds: int) -> dict[str, Any]:
     return {
         "kernel": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
+        "elements": case.arguments[0].numel(),
         **{f"{way}_ms": value * 1e3 for way, value in seconds.items()},
         **{f"{way}_mb": value / 2**20 for way, value in peaks.items()},
         "of_arithmetic_limit": case.operations / rate / seconds["ours"],
@@ -331,7 +334,9 @@ def main() -> None:
     given = {limit: getattr(options, f"peak_{limit}") for limit in ("bandwidth", "float32", "half")}
     known = {**vars(PEAKS.get(device, Peak())), **{limit: value for limit, value in given.items() if value}}
     sizes = {name: getattr(options, name) for name in ("examples", "classes", "per_class", "dim")}
-    about = {"device": device, "rounds": options.rounds, "torch": torch.__version__, "triton": triton.__version__}
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    about = {"device": device, "capability": capability, "rounds": options.rounds}
+    about |= {"torch": torch.__version__, "triton": triton.__version__, "commit": commit(home())}
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for case in cases("cuda", dtype=dtype, **sizes):

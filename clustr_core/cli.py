@@ -402,7 +402,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep finished networks in half precision; their rows are measured so, and say so",
     )
-    leg.add_argument("--captured", action="store_true", help="train by CUDA graphs, on one GPU")
+    leg.add_argument("--captured", action="store_true", help="train and attack by CUDA graphs, on one GPU")
     _add_machine(leg)
     return parser
 

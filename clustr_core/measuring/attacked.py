@@ -111,17 +111,20 @@ def attack_pieces(
 
 
 def attacked_targets(
-    run: Run, profile: Profile, dataset: data.Dataset, device: str | torch.device
+    run: Run, profile: Profile, dataset: data.Dataset, device: str | torch.device, *, captured: bool = False
 ) -> list[tuple[AttackTarget, Protocol, AttackTarget | None]]:
-    """A run's models, each under every attack of a profile, with the model that is climbed if it is another."""
+    """A run's models, each under every attack of a profile, with the model that is climbed if it is another.
+
+    Args:
+        captured: as `target_of` takes it.
+    """
     if not profile.attacks:
         raise ValueError(f"profile {profile.name}: expected at least one entry under attacks, got none")
-    targets = [target_of(run, dataset, head=head, device=device) for head in heads_of(run)]
+    on = {"device": device, "captured": captured}
+    targets = [target_of(run, dataset, head=head, **on) for head in heads_of(run)]
     methods = {protocol.source for protocol in profile.attacks.values() if protocol.attack == "transfer"}
     others = {method: source_of(run, profile, method) for method in sorted(methods)}
-    sources = {
-        method: target_of(other, dataset, device=device) for method, other in others.items() if other is not None
-    }
+    sources = {method: target_of(other, dataset, **on) for method, other in others.items() if other is not None}
     return [
         (target, protocol, sources[protocol.source] if protocol.attack == "transfer" else None)
         for target, protocol in product(targets, profile.attacks.values())

@@ -269,7 +269,7 @@ def run_leg(
         folder: of the pack. What it holds is put where it is missing here, or has gone further than here.
         half: keep finished networks in half precision (`run.stored_dtype`), so that they travel in half the bytes.
             Their rows are measured on exactly those weights, and their sidecars and ``run.json`` say so.
-        captured: as `loop.fit` takes it.
+        captured: as `loop.fit` takes it, and `targets.target_of` for the attacks.
     Raises:
         ValueError: before any work is done, if the folder holds the leg of another profile, version or precision, or
             lacks a part, or has a damaged one, or if its finished runs are not those that are here; after the work, if
@@ -357,7 +357,8 @@ class _Work:
         if self.attacked is None or self.attacked[0] != step.method:
             early = {f"{each}, reduced": reduced for each, reduced in early_attacks(profile).items()}
             both = replace(profile, attacks=profile.attacks | early)
-            self.attacked = step.method, attacked_targets(run, both, self._dataset(run.recipe), self.device)
+            where = self._dataset(run.recipe), self.device
+            self.attacked = step.method, attacked_targets(run, both, *where, captured=self.captured)
         attacked: list[AttackTarget] = []
         for target, its, source in self.attacked[1]:
             if its == protocol and target not in attacked:

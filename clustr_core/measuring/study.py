@@ -8,7 +8,7 @@ is measured.
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -130,8 +130,11 @@ class Study:
 
     @property
     def data_name(self) -> str:
-        """The data set, as the prose calls it."""
-        return DATA_NAMES.get(self.data, self.data)
+        """The data set, as the prose calls it; with the width of the networks where it is the paper's."""
+        name = DATA_NAMES.get(self.data, self.data)
+        ordinary = self.profile.ordinary.values()
+        wide = any(each.encoder == "resnet18" and each.width == FULL_WIDTH for each in ordinary)
+        return f"{name}, width {FULL_WIDTH}" if wide else name
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -236,7 +239,9 @@ class Study:
         if self.folder is None:
             tables = [_measured(self.profile, kind, method) for method in methods]
         else:
-            tables = [read_table(self.folder / f"{kind}-{method}.csv") for method in methods]
+            paths = [self.folder / f"{kind}-{method}.csv" for method in methods]
+            # prototypes are no method of a profile, and may be missing where it is published in part
+            tables = [read_table(path) for path in paths if path.exists() or path.stem != "certificates-prototypes"]
         return pd.concat(tables, ignore_index=True)
 
 
@@ -253,7 +258,7 @@ def read_study(
         FileNotFoundError: if ``published`` and a table is not; the first that is missing is named.
     """
     profile = profile if isinstance(profile, Profile) else load_profile(profile)
-    shown = tuple(profile.chapters.get("07-certified", {}).get("radii", RADII) if radii is None else radii)
+    shown = _radii(profile) if radii is None else tuple(radii)
     folders: dict[Source, Path] = {
         "regenerated": home() / "results" / profile.name,
         "published": home() / "results/published" / profile.name,
@@ -281,9 +286,37 @@ def studies_beside(mine: Study) -> dict[str, Study]:
 
 def published_profiles() -> list[str]:
     """The names of the book's profiles of which all rows are published."""
+    return sorted(folder.name for folder in _published() if not _missing(load_profile(folder.name), folder))
+
+
+def studies_in_part() -> list[Study]:
+    """The profiles of which some methods are published, as those that are made in legs: with their attacks and
+    certificates, of these methods alone."""
+    return [part for folder in _published() if (part := _in_part(load_profile(folder.name), folder)) is not None]
+
+
+def _published() -> list[Path]:
     known = {path.stem for path in (home() / "profiles").glob("*.yaml")}
-    folders = [path for path in (home() / "results/published").glob("*/") if path.name in known]
-    return sorted(folder.name for folder in folders if not _missing(load_profile(folder.name), folder))
+    return sorted(path for path in (home() / "results/published").glob("*/") if path.name in known)
+
+
+def _in_part(profile: Profile, folder: Path) -> Study | None:
+    """The methods whose attacks and certificates are in a folder; None if all tables are, or of no method."""
+    there = {
+        method: recipe
+        for method, recipe in profile.attacked.items()
+        if all((folder / f"{kind}-{method}.csv").exists() for kind in ("attacks", "certificates"))
+    }
+    if not there or not _missing(profile, folder):
+        return None
+    attacks = {
+        name: each for name, each in profile.attacks.items() if each.attack != "transfer" or each.source in there
+    }
+    return Study(replace(profile, recipes=there, attacks=attacks), "published", folder, _radii(profile))
+
+
+def _radii(profile: Profile) -> tuple[float, ...]:
+    return tuple(profile.chapters.get("07-certified", {}).get("radii", RADII))
 
 
 def in_order(methods: Sequence[str] | set[str] | Mapping[str, object]) -> list[str]:

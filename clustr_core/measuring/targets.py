@@ -14,6 +14,8 @@ from clustr_core import data
 from clustr_core.attacks.temperature import Rescaled, rescaled
 from clustr_core.measuring.pieces import image_chunks
 from clustr_core.measuring.profile import Profile
+from clustr_core.models.repeated import Repeated
+from clustr_core.training.captured import can_be_captured
 from clustr_core.training.recipes import CrossEntropy, run_folder
 from clustr_core.training.run import Run, load_run
 
@@ -71,10 +73,26 @@ class AttackTarget:
 
 
 def target_of(
-    run: Run, dataset: data.Dataset, *, head: Head = "own", device: str | torch.device = "cpu"
+    run: Run,
+    dataset: data.Dataset,
+    *,
+    head: Head = "own",
+    device: str | torch.device = "cpu",
+    captured: bool = False,
 ) -> AttackTarget:
-    """A run's classifier under attack; with head "clusters" the clusters fitted after training, whatever the method."""
-    load = (lambda: run.model(device)) if head == "own" else (lambda: run.cluster_model(device))
+    """A run's classifier under attack; with head "clusters" the clusters fitted after training, whatever the method.
+
+    Args:
+        captured: let a GPU repeat passes through the encoder as CUDA graphs (`repeated.Repeated`), but for those of a
+            Lipschitz guarantee.
+    """
+
+    def load() -> nn.Module:
+        model = run.model(device) if head == "own" else run.cluster_model(device)
+        if captured and can_be_captured(run.recipe):
+            model.encoder = Repeated(model.encoder).eval()
+        return model
+
     identity, tables = f"{run.weights_sha256} {head}", run.path / "tables"
     return AttackTarget(name_of(run, head), load, identity, tables, dataset, device)
 

@@ -73,6 +73,30 @@ def test_what_is_neither_is_measured_when_asked_for(
         study.read_study("smoke", published=True)
 
 
+def test_a_study_that_is_published_in_part_is_shown_of_the_methods_that_are_there(
+    home: Path, cifar: study.Study
+) -> None:
+    assert study.studies_in_part() == []
+    there = home / "results/published/gpu"
+    there.mkdir()
+    for method in ("pgd-at", "clustr", "lip-linear"):
+        for kind in ("attacks", "certificates"):
+            shutil.copy(ROOT / f"results/published/cpu-cifar10/{kind}-{method}.csv", there)
+    # begun, and not attacked yet
+    shutil.copy(ROOT / "results/published/cpu-cifar10/certificates-trades.csv", there)
+    (part,) = study.studies_in_part()
+    assert (part.name, part.source) == ("gpu", "published")
+    assert part.ordinary == ["pgd-at", "clustr"]
+    assert part.data_name == "CIFAR-10 (JPEG), width 64"
+    table, whole = study.protocol_table(part), study.protocol_table(cifar)
+    assert list(table["method"]) == ["PGD adversarial training", "ClusTR", "1-Lipschitz linear head"]
+    same = whole.set_index("method").loc[list(table["method"])].reset_index()
+    columns = [*study.HEADINGS.values()]
+    pd.testing.assert_frame_equal(table[columns], same[columns])
+    assert list(table["epochs"]) == ["15", "18 + 30", "60"]
+    assert study.published_profiles() == ["quick"]
+
+
 def test_a_published_profile_of_which_a_table_is_missing_is_named(home: Path) -> None:
     (home / "results/published/quick/certificates-ce.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"certificates-ce\.csv"):

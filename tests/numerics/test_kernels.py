@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -62,12 +63,63 @@ def test_the_device_decides_and_the_variable_overrides(registered, chosen):
     assert dispatch("double", fails, here) is fails
 
 
-def test_a_kernel_that_was_not_measured_to_be_faster_is_not_used(registered, chosen, monkeypatch):
-    here = torch.ones(1)
+COLUMNS = "kernel,dtype,ours_ms,eager_ms,compiled_ms,elements,capability"
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Another table of what was measured."""
+
+    def write(*rows):
+        path = tmp_path / "measured.csv"
+        path.write_text("\n".join((COLUMNS, *rows)) + "\n", encoding="utf-8")
+        monkeypatch.setattr(kernels, "MEASURED", path)
+        kernels._crossovers.cache_clear()
+
+    yield write
+    kernels._crossovers.cache_clear()
+
+
+def on_gpu(elements, dtype=torch.float32):
+    return torch.ones(elements, dtype=dtype).as_subclass(OnGPU)
+
+
+def test_a_kernel_is_used_from_where_it_was_measured_to_be_faster(registered, chosen, monkeypatch, measured):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     registered("cluster_logits", "cpu")(print)
-    assert dispatch("cluster_logits", fails, here) is fails
-    monkeypatch.setattr(kernels, "FASTER", frozenset({"cluster_logits"}))
-    assert dispatch("cluster_logits", fails, here) is print
+    monkeypatch.setattr(kernels, "_import_kernels", lambda: "")
+    assert kernels.crossover("cluster_logits", torch.ones(10**6)) == float("inf")
+    measured(
+        '"cluster_logits, all vote",float32,1.0,2.0,1.5,100,9.0',
+        '"cluster_logits with gradients, all vote",float32,1.0,2.0,1.5,100,9.0',
+        '"cluster_logits, all vote",float32,1.0,2.0,,50,9.0',
+        # faster than eager, and not than compiled
+        '"cluster_logits with gradients, all vote",float32,1.0,2.0,0.9,50,9.0',
+        '"cluster_logits, all vote",float32,1.0,2.0,1.5,20,9.0',
+        '"cluster_logits, all vote",bfloat16,1.0,1.0,,100,9.0',
+        "pairwise_radius,float32,1.0,2.0,,100,8.0",
+    )
+    chosen("auto")
+    picked = {size: dispatch("cluster_logits", fails, on_gpu(size)) is print for size in (20, 50, 99, 100, 1000)}
+    assert picked == {20: False, 50: False, 99: False, 100: True, 1000: True}
+    # measured on another GPU, in another dtype, or not at all
+    for name, dtype in (
+        ("cluster_logits", torch.bfloat16),
+        ("cluster_logits", torch.float16),
+        ("pairwise_radius", None),
+    ):
+        assert kernels.crossover(name, on_gpu(10**4, dtype or torch.float32)) == float("inf")
+
+
+def test_the_dispatcher_never_picks_what_was_measured_slower(monkeypatch):
+    rows = pd.read_csv(kernels.MEASURED)
+    slower = rows[rows["ours_ms"] >= rows[["eager_ms", "compiled_ms"]].min(axis=1)]
+    for row in slower.itertuples():
+        capability = tuple(int(part) for part in str(row.capability).split("."))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        name = row.kernel.partition(",")[0].removesuffix(" with gradients")
+        assert name in kernels._TRITON_MODULES
+        assert kernels.crossover(name, on_gpu(1, getattr(torch, row.dtype))) > row.elements
 
 
 def test_float64_has_the_reference(registered, chosen):
@@ -186,10 +238,10 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
 
-def test_an_older_gpu_is_named_and_has_plain_pytorch(monkeypatch):
+def test_an_older_gpu_is_named_and_has_plain_pytorch(monkeypatch, measured):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    monkeypatch.setattr(kernels, "FASTER", frozenset(kernels._TRITON_MODULES))
+    measured('"cluster_logits, all vote",float32,1.0,2.0,1.5,1,7.5')
     first = torch.zeros(3, 2).as_subclass(OnGPU)
     monkeypatch.setenv(kernels.VARIABLE, "triton")
     with pytest.raises(RuntimeError, match=r"'triton' needs compute capability 8\.0 or newer, and Tesla T4 has 7\.5"):

@@ -11,12 +11,15 @@ CLUSTR_KERNELS overrides the device:
     triton     Triton on whatever device; on a CPU only under its interpreter (TRITON_INTERPRET=1)
 """
 
+import csv
 import importlib
 import logging
+import math
 import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -30,9 +33,8 @@ OLDEST_TRITON = (3, 4)
 # the compute capability of the oldest GPU for which they are compiled, and looked at
 OLDEST_CAPABILITY = (8, 0)
 _TRITON_MODULES = ("cluster_logits", "pairwise_radius")
-# of those in Triton, which a GPU has shown to be faster than plain PyTorch, eager and compiled (`benchmarks.kernels`).
-# None yet: an older version of them was slower on an H100, and these have not met a GPU
-FASTER: frozenset[str] = frozenset()
+# what `benchmarks.kernels` measured on GPUs, in its own columns; so far an older version of the kernels, on an H100
+MEASURED = Path(__file__).with_name("measured.csv")
 _log = logging.getLogger(__name__)
 _Reference = TypeVar("_Reference", bound=Callable[..., Any] | None)
 
@@ -67,9 +69,35 @@ def dispatch(name: str, reference: _Reference, first: Tensor) -> Callable[..., A
         return _KERNELS.get((name, "cuda"), reference)
     if first.is_cuda:
         _import_kernels()
-    if name in _TRITON_MODULES and (name not in FASTER or _lacking_capability(first)):
+    kernel = _KERNELS.get((name, first.device.type))
+    if kernel is None or (name in _TRITON_MODULES and first.numel() < crossover(name, first)):
         return reference
-    return _KERNELS.get((name, first.device.type), reference)
+    return kernel
+
+
+def crossover(name: str, first: Tensor) -> float:
+    """From how many numbers in ``first`` on a kernel in Triton is used on its GPU: the fewest at which it was measured
+    to be faster than plain PyTorch, eager and compiled, and slower at no size above; infinite where it never was."""
+    if not first.is_cuda or _lacking_capability(first):
+        return math.inf
+    capability = _version(torch.cuda.get_device_capability(first.device))
+    return _crossovers().get((name, str(first.dtype).removeprefix("torch."), capability), math.inf)
+
+
+@cache
+def _crossovers() -> dict[tuple[str, str, str], float]:
+    """By kernel, dtype and compute capability."""
+    faster: dict[tuple[str, str, str], dict[bool, list[int]]] = {}
+    with MEASURED.open(encoding="utf-8", newline="") as rows:
+        for row in csv.DictReader(rows):
+            key = row["kernel"].partition(",")[0].removesuffix(" with gradients"), row["dtype"], row["capability"]
+            plain = min(float(row[way]) for way in ("eager_ms", "compiled_ms") if row[way])
+            sizes = faster.setdefault(key, {True: [], False: []})
+            sizes[float(row["ours_ms"]) < plain].append(int(row["elements"]))
+    return {
+        key: min((size for size in sizes[True] if size > max(sizes[False], default=0)), default=math.inf)
+        for key, sizes in faster.items()
+    }
 
 
 def _require_triton(first: Tensor) -> None:
