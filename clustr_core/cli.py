@@ -16,8 +16,9 @@ import pandas as pd
 import torch
 
 from clustr_core import data
+from clustr_core.attacks.ball import check_counts
 from clustr_core.attacks.names import PAPER_RESTARTS, PAPER_STEPS
-from clustr_core.measuring import diagnostics
+from clustr_core.measuring import diagnostics, stranger
 from clustr_core.measuring.accuracy import both_protocols, robust_accuracy_by_loss
 from clustr_core.measuring.attacked import attack_pieces, attacks_of, measure, measure_pieces
 from clustr_core.measuring.certified import certificate_pieces, certificates_of, prototype_certificates
@@ -30,7 +31,7 @@ from clustr_core.measuring.sandwiched import sandwich_of, sandwich_pieces
 from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.written import made_by, made_of, write_rows
 from clustr_core.models.official import NUM_CLASSES, load_official
-from clustr_core.storage.files import digest, expanded, home
+from clustr_core.storage.files import digest, expanded, home, written_whole
 from clustr_core.storage.pack import Bounds, parse_size
 from clustr_core.training.fields import read_yaml
 from clustr_core.training.loop import fit
@@ -45,6 +46,8 @@ examples:
   clustr train   --profile cpu --method ce --set dataset=folder:data/cifar10-jpeg
   clustr attack  --profile quick --method clustr       writes results/quick/attacks-clustr.csv
   clustr diagnose --profile quick --method clustr      writes results/quick/diagnostics-clustr.csv, ablations-clustr.csv
+  clustr diagnose --model my_module:build --data digits --eps 0.1 --html verdict.html
+                                                       the same checks on a model of your own, on one page
   clustr certify --profile quick --method clustr-cert  writes results/quick/certificates-clustr-cert.csv
   clustr certify --profile quick --method prototypes   certifies nearest prototypes on raw pixels, without training
   clustr sandwich --profile quick --method clustr-cert searches for counterexamples; fails if it finds one
@@ -165,9 +168,21 @@ def _official_target(path: Path, dataset: str, device: torch.device) -> AttackTa
     return AttackTarget(path.stem, lambda: model, identity, tables, data.load_dataset(dataset), device)
 
 
+# of `diagnose --model`, with what they are unless given
+STRANGERS = {"data": None, "eps": None, "surface": None, "html": None, "examples": 64, "steps": 20, "restarts": 2}
+
+
 def _diagnose(options: argparse.Namespace) -> None:
     if count() > 1:
         raise ValueError(f"diagnose: expected one process, since processes cannot share it, got {count()}")
+    if (options.method is None) == (options.model is None):
+        raise ValueError("--method, --model: expected one of the two")
+    if options.model is not None:
+        _diagnose_stranger(options)
+        return
+    for name in STRANGERS:
+        if (given := getattr(options, name)) is not None:
+            raise ValueError(f"--{name}: expected only with --model, since the profile says it, got {given}")
     profile, run = load_profile(options.profile or "quick"), _run(options)
     found = examined(run, profile, device=_device(options))
     table = found.diagnostics()
@@ -178,6 +193,36 @@ def _diagnose(options: argparse.Namespace) -> None:
     for method, rows in table.groupby("method", sort=False):
         verdict = "is not to be trusted" if diagnostics.verdict(pd.DataFrame(rows)) else "shows no sign of masking"
         print(f"{_protocol_name(profile.examination)} of {method} {verdict}")
+
+
+def _diagnose_stranger(options: argparse.Namespace) -> None:
+    """The battery on a model of somebody else's: a page of text, and one of HTML where it is asked for."""
+    for name in ("profile", "set"):
+        if given := getattr(options, name):
+            raise ValueError(f"--{name}: expected none with --model, which has no recipe, got {given}")
+    for name in ("data", "eps"):
+        if getattr(options, name) is None:
+            raise ValueError(f"--{name}: expected one with --model, got none")
+    size = {name: getattr(options, name) for name in ("examples", "steps", "restarts")}
+    size = {name: STRANGERS[name] if given is None else given for name, given in size.items()}
+    check_counts(**size)
+    if options.html is not None and Path(options.html).suffix != ".html":
+        raise ValueError(f"--html: expected a file name that ends in .html, got {options.html}")
+    device = _device(options)
+    model = stranger.built(options.model, device)
+    surface = None if options.surface is None else stranger.built(options.surface, device)
+    dataset = data.load_dataset(options.data)
+    evaluation = stranger.evaluation_of(model, dataset, eps=options.eps, surface=surface, device=device, **size)
+    table = diagnostics.ask_all(evaluation)
+    title = f"{options.model} on {options.data}"
+    lines = stranger.page(title, evaluation, table)
+    print("\n".join(lines))
+    if options.html is not None:
+        from clustr_core.drawing.verdict import verdict_page
+
+        with written_whole(Path(options.html)) as temporary:
+            temporary.write_text(verdict_page(title, lines, evaluation, table), encoding="utf-8")
+        print(f"\n{options.html}: the same with pictures, and the source of each check")
 
 
 def _protocol_name(asked: Examination | None) -> str:
@@ -355,7 +400,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
         sub.set_defaults(command=command)
         sub.add_argument("--profile", help="NAME of profiles/NAME.yaml, or the path of a YAML file (default: quick)")
-        sub.add_argument("--method", required=name != "attack", help=f"one of {', '.join(METHODS)}")
+        needed = name not in ("attack", "diagnose")
+        sub.add_argument("--method", required=needed, help=f"one of {', '.join(METHODS)}")
         sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a recipe's field")
         sub.add_argument("--precision", choices=get_args(Precision), help="short for --set precision=...")
         _add_machine(sub)
@@ -367,6 +413,8 @@ def _parser() -> argparse.ArgumentParser:
             )
             sub.add_argument("--dataset", help="the released model's dataset: cifar10, cifar100 or svhn")
             sub.add_argument("--examples", type=int, help="number of test images, with --official only")
+        if name == "diagnose":
+            _add_stranger(sub)
         if name in ("attack", "certify", "sandwich"):
             sub.add_argument("--output", metavar="FILE.csv", help="write the table there, and FILE.json beside it")
             sub.add_argument(
@@ -405,6 +453,22 @@ def _parser() -> argparse.ArgumentParser:
     leg.add_argument("--captured", action="store_true", help="train and attack by CUDA graphs, on one GPU")
     _add_machine(leg)
     return parser
+
+
+def _add_stranger(sub: argparse.ArgumentParser) -> None:
+    """A model of somebody else's, in place of a method."""
+    sub.add_argument(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="judge plain PGD on what this function returns, a module from images in [0, 1] to logits; it is run",
+    )
+    sub.add_argument("--surface", metavar="MODULE:FUNCTION", help="what the attack climbs, if it is not the model")
+    sub.add_argument("--data", help="the data, as recipes name them: digits, cifar10, folder:PATH ...")
+    sub.add_argument("--eps", type=float, help="radius in L-infinity, in pixels of [0, 1]")
+    sub.add_argument("--examples", type=int, help=f"test images (default: {STRANGERS['examples']})")
+    sub.add_argument("--steps", type=int, help=f"of PGD (default: {STRANGERS['steps']})")
+    sub.add_argument("--restarts", type=int, help=f"of PGD (default: {STRANGERS['restarts']})")
+    sub.add_argument("--html", metavar="FILE.html", help="write the page there too, with pictures")
 
 
 def _add_machine(sub: argparse.ArgumentParser) -> None:

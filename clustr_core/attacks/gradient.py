@@ -21,7 +21,7 @@ from clustr_core.attacks.ball import (
 )
 from clustr_core.attacks.losses import AttackLoss, attack_loss
 from clustr_core.attacks.names import Norm
-from clustr_core.attacks.result import AttackResult, Model, logits_of, predicted, prepared
+from clustr_core.attacks.result import AttackResult, Model, Watch, judged_logits, logits_of, predicted, prepared
 from clustr_core.numerics.checks import check_logits
 
 # (images, which of the batch they are, restart) -> logits, and the values to be increased
@@ -42,6 +42,7 @@ def pgd(
     loss: str | AttackLoss = "ce",
     random_start: bool = True,
     seed: int = 0,
+    watch: Watch | None = None,
 ) -> AttackResult:
     """Projected gradient descent: x <- project(x + step_size * direction of the loss's gradient), untargeted.
 
@@ -58,6 +59,7 @@ def pgd(
         random_start: begin uniformly in the ball (drawn for the whole batch, so that an example's fate does not depend
             on the others'); else at the image.
         seed: fixes the starts.
+        watch: told of each pass (`result.Watch`); the last one of a restart is where it ended.
     Raises:
         TypeError: if the model returns no tensor.
         ValueError: if a size is not positive, pixels leave [0, 1], a label is not a class, logits or input gradients
@@ -76,7 +78,7 @@ def pgd(
         logits = logits_of(model, x)
         return logits, climb(logits, goals[which])
 
-    return restarted_search(model, ascend, images, goals, clean, ball, walk, random_start=random_start)
+    return restarted_search(model, ascend, images, goals, clean, ball, walk, random_start=random_start, watch=watch)
 
 
 def fgsm(
@@ -106,6 +108,7 @@ def restarted_search(
     walk: Walk,
     *,
     random_start: bool = True,
+    watch: Watch | None = None,
 ) -> AttackResult:
     """Restarts of projected ascent, each on what is still unbroken."""
     result = AttackResult.before(images, labels, clean_prediction)
@@ -115,7 +118,7 @@ def restarted_search(
         active = (~result.success).nonzero().squeeze(1)
         if not len(active):
             break
-        _one_run(model, ascend, restart, images, labels, start, active, result, ball, walk)
+        _one_run(model, ascend, restart, images, labels, start, active, result, ball, walk, watch)
     return result
 
 
@@ -130,12 +133,15 @@ def _one_run(
     result: AttackResult,
     ball: Ball,
     walk: Walk,
+    watch: Watch | None,
 ) -> None:
     """One start on the examples still unbroken; successes are written into the result as they are found."""
     x, ball, walk = start[active], ball.of(active), walk.of(active)
     for _ in range(walk.steps):
         x = as_leaf(x)
         logits, values = ascend(x, active, restart)
+        if watch is not None:
+            watch(restart, active, logits.detach())
         prediction = logits.detach().argmax(dim=1)
         broken = prediction != labels[active]
         if broken.any():
@@ -151,5 +157,8 @@ def _one_run(
             x, gradient, active, ball, walk = x[left], gradient[left], active[left], ball.of(left), walk.of(left)
         result.gradients[active] += 1
         x = moved(x, gradient, images[active], ball, walk)
-    prediction = predicted(model, x, labels[active])
+    logits = judged_logits(model, x, labels[active])
+    if watch is not None:
+        watch(restart, active, logits)
+    prediction = logits.argmax(dim=1)
     result.note(active, x, prediction, prediction != labels[active])

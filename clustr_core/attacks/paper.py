@@ -1,6 +1,8 @@
 """The paper's evaluation, reproduced by name. Every departure from good practice stands here, and nowhere else."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from clustr_core.attacks.ball import Ball, Images, Walk, as_leaf, check_gradient, check_inputs, with_gradients
 from clustr_core.attacks.losses import LOSSES
 from clustr_core.attacks.names import PAPER_RESTARTS, PAPER_STEP_SIZE, PAPER_STEPS
-from clustr_core.attacks.result import AttackResult, Model, logits_of, predicted, prepared
+from clustr_core.attacks.result import AttackResult, Model, Watch, logits_of, predicted, prepared
 from clustr_core.models.classifiers import ClusterClassifier
 from clustr_core.numerics.checks import check_logits
 from clustr_core.numerics.distances import squared_distances
@@ -62,6 +64,7 @@ def paper_pgd(
     step_size: float = PAPER_STEP_SIZE,
     loss: str = "ce",
     seed: int = 0,
+    watch: Watch | None = None,
 ) -> AttackResult:
     """The released attack's rule, L-infinity, on whatever the model returns.
 
@@ -87,6 +90,7 @@ def paper_pgd(
         eps: radius of the ball, in pixels of [0, 1]; the paper's are `PAPER_EPS`.
         steps, restarts: the paper's are 20 or 100, and 10; with others it is a reduced protocol, and to be called so.
         step_size, loss: for ablations; the paper's are 2/255 and "ce".
+        watch: told of each pass (`result.Watch`); the first one of a restart may lie outside [0, 1].
     Returns:
         ``success`` is that of the image kept; ``gradients`` those really spent.
     Raises:
@@ -103,13 +107,14 @@ def paper_pgd(
     highest = torch.full((len(images),), -math.inf, dtype=torch.float64, device=images.device)
     settled = torch.zeros_like(labels, dtype=torch.bool)
     generator = torch.Generator(images.device).manual_seed(seed)
-    for _ in range(restarts):
+    for restart in range(restarts):
         noise = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
         active = (~settled).nonzero().squeeze(1)
         if not len(active):
             break
         x = images[active] + eps * (2 * noise[active] - 1)
-        outputs = _one_run(model, x, images, labels, active, spent, ball, walk, loss)
+        told = None if watch is None else partial(watch, restart)
+        outputs = _one_run(model, x, images, labels, active, spent, ball, walk, loss, told)
         check_logits(outputs)
         values = LOSSES[loss](outputs, labels[active])
         better = paper_restart_rule(values, highest[active])
@@ -147,6 +152,7 @@ def _one_run(
     ball: Ball,
     walk: Walk,
     loss: str,
+    told: Callable[[Tensor, Tensor], None] | None,
 ) -> Tensor:
     """One restart, moving ``x`` in place; what the model returns at its end."""
     moving, eps = torch.arange(len(x), device=x.device), float(ball.eps)
@@ -156,6 +162,8 @@ def _one_run(
         found = logits_of(model, leaf)
         outputs = outputs if outputs.numel() else found.new_empty(len(x), found.shape[1])
         outputs[moving] = found.detach()
+        if told is not None:
+            told(active[moving], found.detach())
         goals = labels[active[moving]]
         right = found.detach().argmax(dim=1) == goals
         if not right.any():
@@ -169,6 +177,8 @@ def _one_run(
         x[moving] = (origin + (moved - origin).clamp(-eps, eps)).clamp(0, 1)
     with torch.no_grad():
         outputs[moving] = logits_of(model, x[moving])
+    if told is not None:
+        told(active[moving], outputs[moving])
     return outputs
 
 

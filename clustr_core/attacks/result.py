@@ -12,6 +12,8 @@ from clustr_core.attacks.ball import Images
 from clustr_core.numerics.checks import check_classes, check_evaluating, check_logits, checked_outputs
 
 Model = nn.Module | Callable[[Images], Tensor]
+# told at each pass of an attack: (restart, which of the images it was of, what the model returned, without a graph)
+Watch = Callable[[int, Int[Tensor, " active"], Float[Tensor, "active class"]], None]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ UNDERFLOW = 1e-10
 # the classes that AutoAttack's targeted DLR loss needs
 CLASSES_WANTED = 4
 # what a check that speaks is about
-Kind = Literal["witness", "gradients", "objective", "outputs", "forward"]
+Kind = Literal["witness", "gradients", "objective", "outputs", "forward", "indicator"]
 _Options = ParamSpec("_Options")
 
 # Accuracies are compared with one threshold: above what the honest evaluations of the toy show (0), at most half of
@@ -63,7 +63,8 @@ class Check:
         kind: a "witness" holds images in the ball that are misclassified though the evaluation calls them robust, which
             proves that the number is too high. The others are symptoms, by their cause: no "gradients"; an "objective"
             that is not that of the model; "outputs" that the losses were not made for; a "forward" pass that draws or
-            optimises.
+            optimises. An "indicator" of others is printed, and takes no part in the battery's verdict: how often it
+            speaks of honest evaluations is measured (`power`).
         source: where the check and its threshold come from.
         meaning: what the value is.
     """

@@ -1,9 +1,9 @@
-"""An evaluation that is judged: the released attack on a surface of a model, and what else it would have found."""
+"""An evaluation that is judged: an attack on a surface of a model, and what else it would have found."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import pandas as pd
@@ -13,18 +13,22 @@ from torch import Tensor
 
 from clustr_core.attacks.ball import Images, check_inputs
 from clustr_core.attacks.gradient import pgd
+from clustr_core.attacks.losses import cross_entropy
 from clustr_core.attacks.names import PAPER_STEP_SIZE
 from clustr_core.attacks.paper import paper_pgd
 from clustr_core.attacks.result import AttackResult, Model, misclassified
 from clustr_core.attacks.temperature import rescaled
 
-# the released rule as it is, with one ingredient put right, and with all of them
+# (surface, images, labels, eps, steps, step_size, restarts, loss, seed, watch) -> what was found; all but the first
+# three by name, as `paper.paper_pgd` and `gradient.pgd` take them
+Rule = Callable[..., AttackResult]
+# the rule as it is, with one ingredient put right, and with all of them
 CHANGES = ("released", "surface", "bookkeeping", "steps", "target", "all")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation to be judged: the released rule (L-inf), climbing cross-entropy on a surface, on some images.
+    """An evaluation to be judged: a rule (L-inf), climbing cross-entropy on a surface, on some images.
 
     Args:
         surface: what the attack climbs, such as `paper.paper_surface` of the model.
@@ -33,6 +37,7 @@ class Evaluation:
         steps, restarts: the evaluation's budget.
         step_size: None is the released 2/255 where that many steps of it lead from the centre to the ball's border,
             else 2.5 eps / steps: what is judged is a surface and a rule, not a step far too short for the ball.
+        rule: the attack; the released one unless given.
     Raises:
         ValueError: as `gradient.pgd`; or if surface and model differ in their classes, or there is no image.
     """
@@ -46,6 +51,7 @@ class Evaluation:
     restarts: int = 2
     step_size: float | None = None
     seed: int = 0
+    rule: Rule = paper_pgd
 
     def __post_init__(self) -> None:
         """Check sizes, pixels, labels and outputs."""
@@ -74,10 +80,20 @@ class Evaluation:
         """The model at a temperature at which cross-entropy has a gradient."""
         return rescaled(self.model, self.images)
 
-    @cached_property
+    @property
     def attacked(self) -> AttackResult:
         """What the evaluation's attack did."""
-        return self.released()
+        return self._followed[0]
+
+    @property
+    def path(self) -> "Path":
+        """How it came there."""
+        return self._followed[1]
+
+    @cached_property
+    def _followed(self) -> "tuple[AttackResult, Path]":
+        path = Path(self.labels)
+        return self.released(watch=path.add), path
 
     @property
     def robust(self) -> Bool[Tensor, " batch"]:
@@ -90,10 +106,13 @@ class Evaluation:
         return share(self.robust)
 
     def released(self, surface: Model | None = None, **changed) -> AttackResult:
-        """The evaluation's attack, on another surface or with other options of `paper.paper_pgd`."""
+        """The evaluation's attack, on another surface or with other options of its rule."""
         options = {"eps": self.eps, "steps": self.steps, "step_size": self.step, "restarts": self.restarts}
         on = self.surface if surface is None else surface
-        return paper_pgd(on, self.images, self.labels, seed=self.seed, **{**options, **changed})
+        with warnings.catch_warnings():
+            # that surfaces are no logits is a finding here, and reported as one
+            warnings.filterwarnings("ignore", message="model: expected logits", category=UserWarning)
+            return self.rule(on, self.images, self.labels, seed=self.seed, **{**options, **changed})
 
     def pgd(self, surface: Model, loss: str, eps: float, *, step_size: float | None = None) -> AttackResult:
         """`gradient.pgd` with the evaluation's steps and restarts; the step is 2.5 eps / steps unless given."""
@@ -108,7 +127,7 @@ class Evaluation:
 
     @cached_property
     def ablations(self) -> pd.DataFrame:
-        """The released rule, put right one ingredient at a time, and all at once.
+        """The rule, put right one ingredient at a time, and all at once.
 
         surface: cooled log-domain logits. bookkeeping: any success is kept, and the start is clipped (`gradient.pgd`).
         steps: 100 of 2.5 eps / 100. target: margin in place of cross-entropy.
@@ -129,6 +148,36 @@ class Evaluation:
         accuracies = [share(~results[change].success) for change in CHANGES]
         table = pd.DataFrame({"change": CHANGES, "robust_accuracy": accuracies})
         return table.assign(drop=self.robust_accuracy - table["robust_accuracy"])
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """What an attack saw on its way: of each image and pass of a restart, its loss and whether it was misclassified.
+
+    Args:
+        labels: of the images.
+    """
+
+    labels: Int[Tensor, " batch"]
+    _passes: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, restart: int, which: Int[Tensor, " active"], outputs: Float[Tensor, "active class"]) -> None:
+        """Note a pass, as `result.Watch` is told of it."""
+        goals = self.labels.to(which.device)[which]
+        self._passes.append((restart, which, cross_entropy(outputs, goals), outputs.argmax(dim=1) != goals))
+
+    @cached_property
+    def runs(self) -> list[tuple[Float[Tensor, "step batch"], Bool[Tensor, "step batch"]]]:
+        """Of each restart, the losses (NaN where an image was not seen any more), and where it was misclassified."""
+        found = []
+        for restart in sorted({restart for restart, *_ in self._passes}):
+            passes = [seen for first, *seen in self._passes if first == restart]
+            losses = torch.full((len(passes), len(self.labels)), torch.nan, dtype=torch.float64)
+            wrong = torch.zeros_like(losses, dtype=torch.bool)
+            for step, (which, loss, missed) in enumerate(passes):
+                losses[step, which.cpu()], wrong[step, which.cpu()] = loss.double().cpu(), missed.cpu()
+            found.append((losses, wrong))
+        return found
 
 
 def outputs_of(model: Model, images: Images) -> Float[Tensor, "batch class"]:

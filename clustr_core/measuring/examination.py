@@ -76,7 +76,7 @@ class ExaminedHead:
         model, size = self.target.model, {"steps": self.asked.steps, "restarts": self.asked.restarts}
         indices = drawn_order(self.target.dataset)[: self.asked.examples].sort().values
         images, labels = self.target.images(indices), self.target.labels(indices)
-        return Evaluation(paper_surface(model), model, images, labels, self.asked.eps, **size)
+        return Evaluation(paper_surface(model), model, images, labels, self.asked.eps, **size)  # pyright: ignore[reportArgumentType]
 
     def diagnostics(self) -> pd.DataFrame:
         """The rows of all checks."""

@@ -140,7 +140,19 @@ SPEAKS = {
     "no logits": {"linear", "hill"},
     "too few classes": set(),
     "ablation": {"hill", "vanished"},
+    "unavailable gradients": {"vanished"},
+    "unstable predictions": set(),
+    "silent success": {"hill"},
+    "incomplete optimisation": set(),
+    "transfer failure": set(),
+    "unconstrained failure": {"hill", "vanished"},
+    # of the surface's range: where that saturates, so does the planted head
+    "binarisation": {"vanished"},
 }
+# which tell nothing apart on the toy
+SILENT = {"budget", "no logits", "unstable predictions", "incomplete optimisation", "transfer failure"}
+# in a plane hardly any corner can be told from the points within
+SILENT |= {"binarisation"}
 
 
 @pytest.fixture(scope="module")
@@ -162,19 +174,21 @@ def test_the_thresholds_stand_between_honest_and_masked_on_other_seeds_too():
     table = toy_thresholds(seeds=(20,)).set_index("check")
     assert list(table.index) == list(CHECKS)
     assert (table["threshold"] == [CHECKS[check].threshold for check in table.index]).all()
-    for check in set(CHECKS) - {"budget", "no logits", *STATIC}:
+    for check in set(CHECKS) - {*SILENT, *STATIC}:
         row = table.loc[check]
         assert row["honest"] <= row["threshold"]
-        assert row[["hill", "vanished"]].max() >= 2 * row["threshold"]
+        # a success that is lost is the rule's fault, of which the toy has little
+        assert row[["hill", "vanished"]].max() >= (1 if check == "silent success" else 2) * row["threshold"]
         assert row[["hill", "vanished"]].max() > row["threshold"]
-    assert (table.loc[["budget", *STATIC], "honest"] <= table.loc[["budget", *STATIC], "threshold"]).all()
+    quiet = [*SILENT - {"no logits"}, *STATIC]
+    assert (table.loc[quiet, "honest"] <= table.loc[quiet, "threshold"]).all()
 
 
 @pytest.mark.parametrize("kind", MASKED)
 def test_a_witness_never_claims_more_than_the_number_is_overstated(kind, tables):
     evaluation, values = evaluation_of(kind, examples=128), tables[kind].set_index("check")["value"]
     overstated = evaluation.robust_accuracy - exact(evaluation, kind)
-    for check in ("black box: Square", "black box: transfer", "budget", "slices", "ablation"):
+    for check in ("black box: Square", "black box: transfer", "budget", "slices", "ablation", "silent success"):
         assert values[check] <= overstated + 1e-9
     # here the witness is found for every single image
     assert values["ablation"] == pytest.approx(overstated)
@@ -423,7 +437,8 @@ def test_one_witness_or_symptoms_of_two_kinds_decide(tables):
         assert speaking(check) == (rule.kind == "witness")
     witnesses = {check for check, rule in CHECKS.items() if rule.kind == "witness"}
     assert witnesses == {
-        "loss disagreement", "black box: Square", "black box: transfer", "budget", "slices", "ablation"
+        "loss disagreement", "black box: Square", "black box: transfer", "budget", "slices", "ablation",
+        "silent success",
     }  # fmt: skip
     # one cause counts once
     assert not speaking("zero gradients", "underflowing gradients")

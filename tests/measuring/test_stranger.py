@@ -1,0 +1,143 @@
+"""A stranger's model on the command line: built, judged, and printed on a page."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from clustr_core.cli import main
+from clustr_core.measuring import stranger
+from clustr_core.measuring.checks import CHECKS
+from clustr_core.measuring.diagnostics import ask_all
+
+MODULE = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+class Flat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = build()
+    def forward(self, x):
+        return self.inner((3 * x).round() / 3)
+
+def flat():
+    return Flat()
+
+def wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+
+def other():
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+
+def nothing():
+    return None
+
+def fails():
+    raise KeyError("weights")
+
+a_number = 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """The name of a stranger's module in the folder where the command runs; another one for each test."""
+    name = "stranger_" + re.sub(r"\W", "_", request.node.name)
+    (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+ASKED = ["--data", "digits", "--eps", "0.1", "--examples", "8", "--steps", "3", "--restarts", "1", "--threads", "1"]
+
+
+def test_a_page_says_whether_the_number_is_to_be_trusted(here, capsys, tmp_path):
+    assert main(["diagnose", "--model", f"{here}:flat", *ASKED, "--html", "page.html"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{here}:flat on digits" in printed
+    assert "8 test images, L-infinity 0.1; PGD, 3 steps x 1" in printed
+    assert "zero gradients: 1 (share of images whose input gradient" in printed
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count('src="data:image/png;base64,') == 3
+    for check in CHECKS:
+        assert check in page or check == "black box: transfer"
+    # nothing from elsewhere
+    assert "http" not in page
+
+
+def test_what_the_attack_climbs_may_be_another_network(here, capsys):
+    assert main(["diagnose", "--model", f"{here}:build", "--surface", f"{here}:flat", *ASKED]) == 0
+    assert "zero gradients: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model", "my_module", *ASKED], "model: expected MODULE:FUNCTION, such as my_module:build, got 'my_module'"),
+        (["--model", "no_such_module:build", *ASKED], "expected no_such_module:build to build a network, got Module"),
+        (["--model", "{}:absent", *ASKED], "to build a network, got AttributeError"),
+        (["--model", "{}:fails", *ASKED], "to build a network, got KeyError: 'weights'"),
+        (["--model", "{}:a_number", *ASKED], "to build a network, got TypeError"),
+        (["--model", "{}:nothing", *ASKED], "to return a torch.nn.Module, got NoneType"),
+        (["--model", "{}:wide", *ASKED], "model: expected 10 outputs an image for digits, got [1, 7]"),
+        (["--model", "{}:other", *ASKED], "model: expected one that takes images of shape [batch, 1, 8, 8]"),
+        (["--model", "{}:build", "--data", "digits"], "--eps: expected one with --model, got none"),
+        (["--model", "{}:build", "--eps", "0.1"], "--data: expected one with --model, got none"),
+        (["--model", "{}:build", "--method", "ce"], "--method, --model: expected one of the two"),
+        ([], "--method, --model: expected one of the two"),
+        (["--method", "ce", "--eps", "0.1"], "--eps: expected only with --model, since the profile says it, got 0.1"),
+        (["--model", "{}:build", "--profile", "quick"], "--profile: expected none with --model, which has no recipe"),
+        (["--model", "{}:build", *ASKED, "--html", "page.txt"], "--html: expected a file name that ends in .html"),
+        (["--model", "{}:build", *ASKED, "--examples", "0"], "examples: expected a positive whole number, got 0"),
+        (["--model", "{}:build", *ASKED, "--eps", "8"], "eps: expected at most 1 in linf for pixels in [0, 1]"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(here, capsys, given, message):
+    assert main(["diagnose", *(each.format(here) if "{}" in each else each for each in given)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert message in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_witnesses_bound_the_number_from_above(digits):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    evaluation = stranger.evaluation_of(model, digits, eps=0.1, examples=8, steps=2, restarts=1)
+    table = ask_all(evaluation, queries=5)
+    kept = int(evaluation.robust.sum())
+
+    def lines(**values: float) -> list[str]:
+        spoken = table.assign(value=0.0, flagged=False)
+        for check, value in values.items():
+            row = spoken["check"] == check.replace("_", " ")
+            spoken.loc[row, "value"], spoken.loc[row, "flagged"] = value, True
+        return stranger.page("it", evaluation, spoken)
+
+    assert "No sign that the reported number is wrong. That is no proof: other attacks may find more." in lines()
+    two = lines(slices=0.125, budget=0.25)
+    assert "The reported number is not to be trusted." in two
+    left = f"{100 * (kept / 8 - 0.25):.1f} %"
+    assert f"At most {left} of these images are robust: the others were broken by a check." in two
+    # that one compares two other attacks
+    assert not any(line.startswith("At most") for line in lines(loss_disagreement=0.5))
+    # an indicator decides nothing
+    assert "Indicators of others:" in lines(binarisation=1.0)
+    assert "The reported number is not to be trusted." not in lines(binarisation=1.0)
+
+
+def test_the_search_path_is_left_as_it_was(here):
+    import sys
+
+    before = list(sys.path)
+    model = stranger.built(f"{here}:build")
+    assert sys.path == before
+    assert not model.training
+    assert not any(weight.requires_grad for weight in model.parameters())
+    assert torch.equal(model(torch.zeros(1, 1, 8, 8)), stranger.built(f"{here}:build")(torch.zeros(1, 1, 8, 8)))
