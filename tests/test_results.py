@@ -8,7 +8,7 @@ from pandas.testing import assert_frame_equal
 
 from clustr_core.attacks.names import PAPER_RESTARTS, PAPER_STEPS
 from clustr_core.certificates.names import HARD_BOUNDS
-from clustr_core.measuring import study
+from clustr_core.measuring import checks, study
 from clustr_core.measuring.accuracy import (
     best_bound,
     broken_certificates,
@@ -146,12 +146,11 @@ def test_findings_cover_every_method_and_follow_their_thresholds(profile: str) -
     methods = {*profile_of(profile).ordinary, "ce-clusters"}
     assert set(findings["method"]) == methods == set(rows(profile, "ablations")["method"])
     assert (findings["flagged"] == (findings["value"] > findings["threshold"])).all()
-    assert (
-        findings.groupby("check")["threshold"]
-        .agg(["min", "max"])
-        .eq(pd.Series({name: check.threshold for name, check in CHECKS.items()}), axis=0)
-        .all(axis=None)
-    )
+    # the larger profiles were measured before the checks that others have published came in
+    asked = {name for name, check in CHECKS.items() if profile == "quick" or check.ask.__module__ == checks.__name__}
+    assert set(findings["check"]) == asked
+    thresholds = findings.groupby("check")["threshold"].agg(["min", "max"])
+    assert thresholds.eq(pd.Series({name: CHECKS[name].threshold for name in asked}), axis=0).all(axis=None)
 
 
 @pytest.mark.parametrize("profile", PUBLISHED)

@@ -7,6 +7,9 @@ The weights are a run's file (`network.*` and `clusters.*`), the recipe that fil
 the package wrote them. The source of transferred images is a network that the package did not train: the ResNet-18 for
 CIFAR-10 that lies in the wheel of AutoAttack's authors, `pyautoattack/examples/model_test.pt`. Rows are kept piece by
 piece in ``runs/given-<digest of the weights>``, so a killed call goes on.
+
+With ``--battery`` (and, on a CPU, ``--examples 16``) the checks of the battery judge single-loss PGD and the paper's
+protocol on that network, beside what the published attacks on it left of the same images: rows of `power.measured`.
 """
 
 import argparse
@@ -16,20 +19,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from clustr_core import data
+from clustr_core.measuring import power
 from clustr_core.measuring.attacked import measure
+from clustr_core.measuring.pieces import drawn_order
 from clustr_core.measuring.profile import Protocol
+from clustr_core.measuring.study import full_width
 from clustr_core.measuring.targets import AttackTarget
 from clustr_core.models.official import load_official
 from clustr_core.storage.files import digest, home, read_json
 from clustr_core.storage.provenance import environment, write_sidecar
 from clustr_core.storage.tables import write_table
-from clustr_core.training.recipes import recipe_from_dict, recipe_to_dict
+from clustr_core.training.recipes import Recipe, recipe_from_dict, recipe_to_dict
 from clustr_core.training.run import cluster_network
 
 EPS = 8 / 255
@@ -48,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("weights", "recipe", "data", "source", "into"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--examples", type=int, default=64, help="test images, the first of the drawn order (64)")
+    parser.add_argument("--battery", action="store_true", help="the checks of the battery in place of attacks")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     try:
@@ -71,6 +79,8 @@ def _measured(options: argparse.Namespace) -> int:
     def stranger() -> nn.Module:
         return load_official(options.source, dataset="cifar10").to(options.device)
 
+    if options.battery:
+        return _battery(options, recipe, dataset, network(), stranger())
     other = digest(options.source.read_bytes())
     target, source = target_of(recipe.method, network, sha256), target_of("source", stranger, other)
     parts = []
@@ -83,6 +93,29 @@ def _measured(options: argparse.Namespace) -> int:
     facts = {"weights_sha256": sha256, "source_sha256": other, "recipe": recipe_to_dict(recipe)}
     made = environment(options.device) | {"profile": {"name": None, "sha256": None}} | facts
     write_sidecar(options.into, made, note="Attacks on given weights, by python -m tools.given_weights.")
+    return 0
+
+
+def _battery(
+    options: argparse.Namespace, recipe: Recipe, dataset: data.Dataset, network: nn.Module, stranger: nn.Module
+) -> int:
+    """The checks on single-loss PGD and on the paper's protocol, beside what the published attacks left."""
+    indices = drawn_order(dataset)[: options.examples].sort().values
+    images = data.to_float(dataset.test_images[indices]).to(options.device)
+    labels = dataset.test_labels[indices].to(options.device)
+    rows = full_width()
+    at_eps = pd.DataFrame(rows[(rows["norm"] == "linf") & (rows["eps"] <= EPS + 1e-6)])
+    robust = pd.Series(at_eps.groupby("index")["robust"].min())
+    worst = float(np.mean([bool(robust[index]) for index in indices.tolist()]))
+    size = {"eps": EPS, "steps": 10, "restarts": 1}
+    tables = [
+        power.measured(judged, source=stranger, queries=100, worst=worst)
+        for judged in power.evaluations_of({recipe.method: network}, images, labels, **size)
+    ]
+    about = {"data": dataset.name, "width": recipe.width, "seed": recipe.seed}
+    write_table(options.into, pd.DataFrame({**about, **pd.concat(tables, ignore_index=True)}))
+    made = environment(options.device) | {"profile": {"name": None, "sha256": None}, "recipe": recipe_to_dict(recipe)}
+    write_sidecar(options.into, made, note="The battery on given weights, by python -m tools.given_weights --battery.")
     return 0
 
 

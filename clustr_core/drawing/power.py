@@ -26,8 +26,8 @@ def power_figure(spoken: pd.DataFrame, rates: pd.DataFrame) -> Figure:
     """
     check_rows(spoken, "share", "broken", words=("check", "evaluation", "kind"))
     check_rows(rates, "share", "low", "high", words=("check", "truth"))
-    hits = rates[rates["truth"] == "broken"].set_index("check")["share"]
-    order = list(hits.sort_values(ascending=False, kind="stable").index)
+    hits = pd.DataFrame(rates[rates["truth"] == "broken"]).sort_values("share", ascending=False, kind="stable")
+    order = list(hits["check"])
     size = (PAGE, 0.27 * len(order) + 2.2)
     figure, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=(2.6, 1), sharey=True)
     _draw_spoken(left, spoken, order)
