@@ -91,6 +91,10 @@ def _assignments(code: str) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"parameters cell: expected a literal for {name}, got {ast.unparse(value)!r}") from error
 
 
+# kinds of tables that a chapter's code names where it reads them
+NAMED_WHERE_READ = {"diagnostics": "diagnostics", "ablations": "ablation"}
+
+
 def uses_tables(notebook: NotebookNode) -> bool:
     """Whether the chapter reads the trained methods: it declares a parameter called profile."""
     return "profile" in declared_parameters(notebook)
@@ -167,15 +171,18 @@ def provenance(root: Path, source: Path, profile: Profile, *, results: str = "re
     """Hashes of what makes a twin stale: its source, its profile, and that profile's rows, under ``results``.
 
     The package is not among them: a mended docstring makes no picture stale, and a change of behaviour is another
-    `TRAINING_VERSION`, other `VERSIONS`, and so other rows.
+    `TRAINING_VERSION`, other `VERSIONS`, and so other rows. Nor are the rows of the battery, where no code names them.
 
     Args:
         results: the folder of folders of rows: "results" after a run, "results/published" of what is committed.
     """
-    name = profile.name
-    tables = sorted((root / results / name).glob("*.csv")) if uses_tables(read_source(source)) else []
+    name, notebook = profile.name, read_source(source)
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    unread = {kind for kind, word in NAMED_WHERE_READ.items() if word not in code}
+    tables = sorted((root / results / name).glob("*.csv")) if uses_tables(notebook) else []
+    read = [path for path in tables if path.name.partition("-")[0] not in unread]
     return {
         "profile": {"name": name, "sha256": profile.sha256},
         "source": digest(source.read_bytes()),
-        "tables": {path.name: digest(path.read_bytes()) for path in tables},
+        "tables": {path.name: digest(path.read_bytes()) for path in read},
     }
