@@ -23,6 +23,7 @@ from clustr_core.measuring.accuracy import both_protocols, robust_accuracy_by_lo
 from clustr_core.measuring.attacked import attack_pieces, attacks_of, measure, measure_pieces
 from clustr_core.measuring.certified import certificate_pieces, certificates_of, prototype_certificates
 from clustr_core.measuring.counterexamples import CertificateBroken
+from clustr_core.measuring.evaluation import random_state_kept
 from clustr_core.measuring.examination import examined
 from clustr_core.measuring.leg import Clock, run_leg
 from clustr_core.measuring.pieces import CachedRows, Share, fill_cache
@@ -31,7 +32,7 @@ from clustr_core.measuring.sandwiched import sandwich_of, sandwich_pieces
 from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.written import made_by, made_of, write_rows
 from clustr_core.models.official import NUM_CLASSES, load_official
-from clustr_core.storage.files import digest, expanded, home, written_whole
+from clustr_core.storage.files import digest, expanded, home, write_string
 from clustr_core.storage.pack import Bounds, parse_size
 from clustr_core.training.fields import read_yaml
 from clustr_core.training.loop import fit
@@ -197,32 +198,38 @@ def _diagnose(options: argparse.Namespace) -> None:
 
 def _diagnose_stranger(options: argparse.Namespace) -> None:
     """The battery on a model of somebody else's: a page of text, and one of HTML where it is asked for."""
-    for name in ("profile", "set"):
+    for name in ("profile", "precision"):
         if given := getattr(options, name):
             raise ValueError(f"--{name}: expected none with --model, which has no recipe, got {given}")
+    if options.set:
+        raise ValueError(f"--set: expected none with --model, which has no recipe, got {options.set}")
     for name in ("data", "eps"):
         if getattr(options, name) is None:
             raise ValueError(f"--{name}: expected one with --model, got none")
     size = {name: getattr(options, name) for name in ("examples", "steps", "restarts")}
     size = {name: STRANGERS[name] if given is None else given for name, given in size.items()}
     check_counts(**size)
-    if options.html is not None and Path(options.html).suffix != ".html":
-        raise ValueError(f"--html: expected a file name that ends in .html, got {options.html}")
-    device = _device(options)
+    if not 0 < options.eps <= 1:
+        raise ValueError(f"--eps: expected a number above 0 and at most 1, in pixels of [0, 1], got {options.eps}")
+    html = None if options.html is None else Path(options.html)
+    if html is not None and (html.suffix != ".html" or html.is_dir() or not html.absolute().parent.is_dir()):
+        raise ValueError(f"--html: expected a file name that ends in .html, in a folder that is there, got {html}")
+    device, dataset = _device(options), data.load_dataset(options.data)
     model = stranger.built(options.model, device)
-    surface = None if options.surface is None else stranger.built(options.surface, device)
-    dataset = data.load_dataset(options.data)
-    evaluation = stranger.evaluation_of(model, dataset, eps=options.eps, surface=surface, device=device, **size)
-    table = diagnostics.ask_all(evaluation)
+    surface = None if options.surface is None else stranger.built(options.surface, device, argument="surface")
     title = f"{options.model} on {options.data}"
-    lines = stranger.page(title, evaluation, table)
-    print("\n".join(lines))
-    if options.html is not None:
-        from clustr_core.drawing.verdict import verdict_page
+    with random_state_kept():
+        # for a network that draws
+        torch.manual_seed(0)
+        evaluation = stranger.evaluation_of(model, dataset, eps=options.eps, surface=surface, device=device, **size)
+        table = diagnostics.ask_all(evaluation)
+        lines = stranger.page(title, evaluation, table)
+        print("\n".join(lines))
+        if html is not None:
+            from clustr_core.drawing.verdict import verdict_page
 
-        with written_whole(Path(options.html)) as temporary:
-            temporary.write_text(verdict_page(title, lines, evaluation, table), encoding="utf-8")
-        print(f"\n{options.html}: the same with pictures, and the source of each check")
+            write_string(html, verdict_page(title, lines, evaluation, table))
+            print(f"\n{html}: the same with pictures, and the source of each check")
 
 
 def _protocol_name(asked: Examination | None) -> str:

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from clustr_core import data
-from clustr_core.attacks.ball import Images
+from clustr_core.attacks.ball import Images, check_counts
 from clustr_core.measuring import power
 from clustr_core.measuring.diagnostics import asked_with
 from clustr_core.measuring.pieces import CachedRows, drawn_order
-from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.measuring.versions import VERSIONS
+from clustr_core.numerics.checks import check_positive
 from clustr_core.storage.files import digest, home
 from clustr_core.storage.provenance import environment, write_sidecar
 from clustr_core.storage.tables import write_table
@@ -35,7 +36,6 @@ from clustr_core.training.run import Run
 
 # of the paper, and whose accuracy under attack is honest
 METHODS = ("ce", "clustr", "clustr-qtrades", "free-clustr", "pgd-at", "trades", "fast-at")
-IDENTITY = ["data", "width", "seed", "evaluation"]
 
 
 def recipe_of(recipe: Recipe, **changed: object) -> Recipe:
@@ -76,7 +76,7 @@ def pieces(options: argparse.Namespace, dataset: data.Dataset) -> Pieces:
     profile = load_profile(options.profile)
     indices = drawn_order(dataset)[: options.examples].sort().values
     images, labels = data.to_float(dataset.test_images[indices]), dataset.test_labels[indices]
-    asked = {"eps": options.eps or profile.examination.eps, "steps": options.steps, "restarts": options.restarts}  # pyright: ignore[reportOptionalMemberAccess]
+    asked = {"eps": _eps(options, profile), "steps": options.steps, "restarts": options.restarts}
     for width in options.widths:
         for seed in options.seeds:
             runs = {
@@ -96,6 +96,14 @@ def pieces(options: argparse.Namespace, dataset: data.Dataset) -> Pieces:
                 rows = partial(_planted, name, network, images, labels, asked["eps"])
                 path = _kept_at(runs, f"planted in {name}", {"eps": asked["eps"], "examples": options.examples})
                 yield "planted", about, CachedRows(path, rows, 1)
+
+
+def _eps(options: argparse.Namespace, profile: Profile) -> float:
+    if options.eps is not None:
+        return options.eps
+    if profile.examination is None:
+        raise ValueError(f"--eps: expected one, since profile {profile.name} has no examination, got none")
+    return profile.examination.eps
 
 
 def _planted(name: str, network: nn.Module, images: Images, labels: Tensor, eps: float) -> pd.DataFrame:
@@ -126,6 +134,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if {"ce", "pgd-at"} - set(options.methods):
         parser.error("methods: expected ce and pgd-at among them, from which images are transferred")
+    try:
+        return _measured(options)
+    except (OSError, ValueError) as error:
+        print(f"power: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _measured(options: argparse.Namespace) -> int:
+    check_counts(**{name: getattr(options, name) for name in ("examples", "steps", "restarts")})
+    check_positive(eps=_eps(options, load_profile(options.profile)))
     # as the pipeline does: rows do not depend on how many there are here
     torch.set_num_threads(1)
     dataset = data.load_dataset(next(iter(load_profile(options.profile).recipes.values())).dataset)

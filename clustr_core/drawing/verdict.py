@@ -37,8 +37,9 @@ def verdict_page(title: str, lines: Sequence[str], evaluation: Evaluation, table
         table: of `diagnostics.ask_all`.
     """
     pictures = {
-        "Robust accuracy as the ball grows, by what is climbed: the curves should fall together, to zero.": _curves,
-        "What the attack climbed, step by step, of each image in its last restart.": _paths,
+        "Robust accuracy as the ball grows, by what is climbed: the curves should fall together, at 0.5 to the images "
+        "that have the class of plain grey.": _curves,
+        "What the attack climbed, step by step, of the images that its last restart saw.": _paths,
         "Some images called robust, and the loss and the margin along the attack's direction. A margin above 0 is "
         "another class.": _slices,
     }

@@ -28,7 +28,7 @@ from clustr_core.attacks.transfer import transfer
 from clustr_core.measuring import indicators
 from clustr_core.measuring.accuracy import binomial_interval
 from clustr_core.measuring.checks import CHECKS, MATERIAL
-from clustr_core.measuring.diagnostics import SQUARE, TRANSFER, asked_with
+from clustr_core.measuring.diagnostics import SQUARE, TRANSFER, asked_with, verdict
 from clustr_core.measuring.evaluation import Evaluation, Rule, outputs_of, random_state_kept, share
 from clustr_core.measuring.study import with_intervals
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
@@ -38,7 +38,9 @@ VERSION = 1
 # grey levels of the quantised input, the noise of the stochastic layer, and how often it is drawn for its mean
 LEVELS, DEVIATION, DRAWS = 4, 0.3, 16
 SATURATED = 1e4
-ALL_CORRECT = "PGD on all"
+ALL_CORRECT, WHOLE = "PGD on all", "the battery"
+# what tells evaluations apart, as far as a table has it
+IDENTITY = ("data", "width", "seed", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,9 @@ class _Before(nn.Module):
 
     def embed(self, images: Images) -> Float[Tensor, "batch dim"]:
         """Its embedding."""
-        return self.network.embed(images if self.before is None else self.before(images))  # pyright: ignore[reportCallIssue]
+        embed = indicators.embedding_of(self.network)
+        assert embed is not None
+        return embed(images if self.before is None else self.before(images))
 
 
 class _Noisy(nn.Module):
@@ -142,6 +146,14 @@ class _Noisy(nn.Module):
         if self.noise is None:
             return self.network(images + DEVIATION * torch.randn_like(images))
         return torch.stack([self.network(images + DEVIATION * each) for each in self.noise]).mean(dim=0)
+
+    def embed(self, images: Images) -> Float[Tensor, "batch dim"]:
+        """Its embedding, seen through the same noise."""
+        embed = indicators.embedding_of(self.network)
+        assert embed is not None
+        if self.noise is None:
+            return embed(images + DEVIATION * torch.randn_like(images))
+        return torch.stack([embed(images + DEVIATION * each) for each in self.noise]).mean(dim=0)
 
 
 def _rounded(images: Images) -> Images:
@@ -262,7 +274,8 @@ def measured(
     Returns:
         columns ``evaluation kind images reported worst check value flagged gradients``: robust accuracies in [0, 1] as
         reported and as correct attacks leave it, and what the check cost, in input gradients for each image (a pass
-        without gradient is a third of one), beyond the evaluation itself.
+        without gradient is a third of one), beyond the evaluation itself; binarisation tries 32 images, and all share
+        its price.
     """
     evaluation = judged.evaluation
     worst = share(worst_case(judged, source)) if worst is None else worst
@@ -342,21 +355,38 @@ def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(truth=truth)
 
 
+def judged_whole(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with one more for each evaluation: the battery's own verdict, as the check "the battery"."""
+    identity = [name for name in IDENTITY if name in rows]
+    wholes = []
+    for _, found in rows.groupby(identity, sort=False):
+        spoke = verdict(pd.DataFrame(found))
+        whole = {"check": WHOLE, "value": float(spoke), "flagged": spoke, "gradients": found["gradients"].sum()}
+        wholes.append(pd.DataFrame(found.iloc[:1]).assign(**whole))
+    return pd.concat([rows, *wholes], ignore_index=True)
+
+
 def rates(rows: pd.DataFrame) -> pd.DataFrame:
-    """How often each check speaks of broken evaluations, and of honest ones, with 95 % intervals, and what it costs.
+    """How often each check, and the battery as a whole, speaks of broken evaluations, and of honest ones, with 95 %
+    intervals (which take evaluations for independent), and what it costs.
 
     Args:
-        rows: of `measured`, of many evaluations; the battery's own verdict is added as a check "the battery".
+        rows: of `measured`, of many evaluations, with columns that tell them apart.
     Returns:
         columns ``check truth spoke of share low high gradients``, a row for each check and truth.
+    Raises:
+        ValueError: unless there are broken evaluations and honest ones.
     """
-    known = labelled(rows).query("truth != 'unclear'")
-    found = known.groupby(["check", "truth"], sort=False).agg(
-        spoke=("flagged", "sum"), of=("flagged", "size"), gradients=("gradients", "median")
-    )
+    known = labelled(judged_whole(rows)).query("truth != 'unclear'")
+    if set(known["truth"]) != {"broken", "honest"}:
+        raise ValueError(f"rows: expected broken and honest evaluations, got {sorted(set(known['truth']))}")
+    costs = pd.Series(known.groupby("check")["gradients"].median()).to_dict()
+    found = known.groupby(["check", "truth"], sort=False).agg(spoke=("flagged", "sum"), of=("flagged", "size"))
+    found = found.reset_index()
     bounds = [binomial_interval(spoke, of) for spoke, of in zip(found["spoke"], found["of"], strict=True)]
     low, high = zip(*bounds, strict=True)
-    return found.assign(share=found["spoke"] / found["of"], low=low, high=high).reset_index()
+    priced = found.assign(share=found["spoke"] / found["of"], low=low, high=high)
+    return priced.assign(gradients=[costs[check] for check in priced["check"]])
 
 
 def by_evaluation(rows: pd.DataFrame) -> pd.DataFrame:
@@ -382,10 +412,10 @@ def rates_table(rows: pd.DataFrame) -> pd.DataFrame:
         counts=[f"{spoke} of {of}" for spoke, of in zip(found["spoke"], found["of"], strict=True)],
         shares=with_intervals(found, "share"),
     )
-    wide = cells.pivot(index="check", columns="truth", values=["counts", "shares", "share", "gradients"])
-    order = (wide["share"]["broken"] - wide["share"]["honest"]).sort_values(ascending=False, kind="stable").index
-    wide = wide.loc[order]
-    costs = wide["gradients"].astype(float).mean(axis=1)
+    wide = cells.pivot(index="check", columns="truth", values=["counts", "shares", "share"])
+    telling = pd.Series(wide["share"]["broken"] - wide["share"]["honest"], index=wide.index)
+    order = telling.sort_values(ascending=False, kind="stable").index
+    wide, costs = wide.loc[order], found.drop_duplicates("check").set_index("check")["gradients"].loc[order]
     return pd.DataFrame(
         {
             "check": order,
@@ -398,16 +428,16 @@ def rates_table(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def pairs(rows: pd.DataFrame, *, identity: list[str]) -> pd.DataFrame:
+def pairs(rows: pd.DataFrame) -> pd.DataFrame:
     """Pairs of checks, of which one speaking is enough: what they catch, and at what cost; the best first.
 
     Args:
-        rows: of `measured`, with columns that tell evaluations apart.
-        identity: those columns.
+        rows: as `rates`; a check that was not asked of an evaluation is silent about it.
     Returns:
         columns ``first second hits broken alarms honest gradients``, by most hits less alarms, then by least cost.
     """
     known = labelled(rows).query("truth != 'unclear'")
+    identity = [name for name in IDENTITY if name in rows]
     said = known.pivot_table(index=[*identity, "truth"], columns="check", values="flagged", aggfunc="max", sort=False)
     said = said.fillna(False).astype(bool)
     cost = known.groupby("check")["gradients"].median()

@@ -11,39 +11,43 @@ import torch
 from torch import Tensor, nn
 
 from clustr_core import data
+from clustr_core.attacks.ball import Images
 from clustr_core.attacks.gradient import pgd
-from clustr_core.attacks.result import Model
 from clustr_core.measuring.accuracy import binomial_interval
 from clustr_core.measuring.checks import CHECKS
 from clustr_core.measuring.diagnostics import verdict
 from clustr_core.measuring.evaluation import Evaluation
 from clustr_core.measuring.pieces import drawn_order
+from clustr_core.measuring.study import with_interval
 
 WIDTH = 88
 
 
-def built(name: str, device: str | torch.device = "cpu") -> nn.Module:
+def built(name: str, device: str | torch.device = "cpu", *, argument: str = "model") -> nn.Module:
     """What ``MODULE:FUNCTION`` returns, in evaluation mode; the folder in which one stands is searched first.
 
     Importing runs the module: it is trusted, as any program that one runs.
 
+    Args:
+        argument: what it is called in errors.
     Raises:
         ValueError: if the name has another form; if there is no such module or function; if it fails, or returns no
             module.
     """
     module, _, function = name.partition(":")
     if not (module and function.isidentifier()):
-        raise ValueError(f"model: expected MODULE:FUNCTION, such as my_module:build, got {name!r}")
+        raise ValueError(f"{argument}: expected MODULE:FUNCTION, such as my_module:build, got {name!r}")
+    before = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))
     try:
-        build = getattr(importlib.import_module(module), function)
-        model = build()
-    except Exception as error:  # whatever a stranger's program does
-        raise ValueError(f"model: expected {name} to build a network, got {type(error).__name__}: {error}") from error
+        model = getattr(importlib.import_module(module), function)()
+    except (Exception, SystemExit) as error:  # whatever a stranger's program does
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{argument}: expected {name} to build a network, got {said}") from error
     finally:
-        sys.path.remove(str(Path.cwd()))
+        sys.path[:] = before
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected {name} to return a torch.nn.Module, got {type(model).__name__}")
+        raise ValueError(f"{argument}: expected {name} to return a torch.nn.Module, got {type(model).__name__}")
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -55,7 +59,7 @@ def evaluation_of(
     examples: int,
     steps: int = 20,
     restarts: int = 2,
-    surface: Model | None = None,
+    surface: nn.Module | None = None,
     device: str | torch.device = "cpu",
 ) -> Evaluation:
     """Plain PGD on the model's own outputs, as most papers report it, on the first test images of the drawn order.
@@ -63,22 +67,43 @@ def evaluation_of(
     Args:
         surface: what the attack climbs, if it is not what the model returns.
     Raises:
-        ValueError: as `Evaluation`; if the model does not take the data's images, or has other classes.
+        ValueError: as `Evaluation`; if model or surface does not take the data's images, has other classes, or has no
+            gradient to climb; if the two call more than a tenth of the clean images by other classes.
     """
     indices = drawn_order(dataset)[:examples].sort().values
     images, labels = data.to_float(dataset.test_images[indices].to(device)), dataset.test_labels[indices].to(device)
+    outputs = _asked("model", model, images, dataset)
+    if surface is not None:
+        theirs = _asked("surface", surface, images, dataset)
+        other = int((theirs.argmax(dim=1) != outputs.argmax(dim=1)).sum())
+        if other > len(images) / 10:
+            raise ValueError(
+                f"surface: expected the classes that the model gives to clean images, got others for {other} of "
+                f"{len(images)}: an attack on it says nothing of the model"
+            )
+    climbed = model if surface is None else surface
+    if not climbed(images[:1].clone().requires_grad_()).requires_grad:
+        name = "model" if surface is None else "surface"
+        raise ValueError(
+            f"{name}: expected outputs with a gradient in the image, got none: PGD has nothing to climb, and whatever "
+            "it reports is no robustness"
+        )
+    return Evaluation(climbed, model, images, labels, eps, steps, restarts, 2.5 * eps / steps, rule=pgd)
+
+
+def _asked(name: str, model: nn.Module, images: Images, dataset: data.Dataset) -> Tensor:
+    """What a network says of the images, if it is what a classifier of these data would say."""
+    shape, count = ", ".join(map(str, dataset.image_shape)), dataset.num_classes
     try:
         with torch.no_grad():
-            outputs: object = model(images[:1])
-    except (RuntimeError, ValueError, TypeError) as error:
-        shape = ", ".join(map(str, dataset.image_shape))
-        raise ValueError(f"model: expected one that takes images of shape [batch, {shape}], got {error}") from error
-    if not isinstance(outputs, Tensor) or outputs.shape != (1, dataset.num_classes):
+            outputs: object = model(images)
+    except Exception as error:  # whatever a stranger's program does
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name}: expected one that takes images of shape [batch, {shape}], got {said}") from error
+    if not isinstance(outputs, Tensor) or outputs.shape != (len(images), count):
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"model: expected {dataset.num_classes} outputs an image for {dataset.name}, got {got}")
-    step_size = 2.5 * eps / steps
-    climbed = model if surface is None else surface
-    return Evaluation(climbed, model, images, labels, eps, steps, restarts, step_size, rule=pgd)
+        raise ValueError(f"{name}: expected outputs of shape [{len(images)}, {count}] for {dataset.name}, got {got}")
+    return outputs
 
 
 def page(title: str, evaluation: Evaluation, table: pd.DataFrame, *, bold: Callable[[str], str] = str) -> list[str]:
@@ -101,11 +126,18 @@ def page(title: str, evaluation: Evaluation, table: pd.DataFrame, *, bold: Calla
     ]
     # whose value is by how much the number is too high
     beyond = spoken[(spoken["kind"] == "witness") & (spoken["check"] != "loss disagreement")]
+    symptoms = spoken[~spoken["kind"].isin(["witness", "indicator"])]
     if verdict(table):
         lines.append(bold("The reported number is not to be trusted."))
+    elif len(symptoms):
+        lines.append(bold("One kind of symptom: not enough to call the number wrong, and worth a look."))
     else:
         lines.append(bold("No sign that the reported number is wrong. That is no proof: other attacks may find more."))
-    if len(beyond):
+    # what a network that draws calls an image is another thing at the next pass
+    drawn = "randomised" in set(spoken["check"])
+    # whose value is by how much the number is too high
+    beyond = spoken[(spoken["kind"] == "witness") & (spoken["check"] != "loss disagreement")]
+    if len(beyond) and not drawn:
         at_most = 100 * (kept / count - beyond["value"].max())
         lines.append(f"At most {at_most:.1f} % of these images are robust: the others were broken by a check.")
     heading_of = {"witness": "Witnesses", "indicator": "Indicators of others"}
@@ -122,5 +154,4 @@ def page(title: str, evaluation: Evaluation, table: pd.DataFrame, *, bold: Calla
 
 
 def _share(of: int, count: int) -> str:
-    low, high = binomial_interval(of, count)
-    return f"{100 * of / count:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    return with_interval(of / count, *binomial_interval(of, count)).replace("[", "% [")

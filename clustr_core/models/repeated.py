@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 
 Images = Float[Tensor, "batch channel height width"]
 Network = Callable[[Tensor], Tensor]
+# what a recording is of: shape, dtype and device of its input
+Key = tuple[tuple[int, ...], torch.dtype, torch.device]
 # of a network and an example of its input, what repeats its passes: outputs and what a gradient needs lie where the
 # last call's lay
 Record = Callable[[Network, Tensor], Network]
@@ -36,9 +38,9 @@ class Repeated(nn.Module):
         super().__init__()
         self.network = network
         self._record = record or recorded
-        self._passes: dict[tuple[int, ...], Network] = {}
+        self._passes: dict[Key, Network] = {}
         # of the pass that was repeated last and whose gradient was not taken yet
-        self._latest: dict[tuple[int, ...], object] = {}
+        self._latest: dict[Key, object] = {}
 
     def forward(self, images: Images) -> Float[Tensor, "batch dim"]:
         """What the network returns."""
@@ -51,18 +53,22 @@ class Repeated(nn.Module):
         slots = max(FEWEST_SLOTS, 1 << (len(images) - 1).bit_length())
         padded = images.new_zeros(slots, *images.shape[1:])
         padded[: len(images)] = images
-        shape, token = tuple(padded.shape), object()
+        key, token = _key(padded), object()
         with torch.enable_grad():
             padded.requires_grad_()
-            if shape not in self._passes:
-                self._passes[shape] = self._record(self.network, padded)
-            outputs = self._passes[shape](padded)
-        self._latest[shape] = token
+            if key not in self._passes:
+                self._passes[key] = self._record(self.network, padded)
+            outputs = self._passes[key](padded)
+        self._latest[key] = token
         return padded, outputs, token
 
     def is_latest(self, padded: Tensor, token: object) -> bool:
         """Whether nothing has been repeated since over the values that its gradient needs; they are then used up."""
-        return self._latest.pop(tuple(padded.shape), None) is token
+        return self._latest.pop(_key(padded), None) is token
+
+
+def _key(padded: Tensor) -> Key:
+    return tuple(padded.shape), padded.dtype, padded.device
 
 
 class _Pass(torch.autograd.Function):

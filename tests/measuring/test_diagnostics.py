@@ -188,7 +188,7 @@ def test_the_thresholds_stand_between_honest_and_masked_on_other_seeds_too():
 def test_a_witness_never_claims_more_than_the_number_is_overstated(kind, tables):
     evaluation, values = evaluation_of(kind, examples=128), tables[kind].set_index("check")["value"]
     overstated = evaluation.robust_accuracy - exact(evaluation, kind)
-    for check in ("black box: Square", "black box: transfer", "budget", "slices", "ablation", "silent success"):
+    for check in ("black box: Square", "black box: transfer", "budget", "slices", "ablation"):
         assert values[check] <= overstated + 1e-9
     # here the witness is found for every single image
     assert values["ablation"] == pytest.approx(overstated)
@@ -437,8 +437,7 @@ def test_one_witness_or_symptoms_of_two_kinds_decide(tables):
         assert speaking(check) == (rule.kind == "witness")
     witnesses = {check for check, rule in CHECKS.items() if rule.kind == "witness"}
     assert witnesses == {
-        "loss disagreement", "black box: Square", "black box: transfer", "budget", "slices", "ablation",
-        "silent success",
+        "loss disagreement", "black box: Square", "black box: transfer", "budget", "slices", "ablation"
     }  # fmt: skip
     # one cause counts once
     assert not speaking("zero gradients", "underflowing gradients")

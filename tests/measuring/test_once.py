@@ -51,7 +51,8 @@ def counted(tiny_book, monkeypatch):
     count(data, "load_dataset", "datasets")
     count(data, "_digest_of", "digests")  # of the test set; a part of the training set has a digest of its own
     count(certified, "certificate_rows", "certified images", lambda certified, indices: len(indices))
-    count(Evaluation, "__post_init__", "evaluations")
+    # those with one image are of an image that was planted
+    count(Evaluation, "__post_init__", "evaluations", lambda evaluation: len(evaluation.labels) > 1)
     real = AttackTarget.clean_predictions
 
     def predicted(self, indices):

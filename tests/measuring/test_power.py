@@ -132,11 +132,41 @@ def rows_of(*evaluations) -> pd.DataFrame:
 @pytest.fixture
 def rows() -> pd.DataFrame:
     return rows_of(
-        ("a, paper's", "protocol", 0.5, 0.2, {"one": (True, 1.0), "two": (False, 5.0), "three": (True, 3.0)}),
-        ("b", "failure", 0.9, 0.2, {"one": (False, 1.0), "two": (True, 5.0), "three": (False, 3.0)}),
-        ("a, PGD", "correct", 0.21, 0.2, {"one": (False, 1.0), "two": (False, 5.0), "three": (True, 3.0)}),
-        ("b, PGD", "correct", 0.24, 0.2, {"one": (True, 1.0), "two": (True, 5.0), "three": (True, 3.0)}),
-        ("c, PGD", "correct", 0.1, 0.2, {"one": (True, 1.0), "two": (True, 5.0), "three": (True, 3.0)}),
+        (
+            "a, paper's",
+            "protocol",
+            0.5,
+            0.2,
+            {"ablation": (True, 1.0), "budget": (False, 5.0), "incomplete optimisation": (True, 3.0)},
+        ),
+        (
+            "b",
+            "failure",
+            0.9,
+            0.2,
+            {"ablation": (False, 1.0), "budget": (True, 5.0), "incomplete optimisation": (False, 3.0)},
+        ),
+        (
+            "a, PGD",
+            "correct",
+            0.21,
+            0.2,
+            {"ablation": (False, 1.0), "budget": (False, 5.0), "incomplete optimisation": (True, 3.0)},
+        ),
+        (
+            "b, PGD",
+            "correct",
+            0.24,
+            0.2,
+            {"ablation": (True, 1.0), "budget": (True, 5.0), "incomplete optimisation": (True, 3.0)},
+        ),
+        (
+            "c, PGD",
+            "correct",
+            0.1,
+            0.2,
+            {"ablation": (True, 1.0), "budget": (True, 5.0), "incomplete optimisation": (True, 3.0)},
+        ),
     )
 
 
@@ -149,24 +179,40 @@ def test_the_truth_is_what_is_reported_beside_what_is_left(rows):
 
 def test_rates_count_what_is_broken_and_what_is_honest(rows):
     found = rates(rows).set_index(["check", "truth"])
-    assert found.loc[("one", "broken"), ["spoke", "of"]].tolist() == [1, 2]
-    assert found.loc[("one", "honest"), ["spoke", "of"]].tolist() == [0, 1]
-    assert found.loc[("three", "honest"), "share"] == 1
+    assert found.loc[("ablation", "broken"), ["spoke", "of"]].tolist() == [1, 2]
+    assert found.loc[("ablation", "honest"), ["spoke", "of"]].tolist() == [0, 1]
+    assert found.loc[("incomplete optimisation", "honest"), "share"] == 1
     assert (found["low"] <= found["share"]).all()
     assert (found["share"] <= found["high"]).all()
+    # the battery as a whole: a witness is enough, an indicator never
+    assert found.loc[("the battery", "broken"), ["spoke", "of"]].tolist() == [2, 2]
+    assert found.loc[("the battery", "honest"), ["spoke", "of"]].tolist() == [0, 1]
     # exact: of one, none
-    assert found.loc[("one", "honest"), "high"] == pytest.approx(0.975)
+    assert found.loc[("ablation", "honest"), "high"] == pytest.approx(0.975)
 
 
 def test_the_best_pair_comes_first(rows):
-    best = pairs(rows, identity=["seed", "evaluation"]).iloc[0]
-    assert {best["first"], best["second"]} == {"one", "two"}
+    best = pairs(rows).iloc[0]
+    assert {best["first"], best["second"]} == {"ablation", "budget"}
     assert (best["hits"], best["broken"], best["alarms"], best["honest"]) == (2, 2, 0, 1)
     assert best["gradients"] == 6
 
 
 def test_correct_attacks_are_one_column(rows):
     found = by_evaluation(rows).set_index(["evaluation", "check"])
-    assert found.loc[("PGD on all", "one"), ["spoke", "of"]].tolist() == [2, 3]
-    assert found.loc[("PGD on all", "one"), "broken"] == 0
-    assert found.loc[("b", "two"), "share"] == 1
+    assert found.loc[("PGD on all", "ablation"), ["spoke", "of"]].tolist() == [2, 3]
+    assert found.loc[("PGD on all", "ablation"), "broken"] == 0
+    assert found.loc[("b", "budget"), "share"] == 1
+
+
+def test_the_table_has_the_most_telling_first_and_one_price_a_check(rows):
+    table = power.rates_table(rows)
+    assert table["check"].iloc[0] == "the battery"
+    assert table["check"].iloc[-1] == "incomplete optimisation"
+    row = table.set_index("check").loc["ablation"]
+    assert (row["broken"], row["honest"], row["gradients"]) == ("1 of 2", "0 of 1", "1")
+
+
+def test_rates_want_broken_and_honest_ones(rows):
+    with pytest.raises(ValueError, match=r"rows: expected broken and honest evaluations, got \['broken'\]"):
+        rates(rows[rows["kind"] == "failure"])

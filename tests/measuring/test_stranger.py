@@ -30,6 +30,38 @@ class Flat(nn.Module):
 def flat():
     return Flat()
 
+class Fine(Flat):
+    def forward(self, x):
+        return self.inner((300 * x).round() / 300)
+
+def fine():
+    return Fine()
+
+class Backwards(Flat):
+    def forward(self, x):
+        return -self.inner(x)
+
+def backwards():
+    return Backwards()
+
+class Cut(Flat):
+    def forward(self, x):
+        return self.inner(x.detach())
+
+def cut():
+    return Cut()
+
+class One(Flat):
+    def forward(self, x):
+        assert len(x) == 1, "one at a time"
+        return self.inner(x)
+
+def one():
+    return One()
+
+def leaves():
+    raise SystemExit(3)
+
 def wide():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
 
@@ -73,7 +105,7 @@ def test_a_page_says_whether_the_number_is_to_be_trusted(here, capsys, tmp_path)
 
 
 def test_what_the_attack_climbs_may_be_another_network(here, capsys):
-    assert main(["diagnose", "--model", f"{here}:build", "--surface", f"{here}:flat", *ASKED]) == 0
+    assert main(["diagnose", "--model", f"{here}:build", "--surface", f"{here}:fine", *ASKED]) == 0
     assert "zero gradients: 1" in capsys.readouterr().out
 
 
@@ -86,7 +118,7 @@ def test_what_the_attack_climbs_may_be_another_network(here, capsys):
         (["--model", "{}:fails", *ASKED], "to build a network, got KeyError: 'weights'"),
         (["--model", "{}:a_number", *ASKED], "to build a network, got TypeError"),
         (["--model", "{}:nothing", *ASKED], "to return a torch.nn.Module, got NoneType"),
-        (["--model", "{}:wide", *ASKED], "model: expected 10 outputs an image for digits, got [1, 7]"),
+        (["--model", "{}:wide", *ASKED], "model: expected outputs of shape [8, 10] for digits, got [8, 7]"),
         (["--model", "{}:other", *ASKED], "model: expected one that takes images of shape [batch, 1, 8, 8]"),
         (["--model", "{}:build", "--data", "digits"], "--eps: expected one with --model, got none"),
         (["--model", "{}:build", "--eps", "0.1"], "--data: expected one with --model, got none"),
@@ -96,7 +128,15 @@ def test_what_the_attack_climbs_may_be_another_network(here, capsys):
         (["--model", "{}:build", "--profile", "quick"], "--profile: expected none with --model, which has no recipe"),
         (["--model", "{}:build", *ASKED, "--html", "page.txt"], "--html: expected a file name that ends in .html"),
         (["--model", "{}:build", *ASKED, "--examples", "0"], "examples: expected a positive whole number, got 0"),
-        (["--model", "{}:build", *ASKED, "--eps", "8"], "eps: expected at most 1 in linf for pixels in [0, 1]"),
+        (["--model", "{}:build", *ASKED, "--eps", "8"], "--eps: expected a number above 0 and at most 1"),
+        (["--model", "{}:build", *ASKED, "--eps", "nan"], "--eps: expected a number above 0 and at most 1"),
+        (["--model", "{}:build", *ASKED, "--html", "no/page.html"], "in a folder that is there, got no/page.html"),
+        (["--model", "{}:build", *ASKED, "--precision", "tf32"], "--precision: expected none with --model"),
+        (["--model", "{}:leaves", *ASKED], "to build a network, got SystemExit: 3"),
+        (["--model", "{}:one", *ASKED], "takes images of shape [batch, 1, 8, 8], got one at a time"),
+        (["--model", "{}:cut", *ASKED], "model: expected outputs with a gradient in the image, got none"),
+        (["--model", "{}:build", "--surface", "{}:other", *ASKED], "surface: expected one that takes images of shape"),
+        (["--model", "{}:build", "--surface", "{}:backwards", *ASKED], "surface: expected the classes that the model"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(here, capsys, given, message):
@@ -127,6 +167,9 @@ def test_witnesses_bound_the_number_from_above(digits):
     assert f"At most {left} of these images are robust: the others were broken by a check." in two
     # that one compares two other attacks
     assert not any(line.startswith("At most") for line in lines(loss_disagreement=0.5))
+    assert "One kind of symptom: not enough to call the number wrong, and worth a look." in lines(no_logits=1.0)
+    # a network that draws may have broken an image by luck
+    assert not any(line.startswith("At most") for line in lines(slices=0.125, randomised=1.0))
     # an indicator decides nothing
     assert "Indicators of others:" in lines(binarisation=1.0)
     assert "The reported number is not to be trusted." not in lines(binarisation=1.0)

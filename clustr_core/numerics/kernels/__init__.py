@@ -91,7 +91,7 @@ def _crossovers() -> dict[tuple[str, str, str], float]:
     with MEASURED.open(encoding="utf-8", newline="") as rows:
         for row in csv.DictReader(rows):
             key = row["kernel"].partition(",")[0].removesuffix(" with gradients"), row["dtype"], row["capability"]
-            plain = min(float(row[way]) for way in ("eager_ms", "compiled_ms") if row[way])
+            plain = min((float(row[way]) for way in ("eager_ms", "compiled_ms") if row[way]), default=0.0)
             sizes = faster.setdefault(key, {True: [], False: []})
             sizes[float(row["ours_ms"]) < plain].append(int(row["elements"]))
     return {
