@@ -390,13 +390,13 @@ def rates(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_evaluation(rows: pd.DataFrame) -> pd.DataFrame:
-    """How often each check speaks of each evaluation, over widths and seeds: the paper's protocol on each network, the
+    """How often each check, and the battery, speaks of each evaluation, over widths and seeds: the paper's protocol on each network, the
     correct attacks on all of them together, and each failure.
 
     Returns:
         columns ``check evaluation kind spoke of share broken``; ``broken`` is the share of those evaluations that are.
     """
-    known = labelled(rows)
+    known = labelled(judged_whole(rows))
     together = known["evaluation"].where(known["kind"] != "correct", ALL_CORRECT)
     known = known.assign(evaluation=together, is_broken=known["truth"] == "broken")
     groups = known.groupby(["evaluation", "kind", "check"], sort=False)
