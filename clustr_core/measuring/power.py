@@ -390,8 +390,8 @@ def rates(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_evaluation(rows: pd.DataFrame) -> pd.DataFrame:
-    """How often each check, and the battery, speaks of each evaluation, over widths and seeds: the paper's protocol on each network, the
-    correct attacks on all of them together, and each failure.
+    """How often each check, and the battery, speaks of each evaluation, over widths and seeds: the paper's protocol on
+    each network, the correct attacks on all of them together, and each failure.
 
     Returns:
         columns ``check evaluation kind spoke of share broken``; ``broken`` is the share of those evaluations that are.
