@@ -79,7 +79,7 @@ class Tolerance:
         return bool(np.isclose(found, recorded, rtol=self.share, atol=self.much))
 
 
-# by the beginning of a number's name: without oneDNN, on two threads, on processors of two makers, or with the
+# by the beginning of a number's name: without oneDNN, on two threads, on another processor, or with the
 # instructions of older ones (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_CBWR), no number moved by a quarter of these;
 # a learning rate, or a constant of a loss, changed by a tenth moves some number by more than one of them
 TOLERANCES = {

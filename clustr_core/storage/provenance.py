@@ -62,13 +62,19 @@ def commit(root: Path) -> str | None:
 
 @cache
 def processor() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, as far as the system tells, with family, model and stepping, as in "AMD EPYC (25.17.1)".
+
+    Two generations may have one name, above all in virtual machines, and sum in another order.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    # of the first of them
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    numbers = ".".join(said[key] for key in ("cpu family", "model", "stepping") if key in said)
+    name = said.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({numbers})" if numbers else name
 
 
 def sidecar_of(table: Path) -> Path:

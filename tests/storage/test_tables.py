@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from clustr_core.storage import provenance
 from clustr_core.storage.files import digest, home, read_json, write_json, written_whole
 from clustr_core.storage.provenance import environment
 from clustr_core.storage.tables import read_table, write_table
@@ -156,6 +158,15 @@ def test_the_environment_is_what_a_reader_needs():
     assert json.loads(json.dumps(found)) == found
     assert os.uname().nodename not in json.dumps(found)
     assert environment() == found
+
+
+def test_a_processor_has_its_family_model_and_stepping(monkeypatch):
+    first = "processor: 0\nmodel name\t: A\ncpu family: 25\nmodel: 17\nstepping: 1\n"
+    lines = f"{first}\nprocessor: 1\nmodel name: B\nmodel: 3\n"
+    monkeypatch.setattr(provenance.Path, "read_text", lambda *args, **options: lines)
+    assert provenance.processor.__wrapped__() == "A (25.17.1)"
+    monkeypatch.setattr(provenance.Path, "read_text", lambda *args, **options: "Hardware: C\n")
+    assert provenance.processor.__wrapped__() in (platform.processor(), platform.machine())
 
 
 def test_without_pytorch_the_threads_are_those_of_the_processes_begun_from_here(monkeypatch):
