@@ -198,11 +198,10 @@ def _diagnose(options: argparse.Namespace) -> None:
 
 def _diagnose_stranger(options: argparse.Namespace) -> None:
     """The battery on a model of somebody else's: a page of text, and one of HTML where it is asked for."""
-    for name in ("profile", "precision"):
+    # precision first: it is among what is set, too
+    for name in ("profile", "precision", "set"):
         if given := getattr(options, name):
             raise ValueError(f"--{name}: expected none with --model, which has no recipe, got {given}")
-    if options.set:
-        raise ValueError(f"--set: expected none with --model, which has no recipe, got {options.set}")
     for name in ("data", "eps"):
         if getattr(options, name) is None:
             raise ValueError(f"--{name}: expected one with --model, got none")

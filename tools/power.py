@@ -111,12 +111,9 @@ def _planted(name: str, network: nn.Module, images: Images, labels: Tensor, eps:
 
 
 def _kept_at(runs: dict[str, Run], name: str, asked: dict[str, object]) -> Path:
-    return home() / "runs/power" / f"{name.replace(' ', '-').replace(',', '')}-{_key(runs, name, asked)}.csv"
-
-
-def _key(runs: dict[str, Run], name: str, asked: dict[str, object]) -> str:
     weights = {method: run.weights_sha256 for method, run in runs.items()}
-    return digest(repr((weights, name, asked, VERSIONS["diagnostics"], power.VERSION)))[:12]
+    key = digest(repr((weights, name, asked, VERSIONS["diagnostics"], power.VERSION)))[:12]
+    return home() / "runs/power" / f"{name.replace(' ', '-').replace(',', '')}-{key}.csv"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,12 +7,9 @@ from torch import Tensor
 
 from clustr_core.attacks.ball import Images
 from clustr_core.attacks.result import Model
-from clustr_core.measuring import indicators
+from clustr_core.measuring import indicators  # noqa: F401  # its checks register themselves, after those of `checks`
 from clustr_core.measuring.checks import CHECKS
 from clustr_core.measuring.evaluation import Evaluation, random_state_kept
-
-# these register themselves, after those of `checks`
-INDICATORS = indicators
 
 # the check that needs another model, and is left out without one
 TRANSFER, SQUARE = "black box: transfer", "black box: Square"

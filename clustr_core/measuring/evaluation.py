@@ -109,17 +109,13 @@ class Evaluation:
         """The evaluation's attack, on another surface or with other options of its rule."""
         options = {"eps": self.eps, "steps": self.steps, "step_size": self.step, "restarts": self.restarts}
         on = self.surface if surface is None else surface
-        with warnings.catch_warnings():
-            # that surfaces are no logits is a finding here, and reported as one
-            warnings.filterwarnings("ignore", message="model: expected logits", category=UserWarning)
+        with _no_logits_allowed():
             return self.rule(on, self.images, self.labels, seed=self.seed, **{**options, **changed})
 
     def pgd(self, surface: Model, loss: str, eps: float, *, step_size: float | None = None) -> AttackResult:
         """`gradient.pgd` with the evaluation's steps and restarts; the step is 2.5 eps / steps unless given."""
         step_size = 2.5 * eps / self.steps if step_size is None else step_size
-        with warnings.catch_warnings():
-            # that surfaces are no logits is a finding here, and reported as one
-            warnings.filterwarnings("ignore", message="model: expected logits", category=UserWarning)
+        with _no_logits_allowed():
             return pgd(
                 surface, self.images, self.labels, eps=eps, step_size=step_size, steps=self.steps,
                 restarts=self.restarts, loss=loss, seed=self.seed,
@@ -189,6 +185,14 @@ def outputs_of(model: Model, images: Images) -> Float[Tensor, "batch class"]:
 def share(which: Bool[Tensor, " batch"]) -> float:
     """Of how many images something holds, in [0, 1]."""
     return which.double().mean().item()
+
+
+@contextmanager
+def _no_logits_allowed() -> Iterator[None]:
+    """That surfaces are no logits is a finding here, and reported as one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="model: expected logits", category=UserWarning)
+        yield
 
 
 @contextmanager

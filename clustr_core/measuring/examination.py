@@ -73,10 +73,10 @@ class ExaminedHead:
     @cached_property
     def evaluation(self) -> Evaluation:
         """The paper's evaluation, on the images that the profile says."""
-        model, size = self.target.model, {"steps": self.asked.steps, "restarts": self.asked.restarts}
-        indices = drawn_order(self.target.dataset)[: self.asked.examples].sort().values
+        model, asked = self.target.model, self.asked
+        indices = drawn_order(self.target.dataset)[: asked.examples].sort().values
         images, labels = self.target.images(indices), self.target.labels(indices)
-        return Evaluation(paper_surface(model), model, images, labels, self.asked.eps, **size)  # pyright: ignore[reportArgumentType]
+        return Evaluation(paper_surface(model), model, images, labels, asked.eps, asked.steps, asked.restarts)
 
     def diagnostics(self) -> pd.DataFrame:
         """The rows of all checks."""

@@ -6,6 +6,7 @@ and not by what it is: see `labelled`. None of the checks is told.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -172,78 +173,72 @@ def _blurred_unseen(images: Images) -> Images:
     return images + (_blurred(images) - images).detach()
 
 
-def one_step_behind(
-    model: nn.Module,
-    images: Images,
-    labels: Int[Tensor, " batch"],
-    *,
-    eps: float,
-    steps: int,
-    step_size: float,
-    restarts: int,
-    seed: int,
-    loss: str = "ce",
-    watch: Watch | None = None,
-) -> AttackResult:
+def _rule(*, keeps: bool) -> Callable[[Callable[..., Images]], Rule]:
+    """A decorator: a rule that judges one point of each restart, that which the function returns.
+
+    The function is called as ``end_of(model, images, labels, start, climb, told, **walk)``: ``climb`` is the loss,
+    ``told`` is told of outputs, and the walk is that of `ball.pgd_path`.
+
+    Args:
+        keeps: a success of an earlier restart stays; else the last restart counts.
+    """
+
+    def made(end_of: Callable[..., Images]) -> Rule:
+        def rule(
+            model: nn.Module,
+            images: Images,
+            labels: Int[Tensor, " batch"],
+            *,
+            eps: float,
+            steps: int,
+            step_size: float,
+            restarts: int,
+            seed: int,
+            loss: str = "ce",
+            watch: Watch | None = None,
+        ) -> AttackResult:
+            result = AttackResult.before(images, labels, predicted(model, images, labels))
+            generator = torch.Generator(images.device).manual_seed(seed)
+            everything = torch.arange(len(images), device=images.device)
+            for restart in range(restarts):
+                start = random_point(images, eps, "linf", generator)
+                told = partial(watch, restart, everything) if watch is not None else lambda outputs: None
+                walk = {"eps": eps, "step_size": step_size, "steps": steps}
+                points = end_of(model, images, labels, start, LOSSES[loss], told, **walk)
+                found = predicted(model, points, labels)
+                where = everything[~result.success] if keeps else everything
+                result.note(where, points[where], found[where], (found != labels)[where])
+            result.gradients.fill_(steps * restarts)
+            return result
+
+        rule.__name__, rule.__doc__ = end_of.__name__, end_of.__doc__
+        return rule
+
+    return made
+
+
+@_rule(keeps=True)
+def one_step_behind(model, images, labels, start, climb, told, **walk) -> Images:
     """A rule that loses its successes: it stops at one, and returns the point from which the last step was taken."""
-    clean = predicted(model, images, labels)
-    result = AttackResult.before(images, labels, clean)
-    generator = torch.Generator(images.device).manual_seed(seed)
-    everything = torch.arange(len(images), device=images.device)
-    for restart in range(restarts):
-        start = random_point(images, eps, "linf", generator)
-        kept, done = start.clone(), torch.zeros_like(result.success)
-        path = pgd_path(
-            lambda x: LOSSES[loss](model(x), labels), images, start, eps=eps, step_size=step_size, steps=steps
-        )
-        for points in path:
-            outputs = outputs_of(model, points)
-            if watch is not None:
-                watch(restart, everything, outputs)
-            done |= outputs.argmax(dim=1) != labels
-            kept[~done] = points[~done]
-        found = predicted(model, kept, labels)
-        result.note(
-            everything[~result.success],
-            kept[~result.success],
-            found[~result.success],
-            (found != labels)[~result.success],
-        )
-    result.gradients.fill_(steps * restarts)
-    return result
+    kept, done = start.clone(), torch.zeros_like(labels, dtype=torch.bool)
+    for points in pgd_path(lambda x: climb(model(x), labels), images, start, **walk):
+        outputs = outputs_of(model, points)
+        told(outputs)
+        done |= outputs.argmax(dim=1) != labels
+        kept[~done] = points[~done]
+    return kept
 
 
-def last_point(
-    model: nn.Module,
-    images: Images,
-    labels: Int[Tensor, " batch"],
-    *,
-    eps: float,
-    steps: int,
-    step_size: float,
-    restarts: int,
-    seed: int,
-    loss: str = "ce",
-    watch: Watch | None = None,
-) -> AttackResult:
+@_rule(keeps=False)
+def last_point(model, images, labels, start, climb, told, **walk) -> Images:
     """A rule that judges once: where the walk of each restart ends, right or wrong, whatever it passed."""
-    result = AttackResult.before(images, labels, predicted(model, images, labels))
-    generator = torch.Generator(images.device).manual_seed(seed)
-    everything = torch.arange(len(images), device=images.device)
-    for restart in range(restarts):
 
-        def climbed(x: Images, restart: int = restart) -> Tensor:
-            outputs = model(x)
-            if watch is not None:
-                watch(restart, everything, outputs.detach())
-            return LOSSES[loss](outputs, labels)
+    def climbed(x: Images) -> Tensor:
+        outputs = model(x)
+        told(outputs.detach())
+        return climb(outputs, labels)
 
-        start = random_point(images, eps, "linf", generator)
-        points = pgd_endpoint(climbed, images, start, eps=eps, step_size=step_size, steps=steps)
-        found = predicted(model, points, labels)
-        result.note(everything, points, found, found != labels)
-    result.gradients.fill_(steps * restarts)
-    return result
+    return pgd_endpoint(climbed, images, start, **walk)
 
 
 def worst_case(judged: Judged, source: nn.Module | None = None) -> Bool[Tensor, " batch"]:

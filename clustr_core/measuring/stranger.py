@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from textwrap import wrap
 
@@ -106,12 +105,11 @@ def _asked(name: str, model: nn.Module, images: Images, dataset: data.Dataset) -
     return outputs
 
 
-def page(title: str, evaluation: Evaluation, table: pd.DataFrame, *, bold: Callable[[str], str] = str) -> list[str]:
+def page(title: str, evaluation: Evaluation, table: pd.DataFrame) -> list[str]:
     """The verdict in lines of text, fit for a review.
 
     Args:
         table: of `diagnostics.ask_all` on the evaluation.
-        bold: what is done to the verdict itself.
     """
     count, kept = len(evaluation.labels), int(evaluation.robust.sum())
     clean = int(evaluation.attacked.clean_correct.sum())
@@ -128,11 +126,11 @@ def page(title: str, evaluation: Evaluation, table: pd.DataFrame, *, bold: Calla
     beyond = spoken[(spoken["kind"] == "witness") & (spoken["check"] != "loss disagreement")]
     symptoms = spoken[~spoken["kind"].isin(["witness", "indicator"])]
     if verdict(table):
-        lines.append(bold("The reported number is not to be trusted."))
+        lines.append("The reported number is not to be trusted.")
     elif len(symptoms):
-        lines.append(bold("One kind of symptom: not enough to call the number wrong, and worth a look."))
+        lines.append("One kind of symptom: not enough to call the number wrong, and worth a look.")
     else:
-        lines.append(bold("No sign that the reported number is wrong. That is no proof: other attacks may find more."))
+        lines.append("No sign that the reported number is wrong. That is no proof: other attacks may find more.")
     # what a network that draws calls an image is another thing at the next pass
     drawn = "randomised" in set(spoken["check"])
     # whose value is by how much the number is too high
