@@ -52,7 +52,7 @@ class Size:
     device: str
     width: int = 64
     batch: int = 128
-    batches: int = 100
+    batches: int = 60
     steps: int = 20
     images: tuple[int, ...] = (128, 1000)
     rounds: int = 3
@@ -70,7 +70,8 @@ def finished(call: Callable[[], object], device: str) -> None:
 
 def compiled(function: Callable, size: Size) -> Callable:
     """As fast as PyTorch makes it; at toy size as it is, since compiling takes longer than all the rest."""
-    return torch.compile(function, mode="reduce-overhead") if size.device == "cuda" else function
+    compiling = {"mode": "reduce-overhead", "dynamic": False}
+    return torch.compile(function, **compiling) if size.device == "cuda" else function
 
 
 def bare_steps(size: Size) -> Callable[[], object]:
@@ -137,21 +138,28 @@ def trainings(size: Size) -> Iterator[dict[str, Any]]:
     """Each method's epoch, captured and not, beside the bare loop's steps."""
     recipes = load_profile("gpu").recipes
     bare_epochs = bare_steps(size)
-    modes = (False, True) if size.device == "cuda" else (False,)
     for method, seconds_aimed_at in EPOCHS.items():
         aim, of = (STEP_RATIO, "ratio") if method == "ce" else (seconds_aimed_at, "seconds")
-        for precision in ("bf16-mixed", "tf32", "32-true") if method == "ce" else ("bf16-mixed",):
-            for captured in modes:
-                ours = Epochs(recipes[method], size, precision, captured=captured)
-                taken = _in_turn({"ours": ours, "bare": bare_epochs}, size)
-                epoch = taken["ours"] * EXAMPLES / ours.examples
-                bare_epoch = taken["bare"] * EXAMPLES / (size.batch * size.batches)
-                yield {
-                    "what": f"epoch of {method}", "precision": precision, "captured": captured,
-                    "images": images_in_a_batch(ours.recipe),
-                    "seconds": epoch, "bare_seconds": bare_epoch, "ratio": epoch / bare_epoch,
-                    "target": aim if precision == "bf16-mixed" else None, "of": of,
-                }  # fmt: skip
+        for precision, captured in ways_to_train(method, size):
+            ours = Epochs(recipes[method], size, precision, captured=captured)
+            taken = _in_turn({"ours": ours, "bare": bare_epochs}, size)
+            epoch = taken["ours"] * EXAMPLES / ours.examples
+            bare_epoch = taken["bare"] * EXAMPLES / (size.batch * size.batches)
+            yield {
+                "what": f"epoch of {method}", "precision": precision, "captured": captured,
+                "images": images_in_a_batch(ours.recipe),
+                "seconds": epoch, "bare_seconds": bare_epoch, "ratio": epoch / bare_epoch,
+                "target": aim if precision == "bf16-mixed" else None, "of": of,
+            }  # fmt: skip
+
+
+def ways_to_train(method: str, size: Size) -> list[tuple[Precision, bool]]:
+    """Precisions, and whether updates are captured: of what is cheap every one, of the rest what a leg would take."""
+    precisions: tuple[Precision, ...] = ("bf16-mixed", "tf32", "32-true") if method == "ce" else ("bf16-mixed", "tf32")
+    if size.device != "cuda":
+        return [(precision, False) for precision in precisions]
+    plain = [("bf16-mixed", False)] if method in ("ce", "clustr") else []
+    return [*plain, *((precision, True) for precision in precisions)]
 
 
 def attacks(size: Size) -> Iterator[dict[str, Any]]:

@@ -41,6 +41,13 @@ def test_a_leg_has_what_is_left_and_a_toy_none_of_the_gpu(tmp_path: Path) -> Non
     assert "--half" in toy
 
 
+def test_every_file_with_a_test_for_gpus_is_run() -> None:
+    found = {path.name for path in gpu.marked_files()}
+    assert found == {"test_gpu.py", "test_gpu_kernels.py", "test_captured.py", "test_repeated.py"}
+    asked = gpu.command("tests", 60.0, Path("made"), "gpu", [], toy=False)
+    assert set(map(str, gpu.marked_files())) <= set(asked)
+
+
 def test_without_a_gpu_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

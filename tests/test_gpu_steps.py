@@ -39,3 +39,10 @@ def test_it_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setattr(gpu_steps.torch.cuda, "is_available", lambda: False)
     assert gpu_steps.main() == 2
     assert "expected a CUDA device, found none; --toy needs none" in capsys.readouterr().err
+
+
+def test_a_gpu_is_timed_as_a_leg_would_train_and_without() -> None:
+    size = gpu_steps.Size("cuda")
+    ways = {method: gpu_steps.ways_to_train(method, size) for method in EPOCHS}
+    assert ways["ce"] == [("bf16-mixed", False), *((each, True) for each in ("bf16-mixed", "tf32", "32-true"))]
+    assert ways["pgd-at"] == [("bf16-mixed", True), ("tf32", True)]

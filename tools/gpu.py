@@ -16,6 +16,7 @@ lets the leg train by CUDA graphs; take it once `steps` has shown on such a card
 import argparse
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,9 @@ SHARES = {"tests": 0.15, "kernels": 0.2, "steps": 0.25, "leg": 1.0}
 MADE = {"kernels": "kernels.csv", "steps": "gpu-steps.csv"}
 # of `clustr leg`
 FLAGS = ("--half", "--captured")
+# tests that share the card
+AT_ONCE = 6
+_MARKED = re.compile(r"^(@|pytestmark = )pytest\.mark\.gpu$", re.MULTILINE)
 # seconds: what a leg needs beyond its minutes, to import, to finish a piece and to pack
 ROOM = 20.0
 # seconds that a stage has to end once it is asked to
@@ -51,7 +55,9 @@ class Done:
 def command(stage: str, seconds: float, into: Path, profile: str, flags: Sequence[str], *, toy: bool) -> list[str]:
     """What a stage runs; the leg with these flags."""
     if stage == "tests":
-        return ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+        # other versions than those of the constraints may warn of what is to come
+        options = ["-q", "-m", "gpu", "-n", str(AT_ONCE), "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+        return ["-m", "pytest", *options, *map(str, marked_files())]
     if stage == "kernels":
         return ["-m", "benchmarks.kernels", *(["--compile"] if toy else [])]
     if stage == "steps":
@@ -60,6 +66,12 @@ def command(stage: str, seconds: float, into: Path, profile: str, flags: Sequenc
     minutes = max(seconds - ROOM, 0.5 * seconds) / 60
     leg = ["--profile", "smoke" if toy else profile, "--minutes", f"{minutes:.2f}", "--into", str(into / "leg")]
     return ["-m", "clustr_core.cli", "leg", *leg, "--device", device, *flags]
+
+
+def marked_files() -> list[Path]:
+    """The files that hold the tests marked ``gpu``: to collect all others takes half a minute."""
+    tests = Path(__file__).resolve().parents[1] / "tests"
+    return [path for path in sorted(tests.rglob("test_*.py")) if _MARKED.search(path.read_text(encoding="utf-8"))]
 
 
 def run(stage: str, seconds: float, into: Path, asked: Sequence[str], *, made: Path | None = None) -> Done:

@@ -18,7 +18,15 @@ from clustr_core.attacks.registry import OWN_ATTACKS, run_own
 from clustr_core.attacks.result import AttackResult, predicted
 from clustr_core.attacks.temperature import Rescaled
 from clustr_core.attacks.transfer import transfer
-from clustr_core.measuring.pieces import CachedRows, collected, dataset_of, image_chunks, kept_at, named
+from clustr_core.measuring.pieces import (
+    CachedRows,
+    attacked_at_once,
+    collected,
+    dataset_of,
+    image_chunks,
+    kept_at,
+    named,
+)
 from clustr_core.measuring.profile import Profile, Protocol
 from clustr_core.measuring.targets import AttackTarget, Head, heads_of, source_of, target_of
 from clustr_core.models.classifiers import ClusterClassifier
@@ -50,7 +58,7 @@ def measure(
 
 def measure_pieces(target: AttackTarget, protocol: Protocol, *, source: AttackTarget | None = None) -> list[CachedRows]:
     """All that `measure` needs, for jobs that compute a share of it each."""
-    chunks = image_chunks(target.dataset, protocol.examples)
+    chunks = image_chunks(target.dataset, protocol.examples, attacked_at_once(target.device))
     source = source if protocol.attack == "transfer" else None
     return [
         CachedRows(

@@ -40,8 +40,10 @@ from clustr_core.training.state import epochs_kept
 
 log = logging.getLogger(__name__)
 Kind = Literal["train", "attacks", "certificates", "diagnostics", "sandwich"]
-# these first: with them alone the paper's claim can be judged
-HEADLINE = ("ce", "clustr", "clustr-qtrades", "pgd-at")
+# these first: with them alone the paper's claim can be judged, beside the adversarial training that takes least
+HEADLINE = ("ce", "clustr", "clustr-qtrades", "fast-at")
+# attacks that decide whether a claim holds, where they are in the norm of the paper's protocol; the last is the referee
+DECISIVE = ("paper", "transfer", "pgd", "autoattack")
 PROTOTYPES = "prototypes"
 # tables of attacks that do not hold all of a profile's attacks yet lie in this folder beside the others
 PARTIAL = "partial"
@@ -134,29 +136,43 @@ class Clock:
 def plan(profile: Profile) -> list[Step]:
     """All steps of a profile in the order of the legs.
 
-    The headline methods come first: of each the training, then what is cheap and decides (certificates of a method with
-    a guarantee; the paper's protocol with one restart at one eps, then every other attack, from cheap to costly). What
-    is costly follows as a unit of its own for each of them (certificates that promise nothing, diagnostics, sandwich,
-    the paper's protocol in full), and then the other methods in the same way. Prototypes come last.
+    The headline methods come first: of each the training, then what decides (certificates of a method with a guarantee;
+    the paper's protocol with one restart at one eps, and the correct attacks in its norm). The other attacks follow as
+    a unit of their own for each of them, and after these what is costly (certificates that promise nothing,
+    diagnostics, sandwich, the paper's protocol in full); then the other methods in the same way. Prototypes come last.
     """
     headline = [method for method in HEADLINE if method in profile.recipes]
     others = [method for method in profile.recipes if method not in headline]
     steps: list[Step] = []
     for methods in (headline, others):
-        for unit in (first_unit, later_unit):
+        for unit in (first_unit, second_unit, later_unit):
             steps += [step for method in methods for step in unit(profile, method)]
     return steps + ([Step(PROTOTYPES, "certificates")] if profile.recipes else [])
 
 
 def first_unit(profile: Profile, method: str) -> list[Step]:
-    """The training of a method, and its cheap and decisive rows."""
+    """The training of a method, and the rows that decide."""
     steps = [Step(method, "train")]
     if profile.recipes[method].guarantee != "none" and _is_certified(profile, method):
         steps.append(Step(method, "certificates"))
+    return steps + _early_steps(profile, method, decisive=True)
+
+
+def second_unit(profile: Profile, method: str) -> list[Step]:
+    """The other attacks, but for the paper's protocol in full."""
+    return _early_steps(profile, method, decisive=False)
+
+
+def _early_steps(profile: Profile, method: str, *, decisive: bool) -> list[Step]:
+    """A step for each early attack that is decisive, or is not."""
     if method not in profile.attacked:
-        return steps
+        return []
     early = list(early_attacks(profile).items())
-    return [*steps, *(Step(method, "attacks", dict(early[:count])) for count in range(1, len(early) + 1))]
+    return [
+        Step(method, "attacks", dict(early[: place + 1]))
+        for place, (_, protocol) in enumerate(early)
+        if _is_decisive(protocol) == decisive
+    ]
 
 
 def later_unit(profile: Profile, method: str) -> list[Step]:
@@ -180,9 +196,19 @@ def later_unit(profile: Profile, method: str) -> list[Step]:
 
 
 def early_attacks(profile: Profile) -> dict[str, Protocol]:
-    """A profile's attacks, from cheap to costly; the paper's protocol first, with one restart at one eps."""
+    """A profile's attacks, the paper's protocol with one restart at one eps: first those that decide, in the order of
+    `DECISIVE`, then the others from cheap to costly."""
+
+    def place(protocol: Protocol) -> tuple[int, float]:
+        rank = DECISIVE.index(protocol.attack) if _is_decisive(protocol) else len(DECISIVE)
+        return rank, gradients(protocol)
+
     reduced = {name: reduced_protocol(each, profile) for name, each in profile.attacks.items()}
-    return dict(sorted(reduced.items(), key=lambda item: (item[1].attack != "paper", gradients(item[1]))))
+    return dict(sorted(reduced.items(), key=lambda item: place(item[1])))
+
+
+def _is_decisive(protocol: Protocol) -> bool:
+    return protocol.attack in DECISIVE and protocol.norm == "linf"
 
 
 def reduced_protocol(protocol: Protocol, profile: Profile) -> Protocol:

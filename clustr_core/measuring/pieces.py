@@ -22,6 +22,8 @@ from clustr_core.training.run import Run
 
 # images per piece; a temperature is taken from the images of the first one
 CHUNK = 128
+# and of an attack on a GPU with so many bytes of memory: fewer leave it waiting for Python
+GPU_CHUNK, GPU_BYTES = 1024, 70e9
 # the i-th of n shares, counted from 1
 Share = tuple[int, int]
 
@@ -191,9 +193,17 @@ def _permutation(count: int) -> Int[Tensor, " count"]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
-def image_chunks(dataset: data.Dataset, examples: int | None) -> tuple[Int[Tensor, " chunk"], ...]:
-    """The images of each piece: the first ``examples`` in the order drawn once, `CHUNK` of them at a time."""
-    return drawn_order(dataset)[:examples].split(CHUNK)
+def image_chunks(
+    dataset: data.Dataset, examples: int | None, at_once: int | None = None
+) -> tuple[Int[Tensor, " chunk"], ...]:
+    """The images of each piece: the first ``examples`` in the order drawn once, so many at a time (`CHUNK`)."""
+    return drawn_order(dataset)[:examples].split(at_once or CHUNK)
+
+
+def attacked_at_once(device: str | torch.device) -> int:
+    """How many images an attack is given at one time: `CHUNK`, or on a GPU whose memory holds them `GPU_CHUNK`."""
+    is_large = torch.device(device).type == "cuda" and torch.cuda.get_device_properties(device).total_memory > GPU_BYTES
+    return GPU_CHUNK if is_large else CHUNK
 
 
 def cached_chunks(

@@ -1,6 +1,6 @@
 """A data set through a network: embeddings, predictions."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,12 +24,20 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def embed_all(
-    encoder: nn.Module, images: UInt8[Tensor, "batch channel height width"], *, batch_size: int = IMAGES_EMBEDDED
+    encoder: nn.Module,
+    images: UInt8[Tensor, "batch channel height width"],
+    *,
+    batch_size: int = IMAGES_EMBEDDED,
+    passed: Callable[[nn.Module, Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "batch dim"]:
-    """Embeddings of byte images, in evaluation mode and without a graph, on the encoder's device."""
-    device = next(encoder.parameters()).device
+    """Embeddings of byte images, in evaluation mode and without a graph, on the encoder's device.
+
+    Args:
+        passed: passes a batch through the encoder, as in another precision; None calls it.
+    """
+    device, passed = next(encoder.parameters()).device, passed or nn.Module.__call__
     with evaluating(encoder), torch.no_grad():
-        return torch.cat([encoder(data.to_float(part.to(device))) for part in images.split(batch_size)])
+        return torch.cat([passed(encoder, data.to_float(part.to(device))) for part in images.split(batch_size)])
 
 
 def predictions(model: nn.Module, images: Tensor, device: str | torch.device = "cpu") -> Int[Tensor, " batch"]:

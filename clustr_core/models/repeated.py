@@ -1,5 +1,6 @@
 """Passes through a network as CUDA graphs, so that a GPU under attack never waits for Python."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from clustr_core.numerics.rounding import repeatable_convolutions
+
 Images = Float[Tensor, "batch channel height width"]
 Network = Callable[[Tensor], Tensor]
 # what a recording is of: shape, dtype and device of its input
@@ -15,16 +18,15 @@ Key = tuple[tuple[int, ...], torch.dtype, torch.device]
 # of a network and an example of its input, what repeats its passes: outputs and what a gradient needs lie where the
 # last call's lay
 Record = Callable[[Network, Tensor], Network]
-# the most images of a recorded pass: as many as a piece of a measurement has. More keep a GPU busy without
-SLOTS = 128
-FEWEST_SLOTS = 8
+# how many images a recorded pass has: the last as many as an attack is given at one time on a GPU
+SLOTS = (16, 64, 128, 256, 384, 512, 768, 1024)
 
 
 class Repeated(nn.Module):
     """A frozen network whose passes, and whose gradients in its inputs, a GPU repeats from a recording.
 
-    A batch is padded to the next power of two, 8 to 128 images, since an attack loses examples as it breaks them; each
-    of these sizes is recorded when it first comes. Larger batches pass as they would without. The network has to treat
+    A batch is padded to the next size of `SLOTS`, since an attack loses examples as it breaks them; each of these sizes
+    is recorded when it first comes. Larger batches pass as they would without. The network has to treat
     every image alone, as one in evaluation mode does, and its weights and mode to stay as they are.
 
     Deviation from the network itself: a gradient can be taken of its gradients nowhere.
@@ -44,13 +46,13 @@ class Repeated(nn.Module):
 
     def forward(self, images: Images) -> Float[Tensor, "batch dim"]:
         """What the network returns."""
-        if not 0 < len(images) <= SLOTS:
+        if not 0 < len(images) <= SLOTS[-1]:
             return self.network(images)
         return _Pass.apply(images, self)  # pyright: ignore[reportReturnType]
 
     def repeat(self, images: Tensor) -> tuple[Tensor, Tensor, object]:
         """The padded input and its output, both good until the next repetition, and a token, the latest until then."""
-        slots = max(FEWEST_SLOTS, 1 << (len(images) - 1).bit_length())
+        slots = SLOTS[bisect_left(SLOTS, len(images))]
         padded = images.new_zeros(slots, *images.shape[1:])
         padded[: len(images)] = images
         key, token = _key(padded), object()
@@ -97,7 +99,7 @@ class _Pass(torch.autograd.Function):
 
 
 def recorded(network: Network, example: Tensor) -> Network:
-    """Record a pass and its gradient as CUDA graphs.
+    """Record a pass and its gradient as CUDA graphs, by the fastest convolutions that cuDNN finds for this size.
 
     Raises:
         ValueError: if the example is not on a CUDA device, or the pass reads a value off it.
@@ -106,9 +108,10 @@ def recorded(network: Network, example: Tensor) -> Network:
         raise ValueError(f"captured: expected images on a CUDA device, which alone has graphs, got {example.device}")
     try:
         # a function, not a module: the weights are frozen, and the module stays as it is
-        graphed: Any = torch.cuda.make_graphed_callables(
-            lambda images: network(images), (example.detach().requires_grad_(),)
-        )
+        with repeatable_convolutions(fastest=True):
+            graphed: Any = torch.cuda.make_graphed_callables(
+                lambda images: network(images), (example.detach().requires_grad_(),)
+            )
         return graphed
     except RuntimeError as error:
         wanted = (

@@ -40,6 +40,22 @@ def tf32(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def repeatable_convolutions(*, fastest: bool = False) -> Iterator[None]:
+    """A GPU's convolutions by algorithms that give the same bits at each call inside the block; a CPU's always do.
+
+    Args:
+        fastest: time the algorithms at the first convolution of each shape, and take the fastest; else cuDNN guesses.
+    """
+    cudnn: Any = torch.backends.cudnn
+    kept = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, fastest
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = kept
+
+
+@contextmanager
 def _legacy_full_precision() -> Iterator[None]:
     """The old switches at full precision, where they can be read: PyTorch refuses once a new one contradicts them."""
     cudnn = torch.backends.cudnn

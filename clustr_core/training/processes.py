@@ -1,13 +1,12 @@
 """Several processes at one task, started by torchrun; one process is the same with nobody to talk to.
 
-Lightning Fabric joins them (NCCL on GPUs, gloo on CPUs) and sets the precision. It is loaded only where it has
-something to do: one process in float32 needs neither.
+Lightning Fabric joins them (NCCL on GPUs, gloo on CPUs); one process does without.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -18,7 +17,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clustr_core.numerics.rounding import full_precision, tf32
+from clustr_core.numerics.rounding import full_precision, repeatable_convolutions, tf32
 from clustr_core.training.recipes import Precision
 
 log = logging.getLogger(__name__)
@@ -94,15 +93,20 @@ class Processes:
         if self.count > 1:
             self._fabric.barrier()
 
-    def in_precision(self) -> AbstractContextManager[None]:
-        """A block in which float32 is what this precision means, whatever the caller has switched on."""
-        return tf32(self.device) if self.precision == "tf32" else full_precision(self.device)
+    @contextmanager
+    def in_precision(self) -> Iterator[None]:
+        """A block in which float32 is what this precision means, whatever the caller has switched on, and two equal
+        trainings on one GPU are the same bit for bit."""
+        precision = tf32(self.device) if self.precision == "tf32" else full_precision(self.device)
+        with precision, repeatable_convolutions():
+            yield
 
     def computed(self, network: Callable[[Tensor], Tensor], images: Float[Tensor, "part ..."]) -> Float[Tensor, "..."]:
         """What a network makes of images, computed in this precision; under bf16-mixed, too, float32 comes out."""
         if self.precision != "bf16-mixed":
             return network(images)
-        with self._fabric.autocast():
+        # inside another autocast, as `in_precision` is, rounded weights that are kept would outlive their update
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
             return network(images).float()
 
     def prepared(self, network: nn.Module) -> list[Tensor]:
@@ -132,7 +136,7 @@ class Processes:
 
     @property
     def _fabric(self) -> Any:
-        return _fabric(self.device, self.count, self.precision)
+        return _fabric(self.device, self.count)
 
 
 class _Gather(torch.autograd.Function):
@@ -226,28 +230,20 @@ def _launched() -> tuple[int, int]:
 
 
 @cache
-def _fabric(device: torch.device, count: int, precision: Precision) -> Any:
-    """Fabric in this precision, with the processes joined; how float32 is multiplied is no matter of Fabric's."""
+def _fabric(device: torch.device, count: int) -> Any:
+    """Fabric with the processes joined."""
     from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning_fabric.strategies.ddp import DDPStrategy
 
-    passes = "bf16-mixed" if precision == "bf16-mixed" else "32-true"
     # it greets from every process
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    if count == 1:
-        devices = 1 if device.index is None else [device.index]
-        # named, because inside a Slurm job Fabric would look for other processes
-        alone = LightningEnvironment()
-        return Fabric(accelerator=device.type, devices=devices, precision=passes, plugins=[alone])
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     fabric = Fabric(
         accelerator=device.type,
         devices=here,
         num_nodes=count // here,
         strategy=DDPStrategy(timeout=TIMEOUT),
-        precision=passes,
         plugins=[TorchElasticEnvironment()],
     )
     fabric.launch()

@@ -24,6 +24,8 @@ CERTIFIABLE = ("lip-mlp", "lip-cnn", "lip-cnn-aol")
 # what training does; raised by one when a recipe leads to other weights than before (`tests/fingerprints.json` notices)
 # 1: runs are named by their recipe and this number, and no longer by a digest of source code
 TRAINING_VERSION = 1
+# raised by one when trainings in a precision lead to other weights than before
+PRECISION_VERSIONS: dict[str, int] = {"bf16-mixed": 2}
 
 
 class UnknownMethod(ValueError):
@@ -45,7 +47,7 @@ class Recipe:
         seed: fixes the initial weights, every batch and every random start.
         precision: of the training, whatever the caller has switched on. "32-true" is float32 without TF32, "tf32" lets
             a GPU round the factors of products and convolutions, and "bf16-mixed" passes images through the network in
-            bfloat16 where that is safe. Weights, losses and clusters stay in float32.
+            bfloat16 where that is safe. Weights, losses and the finished network's clusters stay in float32.
         snapshots: epochs whose weights are kept beside the final ones (0 is the start).
     Raises:
         ValueError: if a value has no meaning.
@@ -372,11 +374,14 @@ def run_key(recipe: Recipe) -> str:
 
 
 def training_version(recipe: Recipe) -> str:
-    """What the weights depend on beside the recipe's values and the data: `TRAINING_VERSION`, and the method's own."""
+    """What the weights depend on beside the recipe's values and the data: `TRAINING_VERSION`, the method's own, and the
+    precision's."""
     chain = [recipe]
     while chain[-1].warm_start:
         chain.append(chain[-1].warm_start)
     own = [f"{each.method}-{each.version}" for each in chain if each.version != 1]
+    changed = {each.precision for each in chain} & set(PRECISION_VERSIONS)
+    own += [f"{precision}-{PRECISION_VERSIONS[precision]}" for precision in sorted(changed)]
     return "+".join([str(TRAINING_VERSION), *own])
 
 

@@ -1,5 +1,7 @@
 """The clusters of an epoch, and those of the finished network."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -22,11 +24,14 @@ def clusters_and_sampler(
     generator: torch.Generator,
     processes: Processes = ALONE,
 ) -> tuple[Clusters | None, ClusterBatches | ShuffledBatches]:
-    """This epoch's clusters (from evaluation-mode embeddings) and a sampler that knows their losses."""
+    """This epoch's clusters (from evaluation-mode embeddings) and a sampler that knows their losses.
+
+    Images pass as the training passes them, in the precision of `processes`.
+    """
     seed = int(torch.randint(2**31, (), generator=generator, device=images.device))
     if not has_cluster_batches(recipe):
         return None, ShuffledBatches(len(images), batch_size=recipe.batch_size, seed=seed)
-    embeddings = embedded(processes, encoder, images)
+    embeddings = embedded(processes, encoder, images, processes.computed)
     clusters, assignments = clustered(processes, recipe, embeddings, labels, seed)
     sampler = ClusterBatches(
         clusters,
@@ -40,9 +45,14 @@ def clusters_and_sampler(
     return clusters, sampler
 
 
-def embedded(processes: Processes, encoder: nn.Module, images: Tensor) -> Tensor:
+def embedded(
+    processes: Processes,
+    encoder: nn.Module,
+    images: Tensor,
+    passed: Callable[[nn.Module, Tensor], Tensor] | None = None,
+) -> Tensor:
     """`embed_all`, of which each process does its part."""
-    return processes.gathered(embed_all(encoder, processes.shard(images)), len(images))
+    return processes.gathered(embed_all(encoder, processes.shard(images), passed=passed), len(images))
 
 
 def clustered(
@@ -72,7 +82,7 @@ def final_clusters(
     labels: Tensor,
     processes: Processes = ALONE,
 ) -> Clusters:
-    """k-means of the final embeddings; learnt centroids stay where they are, and only their variance is measured."""
+    """k-means of the final embeddings, in float32; of learnt centroids, which stay, only the variance is measured."""
     embeddings = embedded(processes, network.encoder, images)
     if not isinstance(network, ClusterClassifier):
         return clustered(processes, recipe, embeddings, labels, recipe.seed)[0]

@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -794,3 +795,10 @@ def test_a_changed_dataset_is_noticed(runs, digits):
         attack_table(run, protocol, dataset=replace(digits, train_images=255 - digits.train_images))
     with pytest.raises(ValueError, match=r"dataset: expected 'digits' as in the run, got 'other'"):
         attack_table(run, protocol, dataset=replace(digits, name="other"))
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(140e9, 1024), (24e9, 128)])
+def test_a_large_gpu_is_given_more_images_at_one_time(memory, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    assert pieces_module.attacked_at_once("cuda") == expected
+    assert pieces_module.attacked_at_once("cpu") == 128

@@ -94,14 +94,18 @@ def whole(tmp_path_factory):
 def test_headline_methods_come_first_and_each_begins_with_what_decides():
     steps = plan(load_profile(ROOT / "profiles/gpu.yaml"))
     trained = [step.method for step in steps if step.kind == "train"]
-    assert trained[:4] == ["ce", "clustr", "clustr-qtrades", "pgd-at"]
+    assert trained[:4] == ["ce", "clustr", "clustr-qtrades", "fast-at"]
     assert len(trained) == len(set(trained)) == 12
     clustr = [step for step in steps if step.method == "clustr"]
     first = clustr[1].attacks["paper"]
     assert (clustr[0].kind, first.eps, first.steps, first.restarts) == ("train", (8 / 255,), 100, 1)
+    decided = [list(step.attacks)[-1] for step in clustr[1:5]]
+    assert decided == ["paper", "transfer", "linf", "autoattack"]
     assert [step.kind for step in clustr[-3:]] == ["certificates", "diagnostics", "attacks"]
     assert dict(clustr[-1].attacks) == load_profile(ROOT / "profiles/gpu.yaml").attacks
-    # all headline methods have their cheap rows before one of them has its costly ones
+    # all headline methods have the rows that decide before one of them has others, and those before its costly ones
+    others = next(n for n, step in enumerate(steps) if "l2" in step.attacks)
+    assert {step.method for step in steps[:others] if list(step.attacks)[-1:] == ["autoattack"]} == set(trained[:4])
     costly = next(n for n, step in enumerate(steps) if step.kind == "diagnostics")
     assert [step.method for step in steps[:costly] if step.kind == "train"] == trained[:4]
     assert {step.method for step in steps[costly:] if step.kind == "train"} == set(trained[4:])

@@ -1,5 +1,7 @@
 """Passes that are repeated from a recording give what the network gives, in whatever order they are asked for."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from clustr_core.attacks.cells import cell_walk
 from clustr_core.attacks.gradient import pgd
 from clustr_core.attacks.paper import ScoreModel, paper_pgd
 from clustr_core.measuring.attacked import attacked_targets
+from clustr_core.measuring.pieces import GPU_CHUNK
 from clustr_core.measuring.profile import Profile, Protocol
 from clustr_core.models.classifiers import ClusterClassifier
 from clustr_core.models.clusters import fit_clusters
@@ -71,19 +74,27 @@ def input_gradient(function, at: Tensor, weights: Tensor) -> Tensor:
 
 @pytest.fixture
 def weights() -> Tensor:
-    return torch.randn(300, network()(images(1)).shape[1], generator=torch.Generator().manual_seed(5)).double()
+    return torch.randn(
+        SLOTS[-1] + 1, network()(images(1)).shape[1], generator=torch.Generator().manual_seed(5)
+    ).double()
 
 
 def test_every_size_of_batch_gives_what_the_network_gives(weights: Tensor) -> None:
     plain, made = network(), []
     repeated = Repeated(plain, lambda given, example: made.append(Recording(given, example)) or made[-1])
-    for count in (0, 1, 7, 8, 9, 33, 100, 128, 129, 5):
+    for count in (0, 1, 7, 8, 9, 33, 100, 128, SLOTS[-1] + 1, 5):
         at = images(count, seed=count)
         torch.testing.assert_close(repeated(at), plain(at))
         torch.testing.assert_close(input_gradient(repeated, at, weights), input_gradient(plain, at, weights))
-    # 0 and 129 pass as they would; 5 finds the recording of 1, 7 and 8
-    assert [len(each.inputs) for each in made] == [8, 16, 64, 128]
-    assert len(made[-1].inputs) == SLOTS
+    # none, and more than the largest size, pass as they would; 5 finds the recording of 1, 7, 8 and 9
+    assert [len(each.inputs) for each in made] == [16, 64, 128]
+
+
+def test_a_piece_of_an_attack_on_a_gpu_is_a_recorded_pass() -> None:
+    assert SLOTS[-1] == GPU_CHUNK
+    assert list(SLOTS) == sorted(SLOTS)
+    # no large batch is padded to more than twice itself
+    assert all(larger <= 2 * smaller for smaller, larger in pairwise(SLOTS[1:]))
 
 
 def test_a_gradient_is_right_whatever_was_repeated_since(weights: Tensor) -> None:
@@ -164,15 +175,16 @@ def test_a_leg_that_captures_attacks_repeated_encoders(runs: dict, digits) -> No
 
 @pytest.mark.gpu
 def test_a_gpu_repeats_what_the_network_gives() -> None:
-    plain = build_encoder("resnet18", (3, 32, 32), width=16).cuda().eval().requires_grad_(False)
+    # in double precision, since another algorithm rounds otherwise and a ReLU may then switch
+    plain = build_encoder("resnet18", (3, 32, 32), width=16).double().cuda().eval().requires_grad_(False)
     repeated = Repeated(plain).eval()
-    for count in (128, 20, 128, 3, 20):
-        at = torch.rand(count, 3, 32, 32, device="cuda")
+    for count in (128, 20, 200, 3, 20):
+        at = torch.rand(count, 3, 32, 32, device="cuda", dtype=torch.float64)
         leaves = at.clone().requires_grad_(), at.clone().requires_grad_()
         outputs = repeated(leaves[0]), plain(leaves[1])
         gradients = [
             torch.autograd.grad(F.normalize(output).sum(), leaf)[0]
             for output, leaf in zip(outputs, leaves, strict=True)
         ]
-        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)

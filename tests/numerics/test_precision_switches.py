@@ -1,5 +1,6 @@
 """Full precision inside a block, whichever of PyTorch's switches allows less, and nothing changed behind it."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from clustr_core.models.classifiers import cluster_logits
 from clustr_core.models.clusters import Clusters
-from clustr_core.numerics.rounding import full_precision, tf32
+from clustr_core.numerics.rounding import full_precision, repeatable_convolutions, tf32
 
 CPU = torch.device("cpu")
 B: Any = torch.backends
@@ -136,3 +137,14 @@ def test_distances_work_under_every_setting(setting):
     expected = cluster_logits(points, clusters)
     setting()
     assert torch.equal(cluster_logits(points, clusters), expected)
+
+
+@pytest.mark.parametrize("fastest", [False, True])
+@pytest.mark.parametrize("before", [(False, True), (True, False)])
+def test_convolutions_repeat_inside_and_behind_it_nothing_has_changed(before, fastest, monkeypatch):
+    for name, value in zip(("deterministic", "benchmark"), before, strict=True):
+        monkeypatch.setattr(B.cudnn, name, value)
+    with suppress(KeyError), repeatable_convolutions(fastest=fastest):
+        assert (B.cudnn.deterministic, B.cudnn.benchmark) == (True, fastest)
+        raise KeyError
+    assert (B.cudnn.deterministic, B.cudnn.benchmark) == before

@@ -295,3 +295,19 @@ def test_one_process_is_alone_whatever_else_is_left(left, precision, monkeypatch
     processes = join("cpu", precision)
     assert (processes.rank, processes.count, count(), is_first()) == (0, 1, 1, True)
     assert processes.computed(lambda x: x @ x, torch.ones(2, 2)).tolist() == [[2, 2], [2, 2]]
+
+
+def test_rounded_weights_are_those_of_the_last_update():
+    # an autocast inside another keeps what it has rounded until the outer one ends
+    processes, weights = join("cpu", "bf16-mixed"), torch.nn.Linear(2, 1, bias=False)
+    with processes.in_precision():
+        for value in (1.0, 2.0):
+            with torch.no_grad():
+                weights.weight.fill_(value)
+            assert processes.computed(weights, torch.ones(1, 2)).item() == 2 * value
+
+
+def test_a_training_in_one_process_repeats_its_convolutions():
+    with join("cpu").in_precision():
+        assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.deterministic

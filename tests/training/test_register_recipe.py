@@ -20,7 +20,15 @@ from clustr_core.measuring.certified import certificates_of
 from clustr_core.measuring.profile import load_profile
 from clustr_core.training import loop
 from clustr_core.training.loop import fit, train_epoch
-from clustr_core.training.recipes import METHODS, Clustr, CrossEntropy, Recipe, recipe_from_dict, run_key
+from clustr_core.training.recipes import (
+    METHODS,
+    PRECISION_VERSIONS,
+    Clustr,
+    CrossEntropy,
+    Recipe,
+    recipe_from_dict,
+    run_key,
+)
 from clustr_core.training.registry import register_recipe
 from clustr_core.training.run import load_run
 from clustr_core.training.step import Terms
@@ -231,6 +239,14 @@ def test_a_version_of_ones_own_is_part_of_the_name():
     names = [named(version) for version in (1, 2, 3)]
     assert len({first for first, _ in names}) == len({second for _, second in names}) == 3
     assert recipe_from_dict({"method": "own"}).method == "own"
+
+
+def test_a_precisions_version_is_part_of_the_name(monkeypatch):
+    recipes = [CrossEntropy(precision=precision) for precision in ("32-true", "tf32", "bf16-mixed")]
+    recipes.append(CrossEntropy(warm_start=recipes[-1]))
+    before = [run_key(recipe) for recipe in recipes]
+    monkeypatch.setitem(PRECISION_VERSIONS, "bf16-mixed", 99)
+    assert [key == run_key(recipe) for key, recipe in zip(before, recipes, strict=True)] == [True, True, False, False]
 
 
 def test_what_a_registered_class_lacks_is_named():
