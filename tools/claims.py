@@ -37,7 +37,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from clustr_core.measuring.accuracy import best_bound, certified_accuracy
-from clustr_core.measuring.study import Study, certified_lines, protocol_lines, read_study, summary
+from clustr_core.measuring.study import Study, as_far_as_published, certified_lines, protocol_lines, summary
 from clustr_core.storage.files import home
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.storage.tables import read_table
@@ -400,7 +400,7 @@ def _table(root: Path, path: str) -> pd.DataFrame:
 def _study(root: Path, profile: str) -> Study:
     if home().resolve() != root.resolve():
         raise ValueError(f"root: expected the book's own, {home()}, got {root}")
-    return read_study(profile, published=True)
+    return as_far_as_published(profile)
 
 
 @cache

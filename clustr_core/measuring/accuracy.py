@@ -78,8 +78,8 @@ def summary_table(
 
     Args:
         attacks: as for `both_protocols`; all columns stand on the images that every attack at ``eps`` has seen.
-        certificates: of `certificates_of`; the best bound of each method counts. Those of a method that promises
-            nothing and has no clusters are of the clusters fitted afterwards.
+        certificates: of `certificates_of`, or no rows; the best bound of each method counts. Those of a method that
+            promises nothing and has no clusters are of the clusters fitted afterwards.
         eps: in pixels of [0, 1].
         pixels: of an image, channels counted one by one.
         norm: "l2" has no paper's protocol.
@@ -97,13 +97,19 @@ def summary_table(
     )
     both = both.rename(columns={"robust_accuracy": "accuracy"})
     both["column"] = both["protocol"].where(both["eps"] > 0, "clean")
+    columns = both.drop_duplicates(["method", "column"])
+    if not certificates.empty:
+        columns = pd.concat([columns, _certified(here, certificates, eps, pixels, norm)], ignore_index=True)
+    return columns.loc[:, ["method", "column", "accuracy", "low", "high", "examples"]]
+
+
+def _certified(here: pd.DataFrame, certificates: pd.DataFrame, eps: float, pixels: int, norm: Norm) -> pd.DataFrame:
+    """The column "certified" of `summary_table`, on the images that the attacks have seen."""
     seen = on_common_images(here)[["method", "index"]].drop_duplicates()
     best = best_bound(certificates).replace({"method": _of_clusters()})
     radius = eps * (pixels**0.5 if norm == "linf" else 1.0)
     certified = certified_accuracy(best.merge(seen, on=["method", "index"]), [radius]).drop(columns="bound")
-    certified = certified.rename(columns={"certified_accuracy": "accuracy"}).assign(column="certified")
-    columns = pd.concat([both.drop_duplicates(["method", "column"]), certified], ignore_index=True)
-    return columns.loc[:, ["method", "column", "accuracy", "low", "high", "examples"]]
+    return certified.rename(columns={"certified_accuracy": "accuracy"}).assign(column="certified")
 
 
 def best_bound(certificates: pd.DataFrame) -> pd.DataFrame:

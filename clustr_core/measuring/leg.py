@@ -23,7 +23,7 @@ from clustr_core.measuring.attacked import attacked_targets, attacks_of, measure
 from clustr_core.measuring.certified import certificate_pieces, certificates_of, prototype_certificates
 from clustr_core.measuring.examination import examined
 from clustr_core.measuring.pieces import CachedRows, fill_cache
-from clustr_core.measuring.profile import Profile, Protocol
+from clustr_core.measuring.profile import PARTIAL, Profile, Protocol
 from clustr_core.measuring.sandwiched import sandwich_of, sandwich_pieces
 from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.versions import VERSIONS
@@ -45,8 +45,6 @@ HEADLINE = ("ce", "clustr", "clustr-qtrades", "fast-at")
 # attacks that decide whether a claim holds, where they are in the norm of the paper's protocol; the last is the referee
 DECISIVE = ("paper", "transfer", "pgd", "autoattack")
 PROTOTYPES = "prototypes"
-# tables of attacks that do not hold all of a profile's attacks yet lie in this folder beside the others
-PARTIAL = "partial"
 # work of a kind that was not timed yet is taken to need this share of the leg
 UNKNOWN_SHARE = 0.1
 # packing may take this share of the time since it was last done

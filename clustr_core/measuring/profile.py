@@ -17,6 +17,10 @@ from clustr_core.training.fields import build, field_value, mapping, read_yaml
 from clustr_core.training.recipes import METHODS, Recipe
 
 
+# tables of attacks that do not hold all of a profile's attacks yet lie in this folder beside the others
+PARTIAL = "partial"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """How robustness is measured: one kind of attack over a grid of eps, once for each loss; the worst of them counts.

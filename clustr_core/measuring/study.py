@@ -28,9 +28,11 @@ from clustr_core.measuring.accuracy import (
     robust_accuracy_by_loss,
     summary_table,
 )
-from clustr_core.measuring.profile import Profile, Protocol, load_profile
-from clustr_core.storage.files import home
+from clustr_core.measuring.profile import PARTIAL, Profile, Protocol, load_profile
+from clustr_core.storage.files import home, read_json
+from clustr_core.storage.provenance import sidecar_of
 from clustr_core.storage.tables import read_table
+from clustr_core.training.fields import build
 from clustr_core.training.recipes import run_folder
 
 log = logging.getLogger(__name__)
@@ -239,10 +241,8 @@ class Study:
         if self.folder is None:
             tables = [_measured(self.profile, kind, method) for method in methods]
         else:
-            paths = [self.folder / f"{kind}-{method}.csv" for method in methods]
-            # prototypes are no method of a profile, and may be missing where it is published in part
-            tables = [read_table(path) for path in paths if path.exists() or path.stem != "certificates-prototypes"]
-        return pd.concat(tables, ignore_index=True)
+            tables = [read_table(path) for method in methods if (path := _table(self.folder, kind, method)).exists()]
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def read_study(
@@ -290,9 +290,21 @@ def published_profiles() -> list[str]:
 
 
 def studies_in_part() -> list[Study]:
-    """The profiles of which some methods are published, as those that are made in legs: with their attacks and
-    certificates, of these methods alone."""
+    """The profiles of which some rows are published, as those that are made in legs: the methods that were attacked, by
+    all attacks or by those that decide (`leg.plan`), with what else there is of them."""
     return [part for folder in _published() if (part := _in_part(load_profile(folder.name), folder)) is not None]
+
+
+def as_far_as_published(name: str) -> Study:
+    """A profile's published rows, whether they are all there or some.
+
+    Raises:
+        FileNotFoundError: if none are.
+    """
+    for each in studies_in_part():
+        if each.name == name:
+            return each
+    return read_study(name, published=True)
 
 
 def _published() -> list[Path]:
@@ -301,18 +313,29 @@ def _published() -> list[Path]:
 
 
 def _in_part(profile: Profile, folder: Path) -> Study | None:
-    """The methods whose attacks and certificates are in a folder; None if all tables are, or of no method."""
-    there = {
-        method: recipe
-        for method, recipe in profile.attacked.items()
-        if all((folder / f"{kind}-{method}.csv").exists() for kind in ("attacks", "certificates"))
-    }
+    """The methods whose attacks are in a folder; None if all tables are, or of no method."""
+    tables = {method: _table(folder, "attacks", method) for method in profile.attacked}
+    there = {method: profile.recipes[method] for method, path in tables.items() if path.exists()}
     if not there or not _missing(profile, folder):
         return None
-    attacks = {
-        name: each for name, each in profile.attacks.items() if each.attack != "transfer" or each.source in there
-    }
+    attacks = {name: each for method in there for name, each in _attacks_asked(profile, tables[method]).items()}
+    attacks = {name: each for name, each in attacks.items() if each.attack != "transfer" or each.source in there}
     return Study(replace(profile, recipes=there, attacks=attacks), "published", folder, _radii(profile))
+
+
+def _attacks_asked(profile: Profile, table: Path) -> Mapping[str, Protocol]:
+    """The attacks whose rows a table holds: all of the profile's, but for a partial one."""
+    if table.parent.name != PARTIAL:
+        return profile.attacks
+    asked = read_json(sidecar_of(table))["made"]["protocol"]
+    return {name: build(Protocol, values, f"{table.name}: {name}") for name, values in asked.items()}
+
+
+def _table(folder: Path, kind: str, method: str) -> Path:
+    """Where a table lies, or would: attacks that are not all there are among the partial ones."""
+    whole = folder / f"{kind}-{method}.csv"
+    partial = folder / PARTIAL / whole.name
+    return partial if partial.exists() and not whole.exists() else whole
 
 
 def _radii(profile: Profile) -> tuple[float, ...]:
@@ -722,7 +745,7 @@ def _lines(table: pd.DataFrame) -> list[str]:
 def _wide(table: pd.DataFrame, columns: str, methods: list[str], shown: Sequence) -> pd.DataFrame:
     """Accuracies with their intervals: a row each method, a column each of ``shown``."""
     cells = table.assign(cell=with_intervals(table)).pivot(index="method", columns=columns, values="cell")
-    return cells.loc[methods, list(shown)].fillna(ABSENT).rename_axis(None, axis=1)
+    return cells.reindex(columns=list(shown)).loc[methods].fillna(ABSENT).rename_axis(None, axis=1)
 
 
 def _titled(table: pd.DataFrame) -> pd.DataFrame:

@@ -83,10 +83,29 @@ def precision_table(halves: pd.DataFrame) -> pd.DataFrame:
     return means.rename(columns={"climbed": "attack climbs in", **headings})
 
 
-def epochs_on_a_gpu() -> pd.DataFrame:
-    """Seconds that an epoch of a method took on an H100: ``method seconds``, at the paper's width, noted once.
+def gpu_steps_table() -> pd.DataFrame:
+    """What an epoch takes on a GPU at the paper's width beside a bare compiled loop: a row each method and way."""
+    rows = bench("gpu-steps")
+    ways = rows["captured"].map({True: "repeated from a recording", False: "made anew"})
+    return pd.DataFrame(
+        {
+            "what": rows["what"],
+            "precision": rows["precision"],
+            "updates": ways,
+            "images a step": rows["images"],
+            "seconds": rows["seconds"].round(2),
+            "over the bare loop": rows["ratio"].round(2),
+        }
+    )
 
-    Raises:
-        FileNotFoundError: if there are none.
-    """
-    return read_table(home() / "results/published/full-width/epochs.csv")
+
+def kernels_table() -> pd.DataFrame:
+    """The GPU kernels beside plain PyTorch on a GPU, in milliseconds: a row each kernel and dtype."""
+    rows = bench("kernels")
+    milliseconds = {name: rows[f"{name}_ms"].round(2) for name in ("ours", "eager", "compiled")}
+    return pd.DataFrame({"kernel": rows["kernel"], "dtype": rows["dtype"], **milliseconds})
+
+
+def epochs_on_a_gpu() -> dict[str, float]:
+    """Seconds that an epoch of each method took on an H200, at the paper's width."""
+    return bench("gpu-epochs").set_index("method")["seconds"].to_dict()

@@ -77,14 +77,17 @@ def test_a_study_that_is_published_in_part_is_shown_of_the_methods_that_are_ther
     home: Path, cifar: study.Study
 ) -> None:
     assert study.studies_in_part() == []
+    with pytest.raises(FileNotFoundError, match=r"gpu/attacks-ce\.csv: expected a published table"):
+        study.as_far_as_published("gpu")
     there = home / "results/published/gpu"
     there.mkdir()
     for method in ("pgd-at", "clustr", "lip-linear"):
         for kind in ("attacks", "certificates"):
             shutil.copy(ROOT / f"results/published/cpu-cifar10/{kind}-{method}.csv", there)
-    # begun, and not attacked yet
+    # certified, and not attacked yet
     shutil.copy(ROOT / "results/published/cpu-cifar10/certificates-trades.csv", there)
     (part,) = study.studies_in_part()
+    assert part == study.as_far_as_published("gpu")
     assert (part.name, part.source) == ("gpu", "published")
     assert part.ordinary == ["pgd-at", "clustr"]
     assert part.data_name == "CIFAR-10 (JPEG), width 64"
@@ -95,6 +98,27 @@ def test_a_study_that_is_published_in_part_is_shown_of_the_methods_that_are_ther
     pd.testing.assert_frame_equal(table[columns], same[columns])
     assert list(table["epochs"]) == ["15", "18 + 30", "60"]
     assert study.published_profiles() == ["quick"]
+
+
+def test_attacks_that_decide_are_shown_before_the_others_are_there() -> None:
+    """The rows of the paper's width, as far as they are published, and what chapter 6 says of them."""
+    part = study.as_far_as_published("gpu")
+    assert part.ordinary == ["ce", "ce-clusters", "clustr"]
+    assert set(part.profile.attacks) == {"paper", "transfer", "linf", "autoattack"}
+    # one start in place of the profile's ten, at one eps of its four
+    assert (part.paper.restarts, part.paper.steps, part.paper.eps) == (1, 100, (8 / 255,))
+    assert part.certificates.empty
+    table = study.protocol_table(part).set_index("method")
+    assert (table["certified, %"] == study.ABSENT).all()
+    alone = study.attack_table(part).set_index("method")
+    undefended, clustr = alone.loc["cross-entropy, clusters fitted after"], alone.loc["ClusTR"]
+    assert undefended["paper's"] > clustr["paper's"] > 10
+    assert (undefended[["PGD, ce", "PGD, margin", "PGD, DLR", "AutoAttack"]] == 0).all()
+    assert (clustr[["PGD, ce", "PGD, margin", "PGD, DLR"]] > 9).all()
+    assert clustr["AutoAttack"] == 0 < clustr["transfer"] < 0.2
+    rows = part.attacks.query("method == 'clustr'")
+    assert rows["index"].nunique() == 1000
+    assert round(100 * study.disagreement(rows, part.eps()), 1) == 24.0
 
 
 def test_a_published_profile_of_which_a_table_is_missing_is_named(home: Path) -> None:
