@@ -16,7 +16,6 @@ from clustr_core.storage.files import digest, expanded, home
 from clustr_core.training.fields import build, field_value, mapping, read_yaml
 from clustr_core.training.recipes import METHODS, Recipe
 
-
 # tables of attacks that do not hold all of a profile's attacks yet lie in this folder beside the others
 PARTIAL = "partial"
 
