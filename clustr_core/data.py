@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer, UInt8
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clustr_core.storage.files import digest, expanded, home, written_whole
+from clustr_core.storage.files import digest, expanded, home
+from clustr_core.storage.tensors import read_tensors, write_tensors
 
 ImageBytes = UInt8[Tensor, "batch channel height width"]
 CACHE_FOLDER = ".cache"
@@ -281,8 +280,7 @@ def _load_folder(name: str, given: Path, root: Path) -> Dataset:
         kept = _can_be_written(cache)
         tensors = _decode(files)
         if kept:
-            with written_whole(cache) as temporary:
-                save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
+            write_tensors(cache, tensors, {"fingerprint": fingerprint})
     return Dataset(name, **tensors, class_names=names)  # pyright: ignore[reportArgumentType]
 
 
@@ -348,15 +346,11 @@ def _can_be_written(cache: Path) -> bool:
 
 def _read_cache(cache: Path, fingerprint: str) -> dict[str, Tensor] | None:
     """The decoded images of these files, or None; what cannot be read is as good as none."""
-    from safetensors import safe_open
-
     try:
-        with safe_open(cache, framework="pt") as file:
-            known = (file.metadata() or {}).get("fingerprint")
-        tensors = load_file(cache) if known == fingerprint else {}
-    except (SafetensorError, OSError):
+        tensors, facts = read_tensors(cache)
+    except (ValueError, OSError):
         return None
-    return tensors if set(tensors) == _CACHED else None
+    return tensors if facts.get("fingerprint") == fingerprint and set(tensors) == _CACHED else None
 
 
 def _decode(files: dict[str, list[tuple[Path, int]]]) -> dict[str, Tensor]:

@@ -422,7 +422,7 @@ def test_a_damaged_piece_is_one_line_that_names_it(certifying, home, capsys, com
     assert certifies(command) == 2
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clustr: ")]
     assert kept.name in said
-    assert "got a damaged file with" in said
+    assert "got a damaged file" in said
 
 
 def test_threads_are_set():

@@ -14,11 +14,10 @@ import pytest
 import torch
 from disk import files_of_at_most
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
 from clustr_core import cli, data
+from clustr_core.storage.tensors import read_tensors, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -394,15 +393,13 @@ def lock(cache, monkeypatch):
     def refuse(*given, **options):
         raise PermissionError(errno.EACCES, "Permission denied", str(cache))
 
-    monkeypatch.setattr(data, "load_file", refuse)
+    monkeypatch.setattr(data, "read_tensors", refuse)
 
 
 def drop_a_part(cache, monkeypatch):
-    with safe_open(cache, framework="pt") as file:
-        kept = file.metadata()
-    tensors = load_file(cache)
+    tensors, facts = read_tensors(cache)
     del tensors["test_labels"]
-    save_file(tensors, cache, metadata=kept)
+    write_tensors(cache, tensors, facts)
 
 
 @pytest.mark.parametrize("spoilt", [lock, drop_a_part])

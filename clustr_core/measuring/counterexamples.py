@@ -6,11 +6,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from clustr_core.storage.files import written_whole
+from clustr_core.storage.tensors import read_tensors, write_tensors
 
 # in units of pixels, L2. A certificate speaks of the real model: the rounding of an image's pixels in float32 (3e-6 for
 # 3072 of them) and that inside the encoder move the border that is found.
@@ -82,23 +80,26 @@ def save_counterexample(path: Path, found: Counterexample) -> None:
         OSError: as the file system says.
     """
     tensors = {
-        "image": found.image.detach().cpu().contiguous(),
-        "adversarial": found.adversarial.detach().cpu().contiguous(),
+        "image": found.image,
+        "adversarial": found.adversarial,
         "label": torch.tensor(found.label),
         "index": torch.tensor(found.index),
         "radius": torch.tensor(found.radius, dtype=torch.float64),
         "norm": torch.tensor(found.norm, dtype=torch.float64),
     }
-    with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata={"attack": found.attack})
+    write_tensors(path, tensors, {"attack": found.attack})
 
 
 def load_counterexample(path: Path) -> Counterexample:
-    """Read what `save_counterexample` wrote."""
-    with safe_open(path, framework="pt") as file:
-        image, adversarial = file.get_tensor("image"), file.get_tensor("adversarial")
-        label, index, radius, norm = (file.get_tensor(name).item() for name in ("label", "index", "radius", "norm"))
-        return Counterexample(image, adversarial, label, index, radius, norm, file.metadata()["attack"])
+    """Read what `save_counterexample` wrote.
+
+    Raises:
+        ValueError: if the file is not as it was written.
+    """
+    tensors, facts = read_tensors(path, "a counterexample")
+    label, index = (int(tensors[name]) for name in ("label", "index"))
+    radius, norm = (float(tensors[name]) for name in ("radius", "norm"))
+    return Counterexample(tensors["image"], tensors["adversarial"], label, index, radius, norm, facts["attack"])
 
 
 def kept_counterexample(found: Counterexample, folder: Path) -> CertificateBroken:

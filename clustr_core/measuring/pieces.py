@@ -16,7 +16,7 @@ from clustr_core import data
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.numerics.rounding import full_precision
 from clustr_core.storage.files import digest
-from clustr_core.storage.tables import read_table, write_table
+from clustr_core.storage.tables import read_sealed, write_table
 from clustr_core.training.processes import device_here, join
 from clustr_core.training.run import Run
 
@@ -52,7 +52,7 @@ class CachedRows:
         """
         if not self.path.exists():
             return False
-        self._check(self.path.read_bytes())
+        self._whole()
         return True
 
     def fill(self) -> None:
@@ -65,7 +65,7 @@ class CachedRows:
             table = self.rows()
         if len(table) != self.count:
             raise ValueError(f"{self.path}: expected {self.count} rows of this measurement, got {len(table)}")
-        write_table(self.path, table, digits=self.digits)
+        write_table(self.path, table, digits=self.digits, sealed=True)
 
     def read(self) -> pd.DataFrame:
         """The rows as the file has them, computed first if there is no file.
@@ -73,24 +73,20 @@ class CachedRows:
         Raises:
             ValueError: as `kept` and `fill`.
         """
-        if not self.kept():
+        if not self.path.exists():
             self.fill()
-        table = read_table(self.path)
+        return self._whole()
+
+    def _whole(self) -> pd.DataFrame:
+        """The rows, refused if any bit of the file has changed."""
+        remedy = "delete it, and the rows are measured again"
+        try:
+            table = read_sealed(self.path)
+        except ValueError as error:
+            raise ValueError(f"{error}; {remedy}") from error
         if len(table) != self.count:
-            raise self._damaged(f"{len(table)} rows")
+            raise ValueError(f"{self.path}: expected {self.count} rows, got {len(table)}; {remedy}")
         return table
-
-    def _check(self, content: bytes) -> None:
-        """Refuse a file that was cut short: each row, and the names of the columns, end with a line feed."""
-        lines = content.count(b"\n")
-        if lines != self.count + 1 or not content.endswith(b"\n"):
-            raise self._damaged(f"{max(lines - 1, 0)}" + (" and a part" if not content.endswith(b"\n") else ""))
-
-    def _damaged(self, found: str) -> ValueError:
-        return ValueError(
-            f"{self.path}: expected {self.count} rows, got a damaged file with {found}; "
-            "delete it, and the rows are measured again"
-        )
 
 
 def fill_cache(

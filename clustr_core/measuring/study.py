@@ -30,7 +30,7 @@ from clustr_core.measuring.accuracy import (
 )
 from clustr_core.measuring.profile import PARTIAL, Profile, Protocol, load_profile
 from clustr_core.storage.files import home, read_json
-from clustr_core.storage.provenance import sidecar_of
+from clustr_core.storage.provenance import check_sidecar, sidecar_of
 from clustr_core.storage.tables import read_table
 from clustr_core.training.fields import build
 from clustr_core.training.recipes import run_folder
@@ -241,7 +241,7 @@ class Study:
         if self.folder is None:
             tables = [_measured(self.profile, kind, method) for method in methods]
         else:
-            tables = [read_table(path) for method in methods if (path := _table(self.folder, kind, method)).exists()]
+            tables = [_read(path) for method in methods if (path := _table(self.folder, kind, method)).exists()]
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
@@ -329,6 +329,13 @@ def _attacks_asked(profile: Profile, table: Path) -> Mapping[str, Protocol]:
         return profile.attacks
     asked = read_json(sidecar_of(table))["made"]["protocol"]
     return {name: build(Protocol, values, f"{table.name}: {name}") for name, values in asked.items()}
+
+
+def _read(path: Path) -> pd.DataFrame:
+    """A table, held against its sidecar where it has one."""
+    if sidecar_of(path).exists():
+        check_sidecar(path)
+    return read_table(path)
 
 
 def _table(folder: Path, kind: str, method: str) -> Path:
@@ -745,7 +752,7 @@ def _lines(table: pd.DataFrame) -> list[str]:
 def _wide(table: pd.DataFrame, columns: str, methods: list[str], shown: Sequence) -> pd.DataFrame:
     """Accuracies with their intervals: a row each method, a column each of ``shown``."""
     cells = table.assign(cell=with_intervals(table)).pivot(index="method", columns=columns, values="cell")
-    return cells.reindex(columns=list(shown)).loc[methods].fillna(ABSENT).rename_axis(None, axis=1)
+    return cells.reindex(columns=list(shown)).loc[methods].astype(object).fillna(ABSENT).rename_axis(None, axis=1)
 
 
 def _titled(table: pd.DataFrame) -> pd.DataFrame:

@@ -86,7 +86,7 @@ def precision_table(halves: pd.DataFrame) -> pd.DataFrame:
 def gpu_steps_table() -> pd.DataFrame:
     """What an epoch takes on a GPU at the paper's width beside a bare compiled loop: a row each method and way."""
     rows = bench("gpu-steps")
-    ways = rows["captured"].map({True: "repeated from a recording", False: "made anew"})
+    ways = ["repeated from a recording" if captured else "made anew" for captured in rows["captured"]]
     return pd.DataFrame(
         {
             "what": rows["what"],

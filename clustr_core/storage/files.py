@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def seal_of(content: Mapping[str, Any]) -> str:
+    """A digest of all that JSON says, whatever its layout."""
+    return digest(json.dumps(content, sort_keys=True))
 
 
 def digest(*parts: bytes | str) -> str:

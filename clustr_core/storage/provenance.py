@@ -1,6 +1,5 @@
 """Where a number comes from: commit, versions, processor, threads; and the sidecar that says so beside each table."""
 
-import json
 import os
 import platform
 import subprocess
@@ -11,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from clustr_core.storage.files import digest, home, read_json, write_json
+from clustr_core.storage.files import digest, home, read_json, seal_of, write_json
 
 VERSIONED = ("torch", "torchvision", "numpy", "scikit-learn", "umap-learn")
 
@@ -92,7 +91,7 @@ def write_sidecar(table: Path, made: Mapping[str, Any], *, note: str = "") -> No
         note: in words, what a reader must know beyond that.
     """
     content = {"table": _contents(table), "made": dict(made), "note": note}
-    write_json(sidecar_of(table), content | {"sha256": _seal(content)})
+    write_json(sidecar_of(table), content | {"sha256": seal_of(content)})
 
 
 def check_sidecar(table: Path) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def check_sidecar(table: Path) -> dict[str, Any]:
     if wrong := sorted(key for key in found if said.get(key) != found[key]):
         differing = ", ".join(f"{key} {said.get(key)!r}, found {found[key]!r}" for key in wrong)
         raise ValueError(f"{table}: expected the table that its sidecar describes: {differing}")
-    if content.pop("sha256", None) != _seal(content):
+    if content.pop("sha256", None) != seal_of(content):
         raise ValueError(
             f"{path}: expected the sidecar as it was written, got one of another sha256, changed since or of an "
             "earlier version: make the table again"
@@ -121,13 +120,11 @@ def check_sidecar(table: Path) -> dict[str, Any]:
     return content
 
 
-def _seal(content: Mapping[str, Any]) -> str:
-    """A digest of all that a sidecar says, whatever its layout."""
-    return digest(json.dumps(content, sort_keys=True))
-
-
 def _contents(table: Path) -> dict[str, Any]:
-    lines = table.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = table.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{table}: expected a table in UTF-8, got something damaged ({error})") from error
     return {
         "sha256": digest(table.read_bytes()),
         "rows": len(lines) - 1,

@@ -1,16 +1,25 @@
 """The per-example tables."""
 
+import io
 from pathlib import Path
 
 import pandas as pd
 
-from clustr_core.storage.files import written_whole
+from clustr_core.storage.files import digest, written_whole
+
+# the last line of a sealed table: this, and the digest of all before it
+_SEAL = b"sha256,"
 
 
-def write_table(path: Path, table: pd.DataFrame, *, digits: int = 9) -> None:
-    """Write a table as CSV with so many significant digits, whole or not at all."""
+def write_table(path: Path, table: pd.DataFrame, *, digits: int = 9, sealed: bool = False) -> None:
+    """Write a table as CSV with so many significant digits, whole or not at all.
+
+    Args:
+        sealed: end it with a digest of what stands before, for `read_sealed`.
+    """
     with written_whole(path) as temporary:
-        table.to_csv(temporary, index=False, encoding="utf-8", float_format=f"%.{digits}g", lineterminator="\n")
+        text = table.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n").encode()
+        temporary.write_bytes(text + _seal(text) if sealed else text)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -19,7 +28,27 @@ def read_table(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: if the file is empty, no CSV or not in UTF-8, with its path.
     """
+    return _parsed(path, path.read_bytes())
+
+
+def read_sealed(path: Path) -> pd.DataFrame:
+    """Read a sealed table.
+
+    Raises:
+        ValueError: if any bit of it is another than was written, with its path.
+    """
+    text, found, _ = (content := path.read_bytes()).rpartition(_SEAL)
+    if not found or content != text + _seal(text):
+        raise ValueError(f"{path}: expected a table as it was written, got a damaged file (its sha256 is another)")
+    return _parsed(path, text)
+
+
+def _seal(text: bytes) -> bytes:
+    return _SEAL + digest(text).encode() + b"\n"
+
+
+def _parsed(path: Path, content: bytes) -> pd.DataFrame:
     try:
-        return pd.read_csv(path, encoding="utf-8")
+        return pd.read_csv(io.BytesIO(content), encoding="utf-8")
     except ValueError as error:  # pandas' own errors and UnicodeDecodeError are among them
         raise ValueError(f"{path}: expected a table, got something empty or damaged ({error})") from error

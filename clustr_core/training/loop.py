@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from clustr_core import data
 from clustr_core.models.clusters import Clusters
-from clustr_core.storage.files import digest, write_json, written_whole
+from clustr_core.storage.files import digest, seal_of, write_json, written_whole
 from clustr_core.storage.provenance import environment
 from clustr_core.storage.tables import write_table
 from clustr_core.training.captured import (
@@ -326,6 +326,7 @@ def finish(
         "version": training_version(recipe),
         "seed": recipe.seed,
         "weights_sha256": digest((folder / WEIGHTS).read_bytes()),
+        "history_sha256": digest((folder / HISTORY).read_bytes()),
         "weights_dtype": dtype,
         "train_examples": len(labels),
         "num_classes": dataset.num_classes,
@@ -335,4 +336,4 @@ def finish(
         "captured": state.record is not None,
         **environment(str(images.device)),
     }
-    write_json(folder / DONE, content)
+    write_json(folder / DONE, content | {"sha256": seal_of(content)})

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from clustr_core import data
@@ -16,8 +16,9 @@ from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, 
 from clustr_core.models.clusters import Clusters
 from clustr_core.models.encoders import build_encoder, to_channels_last_frozen
 from clustr_core.models.one_lipschitz import fold_parametrizations
-from clustr_core.storage.files import digest, read_json
+from clustr_core.storage.files import digest, read_json, seal_of
 from clustr_core.storage.tables import read_table
+from clustr_core.storage.tensors import read_tensors
 from clustr_core.training.recipes import (
     Recipe,
     UnknownMethod,
@@ -63,7 +64,12 @@ class Run:
     @property
     def history(self) -> pd.DataFrame:
         """One row an epoch: ``epoch``, ``loss``, ``learning_rate``, and for cluster methods ``magnet``
-        (the magnet term alone), ``variance`` (sigma^2 at its start) and ``coverage`` (share of the images it saw)."""
+        (the magnet term alone), ``variance`` (sigma^2 at its start) and ``coverage`` (share of the images it saw).
+
+        Raises:
+            ValueError: as `weights`.
+        """
+        self._as_written(HISTORY, "history_sha256")
         return read_table(self.path / HISTORY)
 
     def model(self, device: str | torch.device = "cpu") -> LinearClassifier | ClusterClassifier:
@@ -71,7 +77,7 @@ class Run:
         if self.recipe.clustered:
             return self.cluster_model(device)
         net = new_network(self.recipe, self.image_shape, self.num_classes)
-        net.load_state_dict(prefixed(self._weights(), "network."))
+        net.load_state_dict(prefixed(self.weights(), "network."))
         assert isinstance(net, LinearClassifier)
         return finished(net, device)
 
@@ -82,7 +88,7 @@ class Run:
             rule: None for the method's own, which is "soft" for a method without clusters.
         """
         rule = rule or self.recipe.rule
-        return finished(cluster_network(self.recipe, self.image_shape, self._weights(), rule), device)
+        return finished(cluster_network(self.recipe, self.image_shape, self.weights(), rule), device)
 
     def encoder_at(self, epoch: int, device: str | torch.device = "cpu") -> nn.Module:
         """The encoder as it was after ``epoch`` epochs, for the epochs in ``recipe.snapshots``.
@@ -93,20 +99,29 @@ class Run:
         if epoch not in self.recipe.snapshots:
             raise ValueError(f"epoch: expected one of the snapshots {self.recipe.snapshots}, got {epoch}")
         net = new_network(self.recipe, self.image_shape, self.num_classes)
-        net.load_state_dict(load_file(snapshot_path(self.path, epoch)))
+        net.load_state_dict(read_tensors(snapshot_path(self.path, epoch), "a snapshot")[0])
         return finished(net.encoder, device)
 
-    def _weights(self) -> dict[str, Tensor]:
-        said = read_json(self.path / DONE).get("weights_sha256")
-        if said is not None and said != self.weights_sha256:
-            raise ValueError(
-                f"{self.path / WEIGHTS}: expected the weights of {said[:10]}, as {DONE} says, "
-                f"got those of {self.weights_sha256[:10]}"
-            )
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors of the file of weights: ``network.*`` and ``clusters.*``.
+
+        Raises:
+            ValueError: if it is damaged, or not the one that ``run.json`` speaks of.
+        """
+        content = self._as_written(WEIGHTS, "weights_sha256")
         try:
-            return load_file(self.path / WEIGHTS)
+            return load(content)
         except SafetensorError as error:
             raise ValueError(f"{self.path / WEIGHTS}: expected weights, got a damaged file ({error})") from error
+
+    def _as_written(self, name: str, key: str) -> bytes:
+        """A file of the run, held against what ``run.json`` says of it; runs of before say nothing of some."""
+        said, content = read_json(self.path / DONE).get(key), (self.path / name).read_bytes()
+        if said is not None and said != (found := digest(content)):
+            raise ValueError(
+                f"{self.path / name}: expected the file of sha256 {str(said)[:10]}, as {DONE} says, got {found[:10]}"
+            )
+        return content
 
 
 def cluster_network(
@@ -166,6 +181,8 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
         made_by = "make figures, clustr train or fit(recipe) makes one"
         raise FileNotFoundError(f"folder: expected a finished run with {DONE} in {folder}, got none: {made_by}")
     content = read_json(folder / DONE)
+    if (seal := content.pop("sha256", None)) is not None and seal != seal_of(content):
+        raise ValueError(f"{folder / DONE}: expected the file as it was written, got a damaged one (another sha256)")
     try:
         recipe = recipe_from_dict(content["recipe"])
         channels, height, width = content["image_shape"]

@@ -1,18 +1,15 @@
 """All that an epoch changes, and the checkpoint that keeps it."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clustr_core import data
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
-from clustr_core.storage.files import written_whole
+from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training.captured import Recorder
 from clustr_core.training.checks import images_in_a_batch
 from clustr_core.training.processes import ALONE, Processes
@@ -26,7 +23,6 @@ from clustr_core.training.recipes import (
 from clustr_core.training.refresh import clustered, embedded
 from clustr_core.training.run import (
     CHECKPOINT,
-    WEIGHTS,
     Run,
     check_digest,
     check_version,
@@ -69,7 +65,7 @@ def new_state(
     """The start of a training: fresh weights, or those of the run that it starts from."""
     network = new_network(recipe, dataset.image_shape, dataset.num_classes)
     if start is not None:
-        network.load_state_dict(prefixed(load_file(start.path / WEIGHTS), "network."))
+        network.load_state_dict(prefixed(start.weights(), "network."))
     network.to(images.device)
     if record is not None and recipe.precision != "32-true":
         # what tensor cores want; files keep the usual layout
@@ -114,13 +110,11 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
     if not state.processes.first:
         return
     if state.epoch in recipe.snapshots:
-        with written_whole(snapshot_path(folder, state.epoch)) as temporary:
-            save_file(network_tensors(state.network), temporary)
+        write_tensors(snapshot_path(folder, state.epoch), network_tensors(state.network))
     packed = state.optimiser.state_dict()
     tensors = {f"network.{name}": tensor for name, tensor in network_tensors(state.network).items()}
     for index, slots in packed["state"].items():
-        kept = {name: tensor.contiguous() for name, tensor in slots.items() if tensor is not None}
-        tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in kept.items()}
+        tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in slots.items() if tensor is not None}
     tensors["generator"] = state.generator.get_state()
     if state.perturbation is not None:
         tensors["perturbation"] = state.perturbation
@@ -131,8 +125,7 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
         "epoch": state.epoch,
         "history": state.history,
     }
-    with written_whole(folder / CHECKPOINT) as temporary:
-        save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
+    write_tensors(folder / CHECKPOINT, tensors, facts)
 
 
 def checkpoint_facts(path: Path, recipe: Recipe, data_sha256: str) -> dict[str, Any]:
@@ -141,21 +134,17 @@ def checkpoint_facts(path: Path, recipe: Recipe, data_sha256: str) -> dict[str, 
     Raises:
         ValueError: if it is damaged, or of another recipe, version or data.
     """
-    facts = _facts(path)
+    return _checked(path, recipe, data_sha256)[1]
+
+
+def _checked(path: Path, recipe: Recipe, data_sha256: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, facts = read_tensors(path, "a checkpoint")
     found = recipe_from_dict(facts["recipe"])
     if found != recipe:
         raise ValueError(other_recipe(path, found, recipe))
     check_version(path, facts.get("version"), recipe)
     check_digest(path.parent, facts["train_data_sha256"], data_sha256, recipe.dataset)
-    return facts
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["facts"])
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected a checkpoint, got a truncated or damaged file ({error})") from error
+    return tensors, facts
 
 
 def epochs_kept(path: Path) -> int:
@@ -164,12 +153,12 @@ def epochs_kept(path: Path) -> int:
     Raises:
         ValueError: if it is damaged.
     """
-    return _facts(path)["epoch"]
+    return read_tensors(path, "a checkpoint")[1]["epoch"]
 
 
 def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
     """Go on from a checkpoint, which must be of this recipe and of these data."""
-    facts, tensors = checkpoint_facts(path, recipe, state.data_sha256), load_file(path)
+    tensors, facts = _checked(path, recipe, state.data_sha256)
     state.network.load_state_dict(prefixed(tensors, "network."))
     slots: dict[int, dict[str, Tensor]] = {}
     weights = trained_weights(state)

@@ -46,7 +46,7 @@ def counted(tiny_book, monkeypatch):
 
         monkeypatch.setattr(owner, name, noted)
 
-    count(run_module, "load_file", "models")
+    count(run_module, "load", "models")
     count(targets, "rescaled", "temperatures")
     count(data, "load_dataset", "datasets")
     count(data, "_digest_of", "digests")  # of the test set; a part of the training set has a digest of its own

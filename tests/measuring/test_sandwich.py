@@ -147,7 +147,7 @@ def test_a_full_disk_does_not_hide_a_broken_certificate(tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(counterexamples, "save_file", full)
+    monkeypatch.setattr(counterexamples, "write_tensors", full)
     with pytest.raises(CertificateBroken, match=r"it could not be kept: .*No space left on device"):
         measured(nearest(), tmp_path, scale=1.05, attacks=["fmn"])
     assert not list(tmp_path.iterdir())

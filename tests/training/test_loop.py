@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from disk import contents, files_of_at_most
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
@@ -28,9 +27,10 @@ from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, 
 from clustr_core.models.clusters import Clusters, fit_clusters
 from clustr_core.models.embed import embed_all, evaluating
 from clustr_core.models.encoders import build_encoder
+from clustr_core.storage import tensors as tensors_module
 from clustr_core.storage.files import read_json
+from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training import loop
-from clustr_core.training import state as state_module
 from clustr_core.training.loop import fit, train_epoch
 from clustr_core.training.losses import certificate_loss, full_magnet_loss, magnet_loss, margin_cross_entropy
 from clustr_core.training.objectives import objective
@@ -245,8 +245,7 @@ fit(recipe_from_dict(json.loads(sys.argv[2])), folder=Path(sys.argv[1]), device=
 
 
 def epochs_done(checkpoint):
-    with safe_open(checkpoint, framework="pt") as file:
-        return json.loads(file.metadata()["facts"])["epoch"]
+    return read_tensors(checkpoint)[1]["epoch"]
 
 
 @pytest.mark.parametrize(
@@ -923,14 +922,13 @@ def test_free_clustr_moves_weights_and_perturbation_by_the_magnet_loss(digits, m
 def test_the_perturbation_goes_on_where_the_last_batch_and_the_last_checkpoint_left_it(train, killed, home, trained):
     recipe = RECIPES["free-at, adam, crop"]
     killed(recipe, during=2, folder=home / "run")
-    kept = load_file(home / "run/checkpoint.safetensors")
+    path = home / "run/checkpoint.safetensors"
+    kept, facts = read_tensors(path)
     assert kept["perturbation"].shape == (64, 1, 8, 8)
     assert 0 < kept["perturbation"].abs().max() <= recipe.eps + 1e-7
     whole = results(trained(recipe))
     # another perturbation in the checkpoint is another run
-    with safe_open(home / "run/checkpoint.safetensors", framework="pt") as file:
-        metadata = file.metadata()
-    save_file(kept | {"perturbation": -kept["perturbation"]}, home / "run/checkpoint.safetensors", metadata=metadata)
+    write_tensors(path, kept | {"perturbation": -kept["perturbation"]}, facts)
     assert results(train(recipe, folder=home / "run"))["model.safetensors"] != whole["model.safetensors"]
 
 
@@ -1133,7 +1131,7 @@ def test_a_checkpoint_cut_short_by_an_error_is_never_seen(train, killed, home, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(state_module, "save_file", half)
+        patch.setattr(tensors_module, "save_file", half)
         with pytest.raises(OSError, match="No space left on device"):
             train(CE, folder=home / "run")
     assert contents(home / "run") == before

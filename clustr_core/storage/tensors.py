@@ -1,0 +1,62 @@
+"""Tensors as files that know what they hold: a digest of every name, shape and number is checked at every read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clustr_core.storage.files import digest, seal_of, written_whole
+
+ENTRY = "content"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
+    """Write tensors, and what is said of them, as safetensors: whole or not at all, with a digest of all of it.
+
+    Args:
+        facts: JSON-able.
+    Raises:
+        OSError: as the file system says.
+    """
+    kept, said = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(facts or {})
+    # one entry, since safetensors writes several in any order
+    content = {"facts": said, "sha256": _digest_of(kept, said)}
+    with written_whole(path) as temporary:
+        save_file(kept, temporary, metadata={ENTRY: json.dumps(content)})
+
+
+def read_tensors(path: Path, what: str = "tensors") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote: the tensors, on the CPU, and the facts.
+
+    Args:
+        what: the file is called in errors.
+    Raises:
+        ValueError: if it is truncated, damaged, or in any bit not what was written; the file is named.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {})[ENTRY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        facts, said = content["facts"], content["sha256"]
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected {what}, got a truncated or damaged file ({error})") from error
+    if said != _digest_of(tensors, facts):
+        raise ValueError(f"{path}: expected {what}, got a damaged file (its sha256 is another)")
+    return tensors, facts
+
+
+def _digest_of(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    parts: list[bytes | str] = [seal_of(facts)]
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        parts += [f"{name} {tensor.dtype} {list(tensor.shape)}", _bytes(tensor)]
+    return digest(*parts)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
