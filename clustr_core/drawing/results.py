@@ -169,6 +169,28 @@ def draw_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
         axes.plot(*place, marker, label=name, **look)
 
 
+def draw_fates(axes: Axes, table: pd.DataFrame) -> None:
+    """`study.kin_table`: of each defence what was reported and what AutoAttack leaves, two marks on one row.
+
+    Raises:
+        ValueError: as `check_rows`.
+    """
+    check_rows(table, "reported", "autoattack", words=("name", "attacks"))
+    trained = table["attacks"] == "yes"
+    ends = table[["autoattack", "reported"]].to_numpy()
+    for row, pair in enumerate(ends):
+        axes.plot(pair, [row] * 2, color="0.7", linewidth=4, zorder=1)
+    groups = {"not trained on attacks, or in one step": ~trained, "trained on attacks": trained}
+    for (label, which), look in zip(groups.items(), (PROTOCOL_LOOKS["paper"], PROTOCOL_LOOKS["correct"]), strict=True):
+        rows, style = np.flatnonzero(which), {"marker": look.marker, "linestyle": "", "color": look.color, "zorder": 3}
+        axes.plot(ends[rows, 1], rows, **style, markerfacecolor="white", markeredgewidth=1.6)
+        axes.plot(ends[rows, 0], rows, **style, label=label)
+    axes.set_yticks(range(len(table)), table["name"])
+    axes.set_ylim(len(table) - 0.5, -0.5)
+    axes.set(xlim=(-3, 100), xlabel="robust accuracy, %")
+    axes.grid(visible=False, axis="y")
+
+
 def draw_protocol_gaps(axes: Axes, table: pd.DataFrame) -> None:
     """`accuracy.summary_table`: each method in both protocols, two marks on one row, with intervals, joined by a bar.
 

@@ -94,7 +94,25 @@ ATTACK_NAMES = {
     ("square", "margin"): "Square",
     ("autoattack", "standard"): "AutoAttack",
 }
+# of claims.csv, on CIFAR-10 at 8/255 in L-infinity: defences by clusters, prototypes or distances, and after them what
+# they are held against; what each is called, and whether it was trained on attacks
+KIN = {
+    "clustr-qtrades": ("ClusTR+QTRADES, the authors' model", "in one step"),
+    "pcl": ("PCL", "no"),
+    "mmc": ("MMC, retrained by others", "no"),
+    "mmc-at": ("MMC", "yes"),
+    "tla": ("TLA", "yes"),
+    "he-trades": ("hypersphere embedding, TRADES", "yes"),
+    "he-at": ("hypersphere embedding", "yes"),
+    "madry": ("adversarial training alone", "yes"),
+    "trades-authors": ("TRADES alone", "yes"),
+}
 LOSSES = {"ce": "ce", "margin": "margin", "dlr": "DLR"}
+# networks that others trained, by the names of their tables
+STRANGERS = {
+    "standard": "ResNet-18 for CIFAR-10, no defence, 8/255",
+    "adversarial": "small CNN for MNIST, adversarial training, 0.3",
+}
 # of the paper's ResNet-18
 FULL_WIDTH = 64
 ABSENT = "–"
@@ -707,6 +725,46 @@ def systems_table(ours: Study | None = None) -> pd.DataFrame:
         wide.loc[f"ClusTR-cert, profile {ours.name}"] = [*shares, "this page"]
     headings = {radius: f"{'clean' if radius == '0' else radius}, %" for radius in radii}
     return wide.rename(columns=headings).rename_axis("system").reset_index()
+
+
+def kin_table() -> pd.DataFrame:
+    """What became of clusters, prototypes and distances as a defence, as others print it: a row each, CIFAR-10, 8/255.
+
+    Returns:
+        columns ``name attacks network clean reported autoattack source where``; ``attacks`` says whether it was trained
+        on them, the accuracies are in per cent.
+    """
+    rows = []
+    for method, (name, attacks) in KIN.items():
+        printed = claims(method=method, dataset="cifar10").set_index("metric")
+        reported = printed.loc["reported" if "reported" in printed.index else "pgd"]
+        autoattack = printed.loc["autoattack"]
+        rows.append(
+            {
+                "name": name,
+                "attacks": attacks,
+                "network": "ResNet-18" if method == "clustr-qtrades" else reported["note"] or ABSENT,
+                "clean": float(printed.loc["clean", "value"]),
+                "reported": float(reported["value"]),
+                "autoattack": float(autoattack["value"]),
+                "source": reported["source"],
+                "where": autoattack["where"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def strangers_table() -> pd.DataFrame:
+    """Robust accuracy of networks that others trained and ship, attack by attack, in per cent: a row each network."""
+    tables = {name: read_table(home() / f"results/published/strangers/attacks-{name}.csv") for name in STRANGERS}
+    rows = []
+    for name, table in tables.items():
+        eps = float(table["eps"].iloc[0])
+        found = by_attack(table, eps).set_index("attack")
+        clean = table.drop_duplicates("index")["correct"].mean()
+        cells = dict(zip(found.index, with_intervals(found.reset_index(), "robust_accuracy"), strict=True))
+        rows.append({"network": STRANGERS[name], "clean, %": f"{100 * clean:.1f}", **cells})
+    return pd.DataFrame(rows)
 
 
 def answer_table(study: Study, methods: Sequence[str] = ("clustr", "ce-clusters", "pgd-at")) -> pd.DataFrame:

@@ -87,6 +87,10 @@ CASES = {
     "by attack": Case(
         results.draw_by_attack, lines("robust_accuracy low high", attack=("Square",)), "robust_accuracy low high"
     ),
+    "fates": Case(
+        results.draw_fates, lines("reported autoattack", name=("PCL", "MMC")).assign(attacks="yes"),
+        "reported autoattack",
+    ),
     "gaps": Case(results.draw_protocol_gaps, GAPS, "accuracy low high", False),
     "sandwich": Case(results.draw_sandwich, lines("at accuracy", column=("clean", "certified")), "at accuracy"),
     "tightness": Case(results.draw_tightness, lines("norm radius", method=("ce",)), "norm radius"),

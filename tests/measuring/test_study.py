@@ -353,3 +353,26 @@ def test_a_narrow_and_a_wide_network_fail_in_different_ways(cifar: study.Study) 
     assert study.disagreement(mine, eps) == 0
     bounds = study.full_width("certificates")
     assert bounds["lipschitz"].min() > 1e13 > 50 > bounds["lipschitz_lower_bound"].max()
+
+
+def test_without_attacks_in_training_nothing_is_left_and_with_them_what_they_give() -> None:
+    """What chapter 11 says of what others print."""
+    kin = study.kin_table()
+    assert list(kin["name"]) == [name for name, _ in study.KIN.values()]
+    without = kin[kin["attacks"] != "yes"]
+    assert (without["autoattack"] < 0.5).all()
+    assert (without["reported"] > 30).all()
+    trained = kin[kin["attacks"] == "yes"].set_index("name")
+    assert trained["autoattack"].between(40, 60).all()
+    gap = trained.loc["TLA", "autoattack"] - trained.loc["adversarial training alone", "autoattack"]
+    assert gap == pytest.approx(3.37)
+
+
+def test_networks_of_others_stand_at_the_gate_beside_each_other() -> None:
+    table = study.strangers_table()
+    assert len(table) == len(study.STRANGERS)
+    standard, adversarial = (table.set_index("network").loc[name] for name in study.STRANGERS.values())
+    assert standard["AutoAttack"].startswith("0.0")
+    left = {name: float(cell.split("\N{NO-BREAK SPACE}")[0]) for name, cell in adversarial.iloc[2:].items()}
+    # the black box finds what PGD does not
+    assert 90 < left["AutoAttack"] < left["Square"] < 93 < left["PGD, margin"]
