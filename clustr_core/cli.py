@@ -6,8 +6,10 @@ import io
 import logging
 import math
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -71,7 +73,7 @@ Figures come from the notebooks alone: make figures PROFILE=quick.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; bad input ends with one clear line and status 2."""
+    """Run a command; bad input ends with one clear line and status 2, Ctrl-C and SIGTERM with one and 130 or 143."""
     options = _parser().parse_args(arguments)
     if options.precision is not None:
         options.set.append(f"precision={options.precision}")
@@ -83,8 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads is not None:
             _set_threads(options.threads)
         _check_output(options)
-        with spoken:
+        with spoken, _ended_by_sigterm():
             options.command(options)
+    except KeyboardInterrupt as asked:
+        print(f"clustr: ended by {'SIGTERM' if asked.args else 'Ctrl-C'}; {_KEPT}", file=sys.stderr)
+        return 143 if asked.args else 130
     except (ValueError, TypeError, OSError, CertificateBroken) as error:
         print("clustr:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -93,6 +98,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"clustr: {first}; take a device with more memory", file=sys.stderr)
         return 2
     return 0
+
+
+_KEPT = "epochs and pieces that were finished are kept, and the same command goes on from there"
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """A block that SIGTERM ends as Ctrl-C does, where signals can be caught."""
+
+    def end(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_output(options: argparse.Namespace) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -547,3 +549,15 @@ def test_the_installed_command(home):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert done.stderr == "clustr: method: expected one of ['ce', 'clustr'] in tiny, got 'none'\n"
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
+)
+def test_a_command_that_is_asked_to_end_says_so_in_one_line(ended, status, name, home, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "_train", lambda options: os.kill(os.getpid(), ended) or time.sleep(5))
+    assert clustr("train") == status
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"clustr: ended by {name}; {cli._KEPT}"]
+    assert signal.getsignal(signal.SIGTERM) is before

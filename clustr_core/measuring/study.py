@@ -755,16 +755,15 @@ def kin_table() -> pd.DataFrame:
 
 
 def strangers_table() -> pd.DataFrame:
-    """Robust accuracy of networks that others trained and ship, attack by attack, in per cent: a row each network."""
-    tables = {name: read_table(home() / f"results/published/strangers/attacks-{name}.csv") for name in STRANGERS}
-    rows = []
-    for name, table in tables.items():
-        eps = float(table["eps"].iloc[0])
-        found = by_attack(table, eps).set_index("attack")
-        clean = table.drop_duplicates("index")["correct"].mean()
-        cells = dict(zip(found.index, with_intervals(found.reset_index(), "robust_accuracy"), strict=True))
-        rows.append({"network": STRANGERS[name], "clean, %": f"{100 * clean:.1f}", **cells})
-    return pd.DataFrame(rows)
+    """Robust accuracy of networks that others trained and ship, in per cent with intervals: a row each attack, and a
+    column each network."""
+    columns = {}
+    for name, title in STRANGERS.items():
+        rows = read_table(home() / f"results/published/strangers/attacks-{name}.csv")
+        clean = robust_accuracy(rows).query("eps == 0").assign(attack="none: clean accuracy")
+        found = pd.concat([clean, by_attack(rows, float(rows["eps"].iloc[0]))])
+        columns[title] = pd.Series(with_intervals(found, "robust_accuracy"), found["attack"])
+    return pd.DataFrame(columns).rename_axis("attack").reset_index()
 
 
 def answer_table(study: Study, methods: Sequence[str] = ("clustr", "ce-clusters", "pgd-at")) -> pd.DataFrame:
