@@ -25,6 +25,8 @@ from clustr_core.storage.tensors import read_tensors, write_tensors
 
 ImageBytes = UInt8[Tensor, "batch channel height width"]
 CACHE_FOLDER = ".cache"
+# what a cache is
+IMAGES = "decoded images"
 _CACHED = {"train_images", "train_labels", "test_images", "test_labels"}
 SPLIT_SEED = 111
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
@@ -280,7 +282,7 @@ def _load_folder(name: str, given: Path, root: Path) -> Dataset:
         kept = _can_be_written(cache)
         tensors = _decode(files)
         if kept:
-            write_tensors(cache, tensors, {"fingerprint": fingerprint})
+            write_tensors(cache, IMAGES, tensors, {"fingerprint": fingerprint})
     return Dataset(name, **tensors, class_names=names)  # pyright: ignore[reportArgumentType]
 
 
@@ -347,7 +349,7 @@ def _can_be_written(cache: Path) -> bool:
 def _read_cache(cache: Path, fingerprint: str) -> dict[str, Tensor] | None:
     """The decoded images of these files, or None; what cannot be read is as good as none."""
     try:
-        tensors, facts = read_tensors(cache)
+        tensors, facts = read_tensors(cache, IMAGES)
     except (ValueError, OSError):
         return None
     return tensors if facts.get("fingerprint") == fingerprint and set(tensors) == _CACHED else None

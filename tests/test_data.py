@@ -397,9 +397,9 @@ def lock(cache, monkeypatch):
 
 
 def drop_a_part(cache, monkeypatch):
-    tensors, facts = read_tensors(cache)
+    tensors, facts = read_tensors(cache, data.IMAGES)
     del tensors["test_labels"]
-    write_tensors(cache, tensors, facts)
+    write_tensors(cache, data.IMAGES, tensors, facts)
 
 
 @pytest.mark.parametrize("spoilt", [lock, drop_a_part])

@@ -87,7 +87,7 @@ def save_counterexample(path: Path, found: Counterexample) -> None:
         "radius": torch.tensor(found.radius, dtype=torch.float64),
         "norm": torch.tensor(found.norm, dtype=torch.float64),
     }
-    write_tensors(path, tensors, {"attack": found.attack})
+    write_tensors(path, "a counterexample", tensors, {"attack": found.attack})
 
 
 def load_counterexample(path: Path) -> Counterexample:

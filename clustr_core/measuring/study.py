@@ -29,9 +29,8 @@ from clustr_core.measuring.accuracy import (
     summary_table,
 )
 from clustr_core.measuring.profile import PARTIAL, Profile, Protocol, load_profile
-from clustr_core.storage.files import home, read_json
-from clustr_core.storage.provenance import check_sidecar, sidecar_of
-from clustr_core.storage.tables import read_table
+from clustr_core.storage.files import home
+from clustr_core.storage.provenance import check_sidecar, read_checked
 from clustr_core.training.fields import build
 from clustr_core.training.recipes import run_folder
 
@@ -259,7 +258,7 @@ class Study:
         if self.folder is None:
             tables = [_measured(self.profile, kind, method) for method in methods]
         else:
-            tables = [_read(path) for method in methods if (path := _table(self.folder, kind, method)).exists()]
+            tables = [read_checked(path) for method in methods if (path := _table(self.folder, kind, method)).exists()]
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
@@ -345,15 +344,8 @@ def _attacks_asked(profile: Profile, table: Path) -> Mapping[str, Protocol]:
     """The attacks whose rows a table holds: all of the profile's, but for a partial one."""
     if table.parent.name != PARTIAL:
         return profile.attacks
-    asked = read_json(sidecar_of(table))["made"]["protocol"]
+    asked = check_sidecar(table)["made"]["protocol"]
     return {name: build(Protocol, values, f"{table.name}: {name}") for name, values in asked.items()}
-
-
-def _read(path: Path) -> pd.DataFrame:
-    """A table, held against its sidecar where it has one."""
-    if sidecar_of(path).exists():
-        check_sidecar(path)
-    return read_table(path)
 
 
 def _table(folder: Path, kind: str, method: str) -> Path:
@@ -475,7 +467,7 @@ def full_width(kind: str = "attacks") -> pd.DataFrame:
     Raises:
         FileNotFoundError: if there are none.
     """
-    return read_table(home() / "results/published/full-width" / f"{kind}-clustr.csv")
+    return read_checked(home() / "results/published/full-width" / f"{kind}-clustr.csv")
 
 
 def measured_again(eps: float) -> pd.DataFrame:
@@ -759,7 +751,7 @@ def strangers_table() -> pd.DataFrame:
     column each network."""
     columns = {}
     for name, title in STRANGERS.items():
-        rows = read_table(home() / f"results/published/strangers/attacks-{name}.csv")
+        rows = read_checked(home() / f"results/published/strangers/attacks-{name}.csv")
         clean = robust_accuracy(rows).query("eps == 0").assign(attack="none: clean accuracy")
         found = pd.concat([clean, by_attack(rows, float(rows["eps"].iloc[0]))])
         columns[title] = pd.Series(with_intervals(found, "robust_accuracy"), found["attack"])

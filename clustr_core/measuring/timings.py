@@ -4,7 +4,7 @@ import pandas as pd
 
 from clustr_core.measuring.study import method_name
 from clustr_core.storage.files import home
-from clustr_core.storage.tables import read_table
+from clustr_core.storage.provenance import read_checked
 
 # what is timed in certification-cost.csv
 CERTIFIERS = {
@@ -30,7 +30,7 @@ def bench(name: str) -> pd.DataFrame:
     path = home() / "results/published/bench" / f"{name}.csv"
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a table that make bench wrote, got none")
-    return read_table(path)
+    return read_checked(path)
 
 
 def certification_table() -> pd.DataFrame:

@@ -10,7 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from clustr_core.storage.files import digest, home, read_json, seal_of, write_json
+from clustr_core.storage.tables import read_table
 
 VERSIONED = ("torch", "torchvision", "numpy", "scikit-learn", "umap-learn")
 
@@ -118,6 +121,17 @@ def check_sidecar(table: Path) -> dict[str, Any]:
             "earlier version: make the table again"
         )
     return content
+
+
+def read_checked(table: Path) -> pd.DataFrame:
+    """A table, held against its sidecar where it has one.
+
+    Raises:
+        ValueError: as `check_sidecar` and `read_table`.
+    """
+    if sidecar_of(table).exists():
+        check_sidecar(table)
+    return read_table(table)
 
 
 def _contents(table: Path) -> dict[str, Any]:

@@ -15,11 +15,11 @@ def write_table(path: Path, table: pd.DataFrame, *, digits: int = 9, sealed: boo
     """Write a table as CSV with so many significant digits, whole or not at all.
 
     Args:
-        sealed: end it with a digest of what stands before, for `read_sealed`.
+        sealed: end it with a digest of the file's name and of what stands before, for `read_sealed`.
     """
     with written_whole(path) as temporary:
         text = table.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n").encode()
-        temporary.write_bytes(text + _seal(text) if sealed else text)
+        temporary.write_bytes(text + _seal(path, text) if sealed else text)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -35,16 +35,16 @@ def read_sealed(path: Path) -> pd.DataFrame:
     """Read a sealed table.
 
     Raises:
-        ValueError: if any bit of it is another than was written, with its path.
+        ValueError: if any bit of it is another than was written, or it was written under another name, with its path.
     """
     text, found, _ = (content := path.read_bytes()).rpartition(_SEAL)
-    if not found or content != text + _seal(text):
+    if not found or content != text + _seal(path, text):
         raise ValueError(f"{path}: expected a table as it was written, got a damaged file (its sha256 is another)")
     return _parsed(path, text)
 
 
-def _seal(text: bytes) -> bytes:
-    return _SEAL + digest(text).encode() + b"\n"
+def _seal(path: Path, text: bytes) -> bytes:
+    return _SEAL + digest(path.name, text).encode() + b"\n"
 
 
 def _parsed(path: Path, content: bytes) -> pd.DataFrame:

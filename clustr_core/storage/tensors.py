@@ -15,43 +15,44 @@ from clustr_core.storage.files import digest, seal_of, written_whole
 ENTRY = "content"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
+def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors, and what is said of them, as safetensors: whole or not at all, with a digest of all of it.
 
     Args:
+        kind: what the file is, as "a checkpoint".
         facts: JSON-able.
     Raises:
         OSError: as the file system says.
     """
-    kept, said = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(facts or {})
+    kept, said = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(facts)
     # one entry, since safetensors writes several in any order
-    content = {"facts": said, "sha256": _digest_of(kept, said)}
+    content = {"kind": kind, "facts": said, "sha256": _digest_of(kind, kept, said)}
     with written_whole(path) as temporary:
         save_file(kept, temporary, metadata={ENTRY: json.dumps(content)})
 
 
-def read_tensors(path: Path, what: str = "tensors") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_tensors` wrote: the tensors, on the CPU, and the facts.
 
-    Args:
-        what: the file is called in errors.
     Raises:
-        ValueError: if it is truncated, damaged, or in any bit not what was written; the file is named.
+        ValueError: if it is of another kind, truncated, or in any bit not what was written; the file is named.
     """
     try:
         with safe_open(path, framework="pt") as file:
             content = json.loads((file.metadata() or {})[ENTRY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-        facts, said = content["facts"], content["sha256"]
+        found, facts, said = content["kind"], content["facts"], content["sha256"]
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: expected {what}, got a truncated or damaged file ({error})") from error
-    if said != _digest_of(tensors, facts):
-        raise ValueError(f"{path}: expected {what}, got a damaged file (its sha256 is another)")
+        raise ValueError(f"{path}: expected {kind}, got a truncated or damaged file ({error})") from error
+    if said != _digest_of(found, tensors, facts):
+        raise ValueError(f"{path}: expected {kind}, got a damaged file (its sha256 is another)")
+    if found != kind:
+        raise ValueError(f"{path}: expected {kind}, got {found}")
     return tensors, facts
 
 
-def _digest_of(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    parts: list[bytes | str] = [seal_of(facts)]
+def _digest_of(kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    parts: list[bytes | str] = [kind, seal_of(facts)]
     for name in sorted(tensors):
         tensor = tensors[name]
         parts += [f"{name} {tensor.dtype} {list(tensor.shape)}", _bytes(tensor)]

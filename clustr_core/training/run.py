@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 import torch
@@ -30,6 +30,7 @@ from clustr_core.training.recipes import (
 _Network = TypeVar("_Network", bound=nn.Module)
 WeightsDtype = Literal["float32", "float16"]
 CHECKPOINT, WEIGHTS, HISTORY, DONE = "checkpoint.safetensors", "model.safetensors", "history.csv", "run.json"
+SNAPSHOT = "a snapshot"
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,12 @@ class Run:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """SHA-256 of the file of weights: by this, rows that are measured know the model."""
-        return digest((self.path / WEIGHTS).read_bytes())
+        """SHA-256 of the file of weights: by this, rows that are measured know the model.
+
+        Raises:
+            ValueError: as `weights`.
+        """
+        return digest(self._as_written(WEIGHTS, "weights_sha256"))
 
     def check_data(self, dataset: data.Dataset) -> None:
         """Refuse data of the same name with other contents.
@@ -94,12 +99,17 @@ class Run:
         """The encoder as it was after ``epoch`` epochs, for the epochs in ``recipe.snapshots``.
 
         Raises:
-            ValueError: if the recipe kept no such snapshot.
+            ValueError: if the recipe kept no such snapshot, or the file is damaged, or of another epoch or run.
         """
         if epoch not in self.recipe.snapshots:
             raise ValueError(f"epoch: expected one of the snapshots {self.recipe.snapshots}, got {epoch}")
         net = new_network(self.recipe, self.image_shape, self.num_classes)
-        net.load_state_dict(read_tensors(snapshot_path(self.path, epoch), "a snapshot")[0])
+        path = snapshot_path(self.path, epoch)
+        tensors, facts = read_tensors(path, SNAPSHOT)
+        if seal_of(facts) != seal_of(progress_facts(self.recipe, self.train_data_sha256, epoch)):
+            found = f"epoch {facts.get('epoch')}" + ("" if facts.get("epoch") != epoch else " of another run")
+            raise ValueError(f"{path}: expected the snapshot of epoch {epoch} of this run, got that of {found}")
+        net.load_state_dict(tensors)
         return finished(net.encoder, device)
 
     def weights(self) -> dict[str, Tensor]:
@@ -276,6 +286,12 @@ def stored_tensors(network: nn.Module, dtype: WeightsDtype) -> dict[str, Tensor]
 
 def _is_halved(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dim() >= 2
+
+
+def progress_facts(recipe: Recipe, data_sha256: str, epoch: int) -> dict[str, Any]:
+    """What a checkpoint or a snapshot is of."""
+    about = {"recipe": recipe_to_dict(recipe), "version": training_version(recipe)}
+    return {**about, "train_data_sha256": data_sha256, "epoch": epoch}
 
 
 def snapshot_path(folder: Path, epoch: int) -> Path:

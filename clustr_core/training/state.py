@@ -17,12 +17,11 @@ from clustr_core.training.recipes import (
     Recipe,
     has_persistent_perturbation,
     recipe_from_dict,
-    recipe_to_dict,
-    training_version,
 )
 from clustr_core.training.refresh import clustered, embedded
 from clustr_core.training.run import (
     CHECKPOINT,
+    SNAPSHOT,
     Run,
     check_digest,
     check_version,
@@ -30,6 +29,7 @@ from clustr_core.training.run import (
     new_network,
     other_recipe,
     prefixed,
+    progress_facts,
     snapshot_path,
     training_digest,
 )
@@ -109,8 +109,9 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
     """The snapshot, if this epoch is one, and the checkpoint: one safetensors file that holds all a resume needs."""
     if not state.processes.first:
         return
+    about = progress_facts(recipe, state.data_sha256, state.epoch)
     if state.epoch in recipe.snapshots:
-        write_tensors(snapshot_path(folder, state.epoch), network_tensors(state.network))
+        write_tensors(snapshot_path(folder, state.epoch), SNAPSHOT, network_tensors(state.network), about)
     packed = state.optimiser.state_dict()
     tensors = {f"network.{name}": tensor for name, tensor in network_tensors(state.network).items()}
     for index, slots in packed["state"].items():
@@ -118,14 +119,7 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
     tensors["generator"] = state.generator.get_state()
     if state.perturbation is not None:
         tensors["perturbation"] = state.perturbation
-    facts = {
-        "recipe": recipe_to_dict(recipe),
-        "version": training_version(recipe),
-        "train_data_sha256": state.data_sha256,
-        "epoch": state.epoch,
-        "history": state.history,
-    }
-    write_tensors(folder / CHECKPOINT, tensors, facts)
+    write_tensors(folder / CHECKPOINT, "a checkpoint", tensors, about | {"history": state.history})
 
 
 def checkpoint_facts(path: Path, recipe: Recipe, data_sha256: str) -> dict[str, Any]:

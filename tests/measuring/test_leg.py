@@ -21,7 +21,7 @@ from clustr_core.measuring import leg as leg_module
 from clustr_core.measuring.leg import Clock, TimeIsUp, early_attacks, plan, run_leg, steps_left, tables_left
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
-from clustr_core.storage.files import read_json
+from clustr_core.storage.files import digest, read_json, seal_of, write_json
 from clustr_core.storage.pack import INDEX, Bounds, read_index
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.training.loop import fit
@@ -447,6 +447,9 @@ def test_another_training_of_the_same_run_is_refused(carried, whole, home, refus
     shutil.copytree(whole / "runs" / run.name, run)
     weights = run / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    record = read_json(run / "run.json") | {"weights_sha256": digest(weights.read_bytes())}
+    del record["sha256"]
+    write_json(run / "run.json", record | {"sha256": seal_of(record)})
     said = refused()
     assert f"clustr: --into: expected the run {run.name} with the weights " in said
     assert str(place) in said

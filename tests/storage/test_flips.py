@@ -1,8 +1,11 @@
-"""One bit of a file is flipped: whatever it is, it is refused by its name, or nothing that is read has changed."""
+"""A bit is flipped, or another file put in its place: each is refused by its name, or nothing that is read changes."""
 
 import random
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +24,10 @@ from clustr_core.storage.tables import write_table
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import Clustr
 from clustr_core.training.run import CHECKPOINT, DONE, HISTORY, WEIGHTS, load_run, snapshot_path
-from clustr_core.training.state import load_checkpoint, new_state
+from clustr_core.training.state import checkpoint_facts, load_checkpoint, new_state
 
 FLIPS = 80
-RECIPE = Clustr(epochs=1, width=4, train_examples=150, per_cluster=4, snapshots=(1,))
+RECIPE = Clustr(epochs=2, width=4, train_examples=150, per_cluster=4, snapshots=(1, 2))
 ROWS = pd.DataFrame({"method": ["ce"] * 3, "index": [3, 14, 159], "robust": [True, False, True], "eps": 1 / 3})
 
 
@@ -76,6 +79,42 @@ def test_a_runs_files(run, digits):
     refused_or_the_same(snapshot_path(run.path, 1), lambda: load_run(run.path).encoder_at(1))
     # a flip in the name of the digest takes it away, and leaves all else as it was
     refused_or_the_same(run.path / DONE, lambda: vars(load_run(run.path)) | {"weights": run.model()}, same=3)
+
+
+def test_whole_files_in_the_place_of_others(run, digits, tmp_path):
+    """Nothing is flipped: a file of one kind, epoch, run or question stands under the name of another."""
+    folder = shutil.copytree(run.path, tmp_path / "run")
+    other = fit(replace(RECIPE, seed=1), dataset=digits, folder=tmp_path / "other", progress=False)
+    reads = {
+        folder / WEIGHTS: lambda: load_run(folder).model(),
+        folder / CHECKPOINT: lambda: checkpoint_facts(folder / CHECKPOINT, RECIPE, run.train_data_sha256),
+        folder / HISTORY: lambda: load_run(folder).history,
+        **{snapshot_path(folder, n): partial(lambda n: load_run(folder).encoder_at(n), n) for n in (1, 2)},
+    }
+    for path, read in reads.items():
+        read()
+        theirs = [each for each in [*reads, *(other.path / each.relative_to(folder) for each in reads)] if each != path]
+        whole = path.read_bytes()
+        for foreign in theirs:
+            path.write_bytes(foreign.read_bytes())
+            with pytest.raises(ValueError, match=re.escape(str(path))):
+                read()
+        path.write_bytes(whole)
+        read()
+
+
+def test_a_piece_that_answers_another_question(tmp_path):
+    one, two = (CachedRows(tmp_path / f"attack-{n}.csv", lambda: ROWS, 3) for n in (1, 2))
+    one.fill()
+    shutil.copy(one.path, two.path)
+    with pytest.raises(ValueError, match=re.escape(str(two.path))):
+        two.read()
+
+
+def test_a_file_of_another_kind_is_called_by_its_kind(run, tmp_path):
+    path = shutil.copy(snapshot_path(run.path, 1), tmp_path / "found.safetensors")
+    with pytest.raises(ValueError, match=r"found\.safetensors: expected a counterexample, got a snapshot"):
+        load_counterexample(path)
 
 
 def test_a_piece_of_a_measurement(tmp_path):

@@ -245,7 +245,7 @@ fit(recipe_from_dict(json.loads(sys.argv[2])), folder=Path(sys.argv[1]), device=
 
 
 def epochs_done(checkpoint):
-    return read_tensors(checkpoint)[1]["epoch"]
+    return read_tensors(checkpoint, "a checkpoint")[1]["epoch"]
 
 
 @pytest.mark.parametrize(
@@ -923,12 +923,12 @@ def test_the_perturbation_goes_on_where_the_last_batch_and_the_last_checkpoint_l
     recipe = RECIPES["free-at, adam, crop"]
     killed(recipe, during=2, folder=home / "run")
     path = home / "run/checkpoint.safetensors"
-    kept, facts = read_tensors(path)
+    kept, facts = read_tensors(path, "a checkpoint")
     assert kept["perturbation"].shape == (64, 1, 8, 8)
     assert 0 < kept["perturbation"].abs().max() <= recipe.eps + 1e-7
     whole = results(trained(recipe))
     # another perturbation in the checkpoint is another run
-    write_tensors(path, kept | {"perturbation": -kept["perturbation"]}, facts)
+    write_tensors(path, "a checkpoint", kept | {"perturbation": -kept["perturbation"]}, facts)
     assert results(train(recipe, folder=home / "run"))["model.safetensors"] != whole["model.safetensors"]
 
 
