@@ -2,7 +2,8 @@
 
 After training, embeddings of an ordinary network gather about their class means, and these spread as the vertices of a
 simplex (neural collapse). Su et al. 2024 ask what attacks do to that. The definitions are those of their released code;
-deviations: cross-entropy is climbed at the model's own temperature, and class means are centred by their own mean.
+deviations: cross-entropy is climbed at the model's own temperature, with as many steps as the caller says, and of their
+two measures of a leap, an angle and a distance, there is the angle.
 """
 
 from collections.abc import Callable, Iterator, Mapping

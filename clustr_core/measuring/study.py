@@ -93,7 +93,7 @@ ATTACK_NAMES = {
     ("square", "margin"): "Square",
     ("autoattack", "standard"): "AutoAttack",
 }
-# of claims.csv, on CIFAR-10 at 8/255 in L-infinity: defences by clusters, prototypes or distances, and after them what
+# of claims.csv, on CIFAR-10 in L-infinity: defences by clusters, prototypes or distances, and after them what
 # they are held against; what each is called, and whether it was trained on attacks
 KIN = {
     "clustr-qtrades": ("ClusTR+QTRADES, the authors' model", "in one step"),
@@ -720,7 +720,8 @@ def systems_table(ours: Study | None = None) -> pd.DataFrame:
 
 
 def kin_table() -> pd.DataFrame:
-    """What became of clusters, prototypes and distances as a defence, as others print it: a row each, CIFAR-10, 8/255.
+    """What became of clusters, prototypes and distances as a defence, as others print it: a row each, CIFAR-10, 8/255
+    (with TRADES: 0.031).
 
     Returns:
         columns ``name attacks network clean reported autoattack source where``; ``attacks`` says whether it was trained

@@ -95,8 +95,8 @@ class Processes:
 
     @contextmanager
     def in_precision(self) -> Iterator[None]:
-        """A block in which float32 is what this precision means, whatever the caller has switched on, and two equal
-        trainings on one GPU are the same bit for bit."""
+        """A block in which float32 is what this precision means, whatever the caller has switched on, and a GPU's
+        convolutions repeat bit for bit."""
         precision = tf32(self.device) if self.precision == "tf32" else full_precision(self.device)
         with precision, repeatable_convolutions():
             yield
