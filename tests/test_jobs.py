@@ -1,6 +1,5 @@
 """The pipeline as jobs: what each asks of a cluster; and a job that is lost is one job run again, from where it was."""
 
-import json
 import os
 import re
 import signal
@@ -14,18 +13,17 @@ from types import SimpleNamespace
 import pytest
 from book_copy import ROOT, copy_of_the_book, environment, planned
 from disk import contents
-from safetensors import safe_open
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 
 from clustr_core.measuring.profile import load_profile
 from clustr_core.training.recipes import run_key
+from clustr_core.training.state import epochs_kept
 
 
 def epochs_done(checkpoint):
     """How many epochs a checkpoint holds."""
-    with safe_open(checkpoint, framework="pt") as file:
-        return json.loads(file.metadata()["facts"])["epoch"]
+    return epochs_kept(checkpoint)
 
 
 PROFILE = """\

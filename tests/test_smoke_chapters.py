@@ -21,8 +21,8 @@ COMMANDS = {"attacks": "attack", "certificates": "certify", "sandwich": "sandwic
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the pipeline reads; the chapters share its runs."""
     copy = copy_of_the_book(tmp_path_factory.mktemp("home"))
-    for name in ("published/bench", "published/cpu-cifar10", "published/full-width", "published/gpu"):
-        shutil.copytree(ROOT / "results" / name, copy / "results" / name)
+    for name in ("bench", "cpu-cifar10", "full-width", "gpu", "strangers"):
+        shutil.copytree(ROOT / "results/published" / name, copy / "results/published" / name)
     shutil.copy(ROOT / "results/claims.csv", copy / "results")
     return copy
 

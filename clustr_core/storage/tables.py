@@ -18,7 +18,7 @@ def write_table(path: Path, table: pd.DataFrame, *, digits: int = 9, sealed: boo
         sealed: end it with a digest of the file's name and of what stands before, for `read_sealed`.
     """
     with written_whole(path) as temporary:
-        text = table.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n").encode()
+        text = table.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n", encoding="utf-8").encode()
         temporary.write_bytes(text + _seal(path, text) if sealed else text)
 
 

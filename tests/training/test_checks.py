@@ -202,7 +202,9 @@ def test_weights_that_are_not_those_of_the_run_are_refused(digits, home):
     run = fit(recipe, dataset=digits, folder=home / "run", progress=False)
     second = fit(replace(recipe, seed=5), dataset=digits, folder=home / "other", progress=False)
     (run.path / "model.safetensors").write_bytes((second.path / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"model\.safetensors: expected the weights of \w{10}, as run\.json says, got"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: expected the file of sha256 \w{10}, as run\.json says, got"
+    ):
         load_run(run.path).model()
 
 
