@@ -122,8 +122,6 @@ def page(title: str, evaluation: Evaluation, table: pd.DataFrame) -> list[str]:
         f"clean {_share(clean, count)}; robust as reported {_share(kept, count)}",
         "",
     ]
-    # whose value is by how much the number is too high
-    beyond = spoken[(spoken["kind"] == "witness") & (spoken["check"] != "loss disagreement")]
     symptoms = spoken[~spoken["kind"].isin(["witness", "indicator"])]
     if verdict(table):
         lines.append("The reported number is not to be trusted.")

@@ -318,10 +318,8 @@ def as_far_as_published(name: str) -> Study:
     Raises:
         FileNotFoundError: if none are.
     """
-    for each in studies_in_part():
-        if each.name == name:
-            return each
-    return read_study(name, published=True)
+    profile = load_profile(name)
+    return _in_part(profile, home() / "results/published" / profile.name) or read_study(profile, published=True)
 
 
 def _published() -> list[Path]:

@@ -152,5 +152,6 @@ def digest(*parts: bytes | str) -> str:
     total = hashlib.sha256()
     for part in parts:
         encoded = part.encode() if isinstance(part, str) else part
-        total.update(len(encoded).to_bytes(8, "little") + encoded)
+        total.update(len(encoded).to_bytes(8, "little"))
+        total.update(encoded)
     return total.hexdigest()
