@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from benchmarks.budget import epochs_within
 from clustr_core import data
 from clustr_core.certificates.ladder import certified_radius
 from clustr_core.certificates.lipschitz import lipschitz_lower_bound, lipschitz_upper_bound
@@ -30,18 +31,6 @@ from clustr_core.training.recipes import ClustrCert
 # encoder and learning rate
 KINDS = {"SLL": ("lip-cnn", 1e-2), "AOL": ("lip-cnn-aol", 2e-3), "Cayley": ("lip-cnn-cayley", 1e-2)}
 RADII = (36 / 255, 72 / 255, 108 / 255)
-
-
-def epochs_within(recipe: ClustrCert, dataset: data.Dataset, seconds: float) -> int:
-    """How many epochs fit into so much CPU time, from the time of one on a tenth of the images; at least one."""
-    count = len(dataset.train_labels)
-    some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: max(count // 10, 2 * recipe.batch_size)]
-    share = replace(dataset, train_images=dataset.train_images[some], train_labels=dataset.train_labels[some])
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.process_time()
-        fit(replace(recipe, epochs=1), dataset=share, folder=Path(folder), device="cpu", progress=False)
-        spent = (time.process_time() - start) * count / len(some)
-    return max(1, round(seconds / spent))
 
 
 def measured(recipe: ClustrCert, dataset: data.Dataset, examples: int) -> dict[str, float]:

@@ -117,6 +117,8 @@ def certificate_loss(
     cluster_labels: Sequence[int],
     margin: float,
     temperature: float,
+    kind: str = "margin",
+    annealing: float = 5.0,
 ) -> list[float]:
     """tau log(1 + sum_j exp((m - r_j) / tau)), r_j the signed distance to the bisector of own cluster and rival."""
     losses = []
@@ -128,19 +130,38 @@ def certificate_loss(
             for j, c in enumerate(cluster_labels)
             if c != label
         ]
-        losses.append(temperature * logsumexp([0.0, *((margin - r) / temperature for r in radii)]))
+        short = [(asked(r, margin, kind) - r) / temperature for r in radii]
+        losses.append(annealed(temperature * logsumexp([0.0, *short]), temperature, kind, annealing))
     return losses
 
 
+def asked(radius: float, margin: float, kind: str) -> float:
+    """The radius that a loss asks for against one rival."""
+    return min(max(radius, margin / 100), margin) if kind == "emma" else margin
+
+
+def annealed(loss: float, temperature: float, kind: str, annealing: float) -> float:
+    """(1 - p)^gamma times the loss -tau log p."""
+    return (1 - math.exp(-loss / temperature)) ** annealing * loss if kind == "annealed" else loss
+
+
 def margin_cross_entropy(
-    logits: Sequence[Vector], labels: Sequence[int], weight: Sequence[Vector], margin: float, temperature: float
+    logits: Sequence[Vector],
+    labels: Sequence[int],
+    weight: Sequence[Vector],
+    margin: float,
+    temperature: float,
+    kind: str = "margin",
+    annealing: float = 5.0,
 ) -> list[float]:
     """tau log(1 + sum_j exp((m ||w_y - w_j|| - (g_y - g_j)) / tau)) over the other classes j."""
     losses = []
     for g, y in zip(logits, labels, strict=True):
         lengths = [math.sqrt(squared_distance(weight[y], row)) for row in weight]
-        short = [(margin * lengths[j] - (g[y] - g[j])) / temperature for j in range(len(g)) if j != y]
-        losses.append(temperature * logsumexp([0.0, *short]))
+        others = [j for j in range(len(g)) if j != y]
+        ahead = [(g[y] - g[j], lengths[j]) for j in others]
+        short = [(asked(a / length, margin, kind) * length - a) / temperature for a, length in ahead]
+        losses.append(annealed(temperature * logsumexp([0.0, *short]), temperature, kind, annealing))
     return losses
 
 

@@ -22,7 +22,7 @@ from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS
 from clustr_core.storage.files import digest
 from clustr_core.storage.provenance import check_sidecar
-from clustr_core.training.recipes import METHODS, override, run_folder
+from clustr_core.training.recipes import CERTIFIABLE, METHODS, override, run_folder
 from clustr_core.training.run import load_run
 
 PROFILE = """\
@@ -271,7 +271,7 @@ def test_an_encoder_that_cannot_be_certified_is_not_trained(certifying, home, ca
     changes = ("--set", "encoder=lip-cnn-cayley")
     message = refused(capsys, *changes, command=command, method="clustr-cert", profile="certifying")
     assert message == (
-        "clustr: encoder: expected one of ('lip-mlp', 'lip-cnn', 'lip-cnn-aol') for clustr-cert, since the rounding of "
+        f"clustr: encoder: expected one of {CERTIFIABLE} for clustr-cert, since the rounding of "
         "others has no known bound, got 'lip-cnn-cayley'\n"
     )
     assert contents(home / "runs") == {}

@@ -54,7 +54,8 @@ def changes(method: str) -> dict[str, dict]:
     """What may change a training: a tenth of its learning rate or of a constant of its loss, a batch left out."""
     kind, recipe = METHODS[method], recipe_of(method)
     constants = [name for name in vars(kind)["__annotations__"] if type(getattr(recipe, name)) is float]
-    tenth = {"learning_rate", *constants} - {"eps", "step_size"}
+    # the exponent of annealing is of a loss that no method has by default
+    tenth = {"learning_rate", *constants} - {"eps", "step_size", "annealing"}
     return {name: {name: 1.1 * getattr(recipe, name)} for name in sorted(tenth)} | {"a batch": {"train_examples": 128}}
 
 

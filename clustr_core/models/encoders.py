@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from clustr_core.models.one_lipschitz import (
     AOLConv2d,
     CayleyConv2d,
+    CPLConv2d,
     MaxMin,
     OrthogonalPointwise,
     PadChannels,
     SLLConv2d,
     orthogonal_linear,
+    thin_orthogonal_linear,
 )
 from clustr_core.numerics.checks import is_name
 
 ImageShape = tuple[int, int, int]
+_Dense = Callable[[int, int], nn.Module]
 
 PIXEL_STATISTICS = {
     "cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -174,17 +177,22 @@ def _resnet18(image_shape: ImageShape, width: int, dataset: str) -> ResNet18:
     return ResNet18(width=width, mean=mean, std=std)
 
 
-def _lip_mlp(image_shape: ImageShape, width: int, dataset: str) -> LipschitzNet:
+def _lip_mlp(dense: _Dense) -> "_Build":
     """Three dense orthogonal layers of width, width and width / 2, MaxMin between them."""
-    _check_even(width)
-    sizes = (math.prod(image_shape), width, width, width // 2)
-    layers = [m for n, out in itertools.pairwise(sizes) for m in (orthogonal_linear(n, out), MaxMin())]
-    return LipschitzNet([_grey(image_shape), nn.Flatten(), *layers[:-1]], sizes[-1])
+
+    def build(image_shape: ImageShape, width: int, dataset: str) -> LipschitzNet:
+        _check_even(width)
+        sizes = (math.prod(image_shape), width, width, width // 2)
+        layers = [m for n, out in itertools.pairwise(sizes) for m in (dense(n, out), MaxMin())]
+        return LipschitzNet([_grey(image_shape), nn.Flatten(), *layers[:-1]], sizes[-1])
+
+    return build
 
 
-def _lip_cnn(kind: str) -> Callable[[ImageShape, int, str], LipschitzNet]:
+def _lip_cnn(kind: str, *, thin: bool = False) -> "_Build":
     """Patches of 4 x 4 pixels become channels; four convolutions; 2 x 2 of the places become channels, which an
     orthogonal 1x1 convolution mixes and thins out; two dense orthogonal layers."""
+    dense = thin_orthogonal_linear if thin else orthogonal_linear
 
     def build(image_shape: ImageShape, width: int, dataset: str) -> LipschitzNet:
         _check_even(width)
@@ -197,18 +205,20 @@ def _lip_cnn(kind: str) -> Callable[[ImageShape, int, str], LipschitzNet]:
             )
         layers: list[nn.Module] = [_grey(image_shape), nn.PixelUnshuffle(4), PadChannels(width)]
         for _ in range(4):
-            layers += _convolution(kind, width)
-        layers += [nn.PixelUnshuffle(2), OrthogonalPointwise(4 * width, width // 2), nn.Flatten()]
-        layers += [orthogonal_linear(flat, flat), MaxMin(), orthogonal_linear(flat, 4 * width)]
+            layers += _convolution(kind, width, (height // 4, width_px // 4))
+        layers += [nn.PixelUnshuffle(2), OrthogonalPointwise(4 * width, width // 2, thin=thin), nn.Flatten()]
+        layers += [dense(flat, flat), MaxMin(), dense(flat, 4 * width)]
         return LipschitzNet(layers, 4 * width)
 
     return build
 
 
-def _convolution(kind: str, channels: int) -> list[nn.Module]:
-    """A 1-Lipschitz convolution that keeps the shape, with its non-linearity: SLL has its own inside."""
+def _convolution(kind: str, channels: int, size: tuple[int, int]) -> list[nn.Module]:
+    """A 1-Lipschitz convolution that keeps the shape, with its non-linearity: SLL and CPL have theirs inside."""
     if kind == "sll":
         return [SLLConv2d(channels)]
+    if kind == "cpl":
+        return [CPLConv2d(channels, size)]
     return [AOLConv2d(channels, channels) if kind == "aol" else CayleyConv2d(channels), MaxMin()]
 
 
@@ -226,10 +236,13 @@ _Builder = TypeVar("_Builder", bound=_Build)
 ENCODERS: dict[str, _Build] = {
     "small-cnn": _small_cnn,
     "resnet18": _resnet18,
-    "lip-mlp": _lip_mlp,
+    "lip-mlp": _lip_mlp(orthogonal_linear),
+    "lip-mlp-thin": _lip_mlp(thin_orthogonal_linear),
     "lip-cnn": _lip_cnn("sll"),
     "lip-cnn-aol": _lip_cnn("aol"),
     "lip-cnn-cayley": _lip_cnn("cayley"),
+    "lip-cnn-thin": _lip_cnn("sll", thin=True),
+    "lip-cnn-cpl": _lip_cnn("cpl", thin=True),
 }
 
 
@@ -265,7 +278,9 @@ def build_encoder(name: str, image_shape: ImageShape, *, width: int, dataset: st
 
     Args:
         name: "small-cnn" (8x8 and 28x28 images) or "resnet18" (the paper's); "lip-mlp" (dense), "lip-cnn" (SLL
-            convolutions), "lip-cnn-aol" or "lip-cnn-cayley", which are 1-Lipschitz; or one of `register_encoder`.
+            convolutions), "lip-cnn-aol", "lip-cnn-cayley", "lip-mlp-thin", "lip-cnn-thin" (the first two with cheaper
+            dense layers) or "lip-cnn-cpl" (such with CPL convolutions), which are 1-Lipschitz, the last up to its
+            estimate of a norm; or one of `register_encoder`.
         width: channels of the first layer; of "lip-mlp" its units.
         dataset: picks the pixel statistics of "resnet18": SVHN's for "svhn", CIFAR's for other colour images,
             0.5 and 0.5 otherwise.

@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
 _Module = TypeVar("_Module", bound=nn.Module)
+# of the power iteration of a layer's norm, before anything is trained
+_FIRST_ITERATIONS = 30
 
 
 class MaxMin(nn.Module):
@@ -36,12 +38,14 @@ class MaxMin(nn.Module):
 class OrthogonalPointwise(nn.Module):
     """A 1x1 convolution whose matrix has orthonormal rows or columns: it mixes channels, and changes their number.
 
+    Args:
+        thin: by `thin_orthogonal_linear`.
     Source: as `orthogonal_linear`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, thin: bool = False) -> None:
         super().__init__()
-        self.linear = orthogonal_linear(in_channels, out_channels)
+        self.linear = (thin_orthogonal_linear if thin else orthogonal_linear)(in_channels, out_channels)
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch out height width"]:
         """The image with its channels mixed."""
@@ -104,6 +108,62 @@ class SLLConv2d(nn.Module):
         padding = self.kernel_size // 2
         inner = F.conv2d(images, self.weight, self.bias, padding=padding).relu() * self.step()[:, None, None]
         return images - F.conv_transpose2d(inner, self.weight, padding=padding)
+
+
+class CPLConv2d(SLLConv2d):
+    """x - (2 / s^2) W^T relu(W x + b), W a convolution and s an estimate of its norm: the convex potential layer.
+
+    The norm is that on a torus into which the image fits with its padding, as the bound of `lipschitz_upper_bound` is:
+    the largest norm of any of its Fourier blocks. The estimate is a power iteration's in each block, a step at each
+    training pass. It is never above the norm, so the layer may stretch a little; that bound says by how much.
+
+    Args:
+        channels: of the image, in and out.
+        size: height and width of the image.
+        kernel_size: odd.
+    Source: Meunier et al. 2022, theorem 1. Deviation: power iteration by frequency, where theirs is of the whole
+        convolution, which on a torus can never leave the frequencies that it has once lost.
+    """
+
+    vectors: Tensor
+    waves: Tensor
+
+    def __init__(self, channels: int, size: tuple[int, int], kernel_size: int = 3) -> None:
+        super().__init__(channels, kernel_size)
+        del self.log_scale
+        waves = _waves(size, kernel_size)
+        self.register_buffer("waves", waves, persistent=False)
+        self.register_buffer("vectors", torch.randn(len(waves), 2, channels))
+        for _ in range(_FIRST_ITERATIONS):
+            self._iterate()
+
+    def step(self) -> Float[Tensor, " inner"]:
+        """2 / s^2, once a row."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            if self.training:
+                self._iterate()
+            with torch.no_grad():
+                longest = self._moved(self.waves).square().sum(dim=(1, 2)).argmax()[None]
+            squared = self._moved(self.waves[longest], longest).square().sum()
+        return (2 / squared.clamp_min(torch.finfo(squared.dtype).tiny ** 0.5)).expand(len(self.weight))
+
+    def _moved(self, waves: Tensor, of: Tensor | slice = slice(None)) -> Float[Tensor, "wave two inner"]:
+        """Each frequency's block times its vector."""
+        return _complex_product(self._blocks(waves), self.vectors[of])
+
+    def _blocks(self, waves: Tensor) -> Float[Tensor, "wave two inner channel"]:
+        """Real and imaginary parts of the Fourier blocks."""
+        return torch.einsum("oik,wtk->wtoi", self.weight.flatten(2), waves)
+
+    @torch.no_grad()
+    def _iterate(self) -> None:
+        """One step of v <- W^* W v in each block, in place of the last."""
+        blocks = self._blocks(self.waves)
+        moved = _complex_product(blocks, self.vectors)
+        adjoint = torch.stack([blocks[:, 0], -blocks[:, 1]], dim=1).transpose(2, 3)
+        # another tensor, since the graph of the last pass may hold the old one
+        again = _complex_product(adjoint, moved)
+        self.vectors = F.normalize(again.flatten(1), dim=1).view_as(again)
 
 
 class SLLLinear(nn.Module):
@@ -226,6 +286,36 @@ def orthogonal_linear(in_features: int, out_features: int, *, bias: bool = True)
     return orthogonal(linear, orthogonal_map="cayley")  # pyright: ignore[reportReturnType]
 
 
+class ThinCayley(nn.Module):
+    """[(I - A)(I + A)^-1; -2 V (I + A)^-1], A = U - U^T + V^T V: orthonormal columns from any matrix [U; V].
+
+    A matrix of more columns than rows is turned before and after. One system of the smaller side is solved, where
+    PyTorch's own parametrisation solves one of the larger.
+
+    Source: Wang and Manchester 2023, section 4; Trockman and Kolter 2021, for the square part.
+    """
+
+    def forward(self, free: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
+        """The matrix with orthonormal columns, or rows if there are fewer."""
+        wide = free.shape[0] < free.shape[1]
+        found = _thin_cayley(free.T if wide else free)
+        return found.T if wide else found
+
+
+def thin_orthogonal_linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
+    """`orthogonal_linear` by `ThinCayley`: as expressive, and cheaper the more its two sides differ."""
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    tall = torch.empty(max(in_features, out_features), min(in_features, out_features))
+    small = tall.shape[1]
+    # what is below the square is orthonormal to begin with, so that no input is left out by most of the columns
+    nn.init.orthogonal_(tall[small:])
+    nn.init.normal_(tall[:small], std=small**-0.5)
+    with torch.no_grad():
+        linear.weight.copy_(tall if out_features >= in_features else tall.T)
+    parametrize.register_parametrization(linear, "weight", ThinCayley())
+    return linear
+
+
 def fold_parametrizations(module: _Module) -> _Module:
     """The module with each parametrised weight computed once and for all, for evaluation: the same function, faster.
 
@@ -249,12 +339,39 @@ def fold_parametrizations(module: _Module) -> _Module:
     return module
 
 
+def _thin_cayley(free: Tensor) -> Tensor:
+    top, rest = free[: free.shape[1]], free[free.shape[1] :]
+    moved = top - top.T + rest.T @ rest
+    one = torch.eye(len(moved), dtype=free.dtype, device=free.device)
+    inverse = torch.linalg.inv(one + moved)
+    return torch.cat([(one - moved) @ inverse, -2 * rest @ inverse])
+
+
 def _folded(layer: nn.Module, parametrization: nn.Module, name: str) -> Tensor:
     """A tensor of its own, a parameter if any tensor that it is made of is one."""
     with torch.no_grad():
         weight = getattr(layer, name).clone()
     sources = list(parametrization.parameters(recurse=False))
     return nn.Parameter(weight, any(each.requires_grad for each in sources)) if sources else weight
+
+
+def _waves(size: tuple[int, int], kernel_size: int) -> Float[Tensor, "wave two tap"]:
+    """Cosine and sine of each tap's angle, at each frequency of a real image on a torus with room for the padding."""
+    height, width = (side + kernel_size - 1 for side in size)
+    taps = torch.cartesian_prod(*[torch.arange(kernel_size, dtype=torch.float64)] * 2)
+    turns = torch.cartesian_prod(
+        torch.arange(height, dtype=torch.float64) / height, torch.arange(width // 2 + 1, dtype=torch.float64) / width
+    )
+    angles = 2 * math.pi * (turns @ taps.T)
+    return torch.stack([angles.cos(), -angles.sin()], dim=1).to(torch.get_default_dtype())
+
+
+def _complex_product(
+    matrices: Float[Tensor, "wave two row column"], vectors: Float[Tensor, "wave two column"]
+) -> Float[Tensor, "wave two row"]:
+    """Products of complex matrices and vectors, each given as its real and its imaginary part."""
+    real, imaginary = (torch.einsum("wrc,wtc->wtr", matrices[:, part], vectors) for part in (0, 1))
+    return torch.stack([real[:, 0] - imaginary[:, 1], real[:, 1] + imaginary[:, 0]], dim=1)
 
 
 def _sll_step(overlap: Float[Tensor, "inner inner"], log_scale: Float[Tensor, " inner"]) -> Float[Tensor, " inner"]:

@@ -1,7 +1,7 @@
 """What training minimises: the magnet loss, the certificate as a loss, margins, consistency."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from clustr_core.numerics.chunks import rows_within
 from clustr_core.numerics.derivatives import Gradients, gradients_of
 from clustr_core.numerics.distances import squared_distances
 from clustr_core.numerics.rounding import HALF_DTYPES, full_precision
+from clustr_core.training.recipes import ANNEALING, CertificateLoss
 
 
 class MagnetLoss(NamedTuple):
@@ -238,8 +239,10 @@ def certificate_loss(
     *,
     margin: float,
     temperature: float,
+    kind: CertificateLoss = "margin",
+    annealing: float = ANNEALING,
 ) -> Float[Tensor, " batch"]:
-    """The certificate as a loss: tau log(1 + sum_j exp((m - r_j) / tau)) over the rival clusters j of each example.
+    """The certificate as a loss: l = tau log(1 + sum_j exp((m - r_j) / tau)) over the rival clusters j of each example.
 
     r_j = (d_j^2 - d_A^2) / (2 ||mu_j - mu_A||), A the nearest cluster of the example's class, is the signed distance to
     the bisector of A and j, so with a 1-Lipschitz encoder min_j r_j is the certified radius where the example is
@@ -249,14 +252,26 @@ def certificate_loss(
     Args:
         margin: m, the radius asked for, in units of the embedding.
         temperature: tau, in the same units.
+        kind: "margin" is l. "emma" asks of each rival for the radius that is reached already, from a hundredth of m to
+            m, in place of m; that radius carries no gradient. "annealed" is (1 - exp(-l / tau))^gamma l, which turns
+            away from examples that have the margin.
+        annealing: gamma, at least 1.
     Raises:
-        ValueError: if a shape or a label is off, a value is not finite, or ``margin`` or ``temperature`` not positive.
-    Source: this book, chapter 7; r_j is the certificate of Alfarra et al. 2021, Theorem 1.
+        ValueError: if a shape or a label is off, a value is not finite, ``margin`` or ``temperature`` not positive,
+            ``annealing`` below 1, or ``kind`` unknown.
+    Source: this book, chapter 7; r_j is the certificate of Alfarra et al. 2021, Theorem 1. "emma": Hu et al. 2024, and
+        "annealed": Lai et al. 2025, both of logits there; here of the signed radii, to which a cluster head's logits
+        -d^2 come down.
     """
     _check_rows(embeddings, labels)
     _check_classes(labels, clusters)
     check_positive(margin=margin, temperature=temperature)
-    return unchecked_certificate_loss(embeddings, labels, clusters, margin=margin, temperature=temperature)
+    if kind not in get_args(CertificateLoss):
+        raise ValueError(f"kind: expected one of {get_args(CertificateLoss)}, got {kind!r}")
+    if not 1 <= annealing < math.inf:
+        raise ValueError(f"annealing: expected a number of at least 1, got {annealing}")
+    size = {"margin": margin, "temperature": temperature, "kind": kind, "annealing": annealing}
+    return unchecked_certificate_loss(embeddings, labels, clusters, **size)
 
 
 def unchecked_certificate_loss(
@@ -266,6 +281,8 @@ def unchecked_certificate_loss(
     *,
     margin: float,
     temperature: float,
+    kind: CertificateLoss = "margin",
+    annealing: float = ANNEALING,
 ) -> Float[Tensor, " batch"]:
     """`certificate_loss`, for which nothing is read off the device: whoever trains on it looks at the loss."""
     distances = squared_distances(embeddings, clusters.centroids)
@@ -274,8 +291,10 @@ def unchecked_certificate_loss(
     between = squared_distances(clusters.centroids, clusters.centroids)
     # a rival on top of the own cluster has no bisector: any positive length keeps the loss finite
     lengths = between.clamp_min(torch.finfo(distances.dtype).eps).sqrt()[own]
-    short = (margin - (distances - own_distance[:, None]) / (2 * lengths)) / temperature
-    return temperature * _log_one_plus_sum_exp(short.masked_fill(~is_rival, -torch.inf))
+    radii = (distances - own_distance[:, None]) / (2 * lengths)
+    short = (_asked(radii, margin, kind) - radii) / temperature
+    loss = temperature * _log_one_plus_sum_exp(short.masked_fill(~is_rival, -torch.inf))
+    return _annealed(loss, temperature, annealing) if kind == "annealed" else loss
 
 
 def margin_cross_entropy(
@@ -285,6 +304,8 @@ def margin_cross_entropy(
     *,
     margin: float,
     temperature: float,
+    kind: CertificateLoss = "margin",
+    annealing: float = ANNEALING,
 ) -> Float[Tensor, " batch"]:
     """Cross-entropy of a linear head that must win by a margin, over the classes j other than the label's y.
 
@@ -296,14 +317,18 @@ def margin_cross_entropy(
         weight: of the head, one row a class.
         margin: m, the radius asked for, in units of the embedding.
         temperature: tau, in units of the logits.
+        kind, annealing: as in `certificate_loss`, of the radii (g_y - g_j) / ||w_y - w_j||.
     Source: Tsuzuku et al. 2018, algorithm 1 (there one constant for all pairs); Leino et al. 2021 (one for each pair);
-        Prach and Lampert 2022 (the temperature).
+        Prach and Lampert 2022 (the temperature); Hu et al. 2024 ("emma"; there without a temperature); Lai et al. 2025
+        ("annealed"; there on top of "emma").
     """
     check_positive(margin=margin, temperature=temperature)
     own = F.one_hot(labels, logits.shape[1]).bool()
     lengths = (weight[labels][:, None] - weight).square().sum(dim=2).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
-    short = (margin * lengths + logits - logits.gather(1, labels[:, None])) / temperature
-    return temperature * _log_one_plus_sum_exp(short.masked_fill(own, -torch.inf))
+    mine = logits.gather(1, labels[:, None])
+    short = (_asked((mine - logits) / lengths, margin, kind) * lengths + logits - mine) / temperature
+    loss = temperature * _log_one_plus_sum_exp(short.masked_fill(own, -torch.inf))
+    return _annealed(loss, temperature, annealing) if kind == "annealed" else loss
 
 
 def consistency_loss(
@@ -320,6 +345,16 @@ def consistency_loss(
     """
     targets = clean_logits.detach().softmax(dim=1)
     return -(targets * moved_logits.exp().log_softmax(dim=1)).sum(dim=1)
+
+
+def _asked(radii: Float[Tensor, "batch rival"], margin: float, kind: CertificateLoss) -> Tensor | float:
+    """The radius that a loss asks for: the margin, or by "emma" what is reached of it, at least a hundredth."""
+    return radii.detach().clamp(margin / 100, margin) if kind == "emma" else margin
+
+
+def _annealed(loss: Float[Tensor, " batch"], temperature: float, annealing: float) -> Float[Tensor, " batch"]:
+    """(1 - p)^gamma of a loss -tau log p, times it."""
+    return (-torch.expm1(-loss / temperature)) ** annealing * loss
 
 
 def _log_one_plus_sum_exp(values: Float[Tensor, "batch column"]) -> Float[Tensor, " batch"]:

@@ -1,6 +1,7 @@
 """The loss of a batch, one for each recipe."""
 
 from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,8 +89,7 @@ def _(recipe: ClustrQTrades, step: Step) -> Terms:
 def _(recipe: ClustrCert, step: Step) -> Terms:
     assert isinstance(step.network, ClusterClassifier)
     embeddings, clusters = step.embed(step.mine(step.images)), step.network.clusters
-    size = {"margin": recipe.margin, "temperature": recipe.temperature}
-    return Terms(unchecked_certificate_loss(embeddings, step.mine(step.labels), clusters, **size))
+    return Terms(unchecked_certificate_loss(embeddings, step.mine(step.labels), clusters, **_size(recipe)))
 
 
 @objective.register
@@ -98,8 +98,7 @@ def _(recipe: LipschitzMargin, step: Step) -> Terms:
     head = step.network.linear.weight
     embeddings = step.embed(step.mine(step.images))
     logits = torch.nn.functional.linear(embeddings, head, step.network.linear.bias)
-    size = {"margin": recipe.margin, "temperature": recipe.temperature}
-    return Terms(margin_cross_entropy(logits, step.mine(step.labels), head, **size))
+    return Terms(margin_cross_entropy(logits, step.mine(step.labels), head, **_size(recipe)))
 
 
 @objective.register
@@ -107,6 +106,12 @@ def _(recipe: Smoothing, step: Step) -> Terms:
     noise = torch.empty_like(step.images).normal_(generator=step.generator)
     noisy = step.mine(step.images + recipe.noise * noise)
     return Terms(cross_entropy(step.logits(noisy), step.mine(step.labels)))
+
+
+def _size(recipe: ClustrCert | LipschitzMargin) -> dict[str, Any]:
+    """What a loss on certificates takes beside embeddings."""
+    kind = {"kind": recipe.loss, "annealing": recipe.annealing}
+    return {"margin": recipe.margin, "temperature": recipe.temperature, **kind}
 
 
 def _around(eps: float, step_size: float, steps: int) -> tuple[Ball, Walk]:

@@ -17,10 +17,15 @@ Optimiser = Literal["adam", "sgd"]
 Schedule = Literal["steps", "triangle"]
 Guarantee = Literal["none", "lipschitz", "smoothing"]
 Precision = Literal["32-true", "tf32", "bf16-mixed"]
-# the encoders whose Lipschitz constant is at most 1 by construction
-ONE_LIPSCHITZ = ("lip-mlp", "lip-cnn", "lip-cnn-aol", "lip-cnn-cayley")
+CertificateLoss = Literal["margin", "emma", "annealed"]
+# the exponent of annealing that its authors take
+ANNEALING = 5.0
+# the encoders whose Lipschitz constant is at most 1 by construction, but for CPL's estimate of a norm
+ONE_LIPSCHITZ = (
+    "lip-mlp", "lip-cnn", "lip-cnn-aol", "lip-cnn-cayley", "lip-mlp-thin", "lip-cnn-thin", "lip-cnn-cpl",
+)  # fmt: skip
 # those of them whose rounding `rounding.embedding_error` can bound, without which nothing is certified
-CERTIFIABLE = ("lip-mlp", "lip-cnn", "lip-cnn-aol")
+CERTIFIABLE = tuple(name for name in ONE_LIPSCHITZ if name != "lip-cnn-cayley")
 # what training does; raised by one when a recipe leads to other weights than before (`tests/fingerprints.json` notices)
 # 1: runs are named by their recipe and this number, and no longer by a digest of source code
 TRAINING_VERSION = 1
@@ -102,6 +107,8 @@ class Recipe:
                 raise ValueError(f"{item.name}: expected a positive number, got {value}")
             if item.type in (int, int | None) and value is not None and type(value) is not int:
                 raise ValueError(f"{item.name}: expected a whole number, got {value!r}")
+        if not getattr(self, "annealing", ANNEALING) >= 1:
+            raise ValueError(f"annealing: expected at least 1, got {getattr(self, 'annealing', None)}")
         for name in ("milestones", "snapshots"):
             if late := [epoch for epoch in getattr(self, name) if not 0 <= epoch <= self.epochs]:
                 raise ValueError(f"{name}: expected epochs in 0..{self.epochs}, got {late}")
@@ -271,6 +278,7 @@ class ClustrCert(Recipe):
     Args:
         margin: the certified radius asked for, in pixels of [0, 1] (the loss's m).
         temperature: how sharply radii below the margin are told from those above, in the same units (the loss's tau).
+        loss, annealing: which of the losses, and its exponent: ``kind`` and ``annealing`` of `losses.certificate_loss`.
     Source: this book, chapter 7: `losses.certificate_loss`.
     """
 
@@ -283,6 +291,8 @@ class ClustrCert(Recipe):
     encoder: str = "lip-mlp"
     margin: float = 0.5
     temperature: float = 0.25
+    loss: CertificateLoss = "margin"
+    annealing: float = ANNEALING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +302,7 @@ class LipschitzMargin(Recipe):
     Args:
         margin: the certified radius asked for, in pixels of [0, 1].
         temperature: what logits are divided by in the cross-entropy, in the same units.
+        loss, annealing: as in `ClustrCert`.
     Source: Tsuzuku et al. 2018 (the margin is taken off the label's logit); Leino et al. 2021 (a Lipschitz constant for
         each pair of classes); Prach and Lampert 2022 (the temperature).
     """
@@ -303,6 +314,8 @@ class LipschitzMargin(Recipe):
     encoder: str = "lip-mlp"
     margin: float = 0.5
     temperature: float = 0.25
+    loss: CertificateLoss = "margin"
+    annealing: float = ANNEALING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,8 +344,10 @@ _POSITIVE = {
     "width", "train_examples", "epochs", "batch_size", "learning_rate", "per_class", "kmeans_starts",
     "kmeans_iterations", "neighbours", "eps", "step_size", "steps", "clusters_per_batch", "per_cluster",
     "consistency_weight", "training_neighbours", "gap", "trades_weight", "start_scale", "replays",
-    "crop_padding", "margin", "temperature", "noise",
+    "crop_padding", "margin", "temperature", "annealing", "noise",
 }  # fmt: skip
+# fields that are younger than runs' names, and at this value not part of them
+_YOUNGER = {"loss": "margin", "annealing": ANNEALING}
 # what a warm start must share with the run that it starts
 _SAME_NETWORK = ("dataset", "encoder", "width")
 
@@ -368,9 +383,15 @@ def run_key(recipe: Recipe) -> str:
     Neither Python's version nor a word of the source code is in it. The digest of the data is not either, since a
     pipeline asks for names before the data are there: it is recorded in the run, and checked at every use.
     """
-    parts = (json.dumps(recipe_to_dict(recipe), sort_keys=True), training_version(recipe))
+    parts = (json.dumps(_naming(recipe_to_dict(recipe)), sort_keys=True), training_version(recipe))
     dataset = recipe.dataset.rstrip("/").replace(":", "/").rsplit("/", 1)[-1]
     return f"{dataset}-{recipe.method}-{digest(*parts)[:10]}"
+
+
+def _naming(content: dict[str, Any]) -> dict[str, Any]:
+    """The values of a recipe, and of its warm start, that are part of a run's name."""
+    values = {key: _naming(value) if isinstance(value, dict) else value for key, value in content.items()}
+    return {key: value for key, value in values.items() if key not in _YOUNGER or value != _YOUNGER[key]}
 
 
 def training_version(recipe: Recipe) -> str:

@@ -20,6 +20,7 @@ from clustr_core.models.one_lipschitz import (
     AOLConv2d,
     AOLLinear,
     CayleyConv2d,
+    CPLConv2d,
     MaxMin,
     OrthogonalPointwise,
     PadChannels,
@@ -27,6 +28,7 @@ from clustr_core.models.one_lipschitz import (
     SLLLinear,
     fold_parametrizations,
     orthogonal_linear,
+    thin_orthogonal_linear,
 )
 
 # a layer and the shape of what it is given; the largest has 8 x 8 places and 16 channels
@@ -59,6 +61,11 @@ LAYERS = {
     "orthogonal": (lambda: orthogonal_linear(12, 12), (3, 2, 2)),
     "orthogonal, fewer": (lambda: orthogonal_linear(16, 5), (4, 2, 2)),
     "orthogonal, more": (lambda: orthogonal_linear(5, 12, bias=False), (5, 1, 1)),
+    "thin": (lambda: thin_orthogonal_linear(12, 12), (3, 2, 2)),
+    "thin, fewer": (lambda: thin_orthogonal_linear(16, 5), (4, 2, 2)),
+    "thin, a little fewer": (lambda: thin_orthogonal_linear(12, 9), (3, 2, 2)),
+    "thin, more": (lambda: thin_orthogonal_linear(5, 12, bias=False), (5, 1, 1)),
+    "thin pointwise": (lambda: OrthogonalPointwise(16, 5, thin=True), (16, 3, 4)),
     "maxmin": (MaxMin, (4, 3, 3)),
     "pad": (lambda: PadChannels(7), (3, 4, 4)),
 }
@@ -289,7 +296,7 @@ def exactly(model):
 @pytest.mark.parametrize(
     "name",
     ["cayley", "cayley 8 x 8 x 16", "cayley 5 x 5, smaller image", "cayley 1 x 1", "pointwise", "pointwise, more",
-     "orthogonal", "orthogonal, more", "pad"],
+     "orthogonal", "orthogonal, more", "thin", "thin, more", "pad"],
 )  # fmt: skip
 def test_an_isometry_keeps_every_distance(name, weights):
     model, shape = weighted(name, weights)
@@ -301,7 +308,7 @@ def test_an_isometry_keeps_every_distance(name, weights):
 
 
 @pytest.mark.parametrize("weights", [as_made, random, large])
-@pytest.mark.parametrize("name", ["pointwise, fewer", "orthogonal, fewer"])
+@pytest.mark.parametrize("name", ["pointwise, fewer", "orthogonal, fewer", "thin, fewer", "thin, a little fewer"])
 def test_fewer_dimensions_are_a_projection(name, weights):
     model, shape = weighted(name, weights)
     matrix = unrolled(model, images_of(shape)[0])
@@ -376,6 +383,53 @@ def test_an_sll_convolution_is_its_formula_on_matrices(name, weights):
         middle = torch.zeros(layer.weight.shape[0], 5, 6, dtype=torch.bool)
         middle[:, 2:3, 2:4] = True
         torch.testing.assert_close(step[middle.flatten()], allowed[middle.flatten()])
+
+
+@given(st.sampled_from([(3, (5, 6), 3), (16, (8, 8), 3), (2, (3, 2), 5)]), st.integers(0, 10**6), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_a_cpl_convolution_is_its_formula_and_the_bound_is_of_its_estimate(sizes, seed, settled):
+    """Power iteration is from below, so the layer may stretch: the bound says by how much, and less with every step."""
+    (channels, size, kernel), shape = sizes, (sizes[0], *sizes[1])
+    torch.manual_seed(seed)
+    layer = CPLConv2d(channels, size, kernel).double()
+    with torch.no_grad():
+        layer.weight.mul_(3.0)
+        layer.bias.normal_(generator=seeded(seed))
+    x = images_of(shape, seed=seed)
+    for _ in range(500 if settled else 0):
+        layer.train()(x)
+    matrix = zero_padded_matrix(layer.weight.detach(), shape)
+    torus = [side + kernel - 1 for side in size]
+    squared = circular_norm(layer.weight.detach(), *torus) ** 2
+    step = float(layer.eval().step()[0].detach())
+    assert step >= 2 / squared * (1 - 1e-6)
+    bias = layer.bias.detach().repeat_interleave(math.prod(size))
+    expected = x.flatten(1) - ((x.flatten(1) @ matrix.T + bias).relu() * step) @ matrix
+    torch.testing.assert_close(layer(x).flatten(1), expected)
+    bound = lipschitz_upper_bound(nn.Sequential(layer), shape)
+    assert bound == pytest.approx(max(1.0, step * squared - 1))
+    assert largest_singular_value(nn.Sequential(layer), images_of(shape, 2)) <= bound
+    assert bound < (1.001 if settled else 1.5)
+    # evaluation moves no state, and a loaded layer is the same one
+    again = CPLConv2d(channels, size, kernel).double()
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.eval()(x), layer(x))
+
+
+def test_gradients_of_a_cpl_convolution_pass_two_training_steps():
+    layer = CPLConv2d(3, (5, 5)).double()
+    before = layer.step().detach()
+    optimiser = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        x = images_of((3, 5, 5))
+        # twice in one graph, as when an adversary has looked first
+        loss = layer(layer(x)).square().sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert layer.step().isfinite().all()
+    assert not torch.allclose(layer.step(), before)
+    torch.testing.assert_close(layer.vectors.norm(dim=(1, 2)), torch.ones(len(layer.vectors)).double())
 
 
 def test_a_dense_sll_layer_is_its_formula():
@@ -510,9 +564,9 @@ def test_a_layer_that_computes_something_else_is_refused():
             lipschitz_upper_bound(nn.Sequential(layer), (2, 4, 4))
 
 
-def circular_norm(weight, size):
+def circular_norm(weight, height, width=None):
     """The norm of the convolution that wraps around: by the FFT at the image's own size."""
-    blocks = torch.fft.fft2(weight, s=(size, size)).permute(2, 3, 0, 1)
+    blocks = torch.fft.fft2(weight, s=(height, width or height)).permute(2, 3, 0, 1)
     return float(torch.linalg.matrix_norm(blocks, ord=2).max())
 
 
@@ -562,7 +616,12 @@ ENCODERS = {
     "lip-cnn, colour": ((3, 8, 8), 48),
     "lip-cnn-aol": ((1, 8, 8), 16),
     "lip-cnn-cayley": ((1, 8, 8), 16),
+    "lip-mlp-thin": ((1, 8, 8), 8),
+    "lip-cnn-thin, colour": ((3, 8, 8), 48),
 }
+
+
+YOUNGER = ["lip-mlp-thin", "lip-cnn-thin", "lip-cnn-cpl"]
 
 
 def encoder_of(name, dtype=torch.float32):
@@ -631,7 +690,7 @@ def test_an_encoder_whose_layers_were_tampered_with_shows_it(name):
     assert lipschitz_upper_bound(encoder, shape) == pytest.approx(before * 1.1**tampered)
 
 
-@pytest.mark.parametrize("name", ["lip-mlp", "lip-cnn", "lip-cnn-aol", "lip-cnn-cayley"])
+@pytest.mark.parametrize("name", ["lip-mlp", "lip-cnn", "lip-cnn-aol", "lip-cnn-cayley", *YOUNGER])
 def test_an_encoder_knows_its_dimension_and_its_shapes(name):
     for shape, width in (((1, 8, 8), 16), ((3, 16, 8), 48)):
         encoder = build_encoder(name, shape, width=width)
@@ -640,7 +699,7 @@ def test_an_encoder_knows_its_dimension_and_its_shapes(name):
         build_encoder(name, (1, 8, 8), width=17)
     with pytest.raises(ValueError, match="width: expected at least 1, got 0"):
         build_encoder(name, (1, 8, 8), width=0)
-    if name != "lip-mlp":
+    if not name.startswith("lip-mlp"):
         for shape, width in (((1, 28, 28), 16), ((1, 8, 12), 16), ((3, 8, 8), 2), ((1, 8, 8), 18)):
             with pytest.raises(
                 ValueError, match=r"image_shape, width: expected sides that are multiples of 8, a width"

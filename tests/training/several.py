@@ -61,6 +61,8 @@ RECIPES = {
     "clustr-lip": ClustrLip(**ODD | LIPSCHITZ),
     "clustr-cert": ClustrCert(**SMALL | LIPSCHITZ),
     "lip-linear": LipschitzMargin(**SMALL | LIPSCHITZ),
+    "clustr-cert, annealed": ClustrCert(loss="annealed", **SMALL | LIPSCHITZ),
+    "lip-linear, emma": LipschitzMargin(loss="emma", **SMALL | LIPSCHITZ),
     "smoothing": Smoothing(noise=0.2, **SMALL),
     "clustr, adam": Clustr(**ODD | {"optimiser": "adam", "learning_rate": 1e-3}),
 }

@@ -1,6 +1,7 @@
 """Losses against plain loops, their gradients, and what must not change them."""
 
 import math
+from typing import get_args
 
 import pytest
 import reference
@@ -22,6 +23,7 @@ from clustr_core.training.losses import (
     magnet_loss,
     margin_cross_entropy,
 )
+from clustr_core.training.recipes import CertificateLoss
 
 seeds = st.integers(0, 10**6)
 
@@ -414,13 +416,17 @@ def nearest_radii(z, labels, clusters):
     return torch.tensor(radii, dtype=torch.float64)
 
 
-@given(seeds, st.integers(2, 4), st.integers(1, 3), st.floats(0.05, 5), st.floats(1e-3, 5))
-@settings(max_examples=40, deadline=None)
-def test_certificate_loss_equals_the_loops(seed, classes, per_class, margin, temperature):
+kinds = st.sampled_from(get_args(CertificateLoss))
+
+
+@given(seeds, st.integers(2, 4), st.integers(1, 3), st.floats(0.05, 5), st.floats(1e-3, 5), kinds, st.floats(1, 6))
+@settings(max_examples=60, deadline=None)
+def test_certificate_loss_equals_the_loops(seed, classes, per_class, margin, temperature, kind, annealing):
     z, labels, clusters = fixed(seed, classes, per_class)
-    found = certificate_loss(z, labels, clusters, margin=margin, temperature=temperature)
+    size = {"margin": margin, "temperature": temperature, "kind": kind, "annealing": annealing}
+    found = certificate_loss(z, labels, clusters, **size)
     parts = clusters.centroids.tolist(), clusters.labels.tolist()
-    expected = reference.certificate_loss(z.tolist(), labels.tolist(), *parts, margin, temperature)
+    expected = reference.certificate_loss(z.tolist(), labels.tolist(), *parts, margin, temperature, kind, annealing)
     assert found.tolist() == pytest.approx(expected, rel=1e-11, abs=1e-11)
     # each class of its own number of clusters
     order = torch.arange(len(clusters.labels)) != 0
@@ -475,6 +481,40 @@ def test_certificate_loss_gradient_reaches_embeddings_and_centroids(temperature)
     assert torch.autograd.gradcheck(loss, arguments)
     gradients = torch.autograd.grad(loss(*arguments).sum(), arguments)
     assert all(gradient.norm() > 1e-2 for gradient in gradients)
+
+
+def test_the_other_losses_are_flat_where_the_margin_loss_still_pulls():
+    """One cluster a class on a line: the signed radius is the place itself."""
+    clusters = Clusters(torch.tensor([[1.0], [-1.0]]).double(), torch.tensor([0, 1]), torch.ones(2).double())
+    z = torch.tensor([[-0.6], [-0.2], [0.1], [0.4], [0.9], [1.4], [2.5]]).double().requires_grad_()
+    size, labels = {"margin": 1.0, "temperature": 0.1}, torch.zeros(7).long()
+
+    def pull(kind):
+        (gradient,) = torch.autograd.grad(certificate_loss(z, labels, clusters, kind=kind, **size).sum(), z)
+        return gradient[:, 0]
+
+    # EMMA asks for what is reached: a hundredth of the margin behind the bisector, nothing before it but a half's pull
+    torch.testing.assert_close(pull("emma")[2:5], torch.full((3,), -0.5).double())
+    torch.testing.assert_close(pull("emma")[5:], pull("margin")[5:])
+    missing = torch.tensor([0.61, 0.21]).double() / 0.1
+    torch.testing.assert_close(pull("emma")[:2], -missing.sigmoid())
+    # annealing leaves alone what has the margin, and pulls at the rest as the margin loss does
+    assert (pull("annealed")[5:].abs() < 0.05 * pull("margin")[5:].abs()).all()
+    torch.testing.assert_close(pull("annealed")[:3], pull("margin")[:3], rtol=2e-2, atol=0)
+
+
+@given(seeds, kinds, st.floats(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_one_cluster_a_class_has_the_losses_of_its_linear_head(seed, kind, annealing):
+    """With w = mu and b = -||mu||^2 / 2, and all centroids equally far apart, radii differ from margins by a scale."""
+    z, labels, _ = fixed(seed, 3, 1)
+    centroids = torch.eye(z.shape[1], dtype=z.dtype)[:3]
+    clusters = Clusters(centroids, torch.arange(3), torch.ones(3, dtype=z.dtype))
+    logits = z @ centroids.T - centroids.square().sum(dim=1) / 2
+    size = {"margin": 0.7, "kind": kind, "annealing": annealing}
+    by_clusters = certificate_loss(z, labels, clusters, temperature=0.3, **size)
+    by_head = margin_cross_entropy(logits, labels, centroids, temperature=0.3 * 2**0.5, **size)
+    torch.testing.assert_close(by_head, by_clusters * 2**0.5)
 
 
 def test_the_variance_has_no_part_in_the_certificate():
@@ -555,6 +595,11 @@ SIZE = {"margin": 1.0, "temperature": 0.5}
             for name in ("margin", "temperature")
             for value in (0.0, -1.0, math.inf, math.nan)
         ),
+        ({"kind": "hinge"}, r"kind: expected one of \('margin', 'emma', 'annealed'\), got 'hinge'"),
+        *(
+            ({"annealing": value}, f"annealing: expected a number of at least 1, got {value}")
+            for value in (0.5, math.nan)
+        ),
     ],
 )
 def test_certificate_loss_refuses(as_installed, changes, message):
@@ -575,12 +620,14 @@ def head(seed, classes, dim=4, points=6):
     return z, weight, bias, z @ weight.T + bias, labels
 
 
-@given(seeds, st.integers(2, 6), st.floats(0.05, 5), st.floats(1e-3, 5))
-@settings(max_examples=40, deadline=None)
-def test_margin_cross_entropy_equals_the_loops(seed, classes, margin, temperature):
+@given(seeds, st.integers(2, 6), st.floats(0.05, 5), st.floats(1e-3, 5), kinds, st.floats(1, 6))
+@settings(max_examples=60, deadline=None)
+def test_margin_cross_entropy_equals_the_loops(seed, classes, margin, temperature, kind, annealing):
     _, weight, _, logits, labels = head(seed, classes)
-    found = margin_cross_entropy(logits, labels, weight, margin=margin, temperature=temperature)
-    expected = reference.margin_cross_entropy(logits.tolist(), labels.tolist(), weight.tolist(), margin, temperature)
+    size = {"margin": margin, "temperature": temperature, "kind": kind, "annealing": annealing}
+    found = margin_cross_entropy(logits, labels, weight, **size)
+    rows = logits.tolist(), labels.tolist(), weight.tolist()
+    expected = reference.margin_cross_entropy(*rows, margin, temperature, kind, annealing)
     assert found.tolist() == pytest.approx(expected, rel=1e-11, abs=1e-11)
 
 

@@ -398,6 +398,19 @@ def test_budgets(as_installed):
                 kind(**{name: value})
 
 
+def test_a_field_younger_than_names_is_in_them_only_where_it_was_changed(as_installed):
+    plain = ClustrCert()
+    assert run_key(plain) == "digits-clustr-cert-919a8ddcb6"
+    names = {run_key(replace(plain, **change)) for change in ({}, {"loss": "emma"}, {"annealing": 2.0})}
+    assert len(names) == 3
+    assert recipe_from_dict(recipe_to_dict(replace(plain, loss="emma"))).loss == "emma"
+    old = {key: value for key, value in recipe_to_dict(plain).items() if key not in ("loss", "annealing")}
+    assert recipe_from_dict(old) == plain
+    for changes in ({"loss": "hinge"}, {"annealing": 0.5}):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))}: expected"):
+            replace(plain, **changes)
+
+
 def test_the_defaults_of_what_certifies():
     cert, linear = ClustrCert(), LipschitzMargin()
     assert (cert.margin, cert.temperature) == (linear.margin, linear.temperature) == (0.5, 0.25)
@@ -522,7 +535,7 @@ def others(kind, item):
     """Another value for a field of a recipe."""
     default = item.default
     encoder = "lip-cnn" if kind.guarantee == "lipschitz" else "resnet18"
-    special = {"dataset": "mnist5k", "encoder": encoder, "augmentation": "crop", "optimiser": "sgd"}
+    special = {"dataset": "mnist5k", "loss": "emma", "encoder": encoder, "augmentation": "crop", "optimiser": "sgd"}
     special |= {"schedule": "triangle", "precision": "bf16-mixed", "warm_start": starts(kind)(encoder=kind().encoder)}
     if item.name in special:
         return special[item.name]

@@ -1,0 +1,103 @@
+"""What clusters can promise: heads, losses and certificates at equal CPU minutes, over several seeds.
+
+    python -m benchmarks.heads --dataset mnist5k --seconds 20 --seeds 5 --jobs 2      (about 25 minutes)
+
+One encoder, one budget of process time for every training (`benchmarks.budget`). A head is linear, or has one, two or
+four clusters a class; a loss is that of `losses.certificate_loss`: margin, emma or annealed. For each pair of them the
+margin and the temperature are those of the largest mean certified radius on training images held out, under one seed
+that is not used again; then all training images are trained on, once a seed, and the whole curve is taken on the test
+images. Adds a training at a time to results/bench/heads-settings.csv and heads.csv: killed, run it again.
+"""
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from benchmarks.budget import certified, held_out, trained
+from clustr_core import data
+from clustr_core.storage.files import home
+from clustr_core.storage.tables import read_table, write_table
+from clustr_core.training.recipes import ClustrCert, LipschitzMargin, Recipe
+
+LOSSES = ("margin", "emma", "annealed")
+_SHARED = {
+    "encoder": "lip-mlp-thin", "width": 256, "epochs": 1, "batch_size": 128, "learning_rate": 1e-2,
+    "schedule": "triangle",
+}  # fmt: skip
+HEADS: dict[str, Recipe] = {
+    "linear": LipschitzMargin(**_SHARED),
+    **{f"clusters-{count}": ClustrCert(per_class=count, **_SHARED) for count in (1, 2, 4)},
+}
+# margins in pixels of [0, 1], and temperatures as shares of them
+MARGINS = {"mnist5k": (1.0, 2.0, 3.0), "digits": (0.25, 0.5, 1.0)}
+SHARES = (1 / 8, 1 / 4)
+LARGEST = {"mnist5k": 4.0, "digits": 1.6}
+SETTING_SEED = 1000
+KEY = ["dataset", "head", "loss", "margin", "temperature", "seed"]
+Key = tuple[str, str, str, float, float, int]
+
+
+def curves(key: Key, seconds: float) -> pd.DataFrame:
+    """One training: a row a bound, with the accuracy that it certifies at each radius."""
+    torch.set_num_threads(1)
+    dataset, head, loss, margin, temperature, seed = key
+    given = data.load_dataset(dataset)
+    seen = held_out(given) if seed == SETTING_SEED else given
+    changes = {"dataset": dataset, "loss": loss, "margin": margin, "temperature": temperature, "seed": seed}
+    with tempfile.TemporaryDirectory() as folder:
+        run, cost = trained(replace(HEADS[head], **changes), seen, Path(folder), seconds)
+        found = certified(run, seen, np.linspace(0, LARGEST[dataset], 41).round(6))
+    return found.assign(**dict(zip(KEY, key, strict=True)), **cost)
+
+
+def best_settings(table: pd.DataFrame) -> dict[tuple[str, str], tuple[float, float]]:
+    """Margin and temperature of the largest mean radius, by the best bound, for each head and loss."""
+    best = table.groupby(["head", "loss", "margin", "temperature"])["mean_radius"].max()
+    chosen = best.groupby(["head", "loss"]).idxmax()
+    return {(str(head), str(loss)): (margin, temperature) for head, loss, margin, temperature in chosen}
+
+
+def computed(keys: Sequence[Key], seconds: float, jobs: int, path: Path) -> pd.DataFrame:
+    """The rows of all trainings; those that are there already are not computed again."""
+    found = read_table(path) if path.exists() else pd.DataFrame(columns=KEY)
+    done = {tuple(row) for row in found[KEY].itertuples(index=False)}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(curves, key, seconds) for key in keys if key not in done]
+        for finished in as_completed(waiting):
+            rows = finished.result()
+            order = [*KEY, *(name for name in rows if name not in KEY)]
+            found = pd.concat([found, rows[order]], ignore_index=True) if len(found) else rows[order]
+            write_table(path, found.sort_values([*KEY, "bound"], kind="stable"))
+    return found[found[KEY].apply(tuple, axis=1).isin(set(keys))]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Choose settings, train every seed, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=sorted(MARGINS), default="mnist5k")
+    parser.add_argument("--seconds", type=float, default=20.0, help="process time of each training")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, a core each")
+    options = parser.parse_args(arguments)
+    compute = partial(computed, seconds=options.seconds, jobs=options.jobs)
+    pairs, bench = [*itertools.product(HEADS, LOSSES)], home() / "results/bench"
+    sizes = [(margin, margin * share) for margin in MARGINS[options.dataset] for share in SHARES]
+    asked = [(options.dataset, *pair, *size, SETTING_SEED) for pair in pairs for size in sizes]
+    chosen = best_settings(compute(asked, path=bench / "heads-settings.csv"))
+    asked = [(options.dataset, *pair, *chosen[pair], seed) for pair in pairs for seed in range(options.seeds)]
+    table = compute(asked, path=bench / "heads.csv")
+    print(table.groupby(["head", "loss", "bound"])["mean_radius"].agg(["mean", "std"]).to_string(float_format="%.4f"))
+
+
+if __name__ == "__main__":
+    main()
