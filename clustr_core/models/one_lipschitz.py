@@ -15,8 +15,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
 _Module = TypeVar("_Module", bound=nn.Module)
-# of the power iteration of a layer's norm, before anything is trained
+# of the power iteration of a layer's norm: before anything is trained, and for weights that are evaluated
 _FIRST_ITERATIONS = 30
+_SETTLING_ITERATIONS = 300
 
 
 class MaxMin(nn.Module):
@@ -114,8 +115,9 @@ class CPLConv2d(SLLConv2d):
     """x - (2 / s^2) W^T relu(W x + b), W a convolution and s an estimate of its norm: the convex potential layer.
 
     The norm is that on a torus into which the image fits with its padding, as the bound of `lipschitz_upper_bound` is:
-    the largest norm of any of its Fourier blocks. The estimate is a power iteration's in each block, a step at each
-    training pass. It is never above the norm, so the layer may stretch a little; that bound says by how much.
+    the largest norm of any of its Fourier blocks. The estimate is a power iteration's in each block: a step at each
+    training pass, and many, once, for weights that are evaluated. It is never above the norm, so the layer may stretch
+    a little; that bound says by how much.
 
     Args:
         channels: of the image, in and out.
@@ -134,36 +136,41 @@ class CPLConv2d(SLLConv2d):
         waves = _waves(size, kernel_size)
         self.register_buffer("waves", waves, persistent=False)
         self.register_buffer("vectors", torch.randn(len(waves), 2, channels))
-        for _ in range(_FIRST_ITERATIONS):
-            self._iterate()
+        self._kept: tuple[object, Tensor] | None = None
+        self.vectors = self._iterated(self.vectors, _FIRST_ITERATIONS)
 
     def step(self) -> Float[Tensor, " inner"]:
         """2 / s^2, once a row."""
         with torch.autocast(self.weight.device.type, enabled=False):
             if self.training:
-                self._iterate()
+                # another tensor, since the graph of the last pass may hold the old one
+                self.vectors = self._iterated(self.vectors, 1)
+            vectors = self.vectors if self.training else self._settled()
             with torch.no_grad():
-                longest = self._moved(self.waves).square().sum(dim=(1, 2)).argmax()[None]
-            squared = self._moved(self.waves[longest], longest).square().sum()
+                longest = _complex_product(self._blocks(self.waves), vectors).square().sum(dim=(1, 2)).argmax()[None]
+            squared = _complex_product(self._blocks(self.waves[longest]), vectors[longest]).square().sum()
         return (2 / squared.clamp_min(torch.finfo(squared.dtype).tiny ** 0.5)).expand(len(self.weight))
 
-    def _moved(self, waves: Tensor, of: Tensor | slice = slice(None)) -> Float[Tensor, "wave two inner"]:
-        """Each frequency's block times its vector."""
-        return _complex_product(self._blocks(waves), self.vectors[of])
+    def _settled(self) -> Tensor:
+        """The vectors after many steps, computed once for the weights as they are."""
+        of = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+        if self._kept is None or self._kept[0] != of:
+            self._kept = of, self._iterated(self.vectors, _SETTLING_ITERATIONS)
+        return self._kept[1]
 
     def _blocks(self, waves: Tensor) -> Float[Tensor, "wave two inner channel"]:
         """Real and imaginary parts of the Fourier blocks."""
         return torch.einsum("oik,wtk->wtoi", self.weight.flatten(2), waves)
 
     @torch.no_grad()
-    def _iterate(self) -> None:
-        """One step of v <- W^* W v in each block, in place of the last."""
+    def _iterated(self, vectors: Tensor, steps: int) -> Tensor:
+        """Steps of v <- W^* W v in each block."""
         blocks = self._blocks(self.waves)
-        moved = _complex_product(blocks, self.vectors)
         adjoint = torch.stack([blocks[:, 0], -blocks[:, 1]], dim=1).transpose(2, 3)
-        # another tensor, since the graph of the last pass may hold the old one
-        again = _complex_product(adjoint, moved)
-        self.vectors = F.normalize(again.flatten(1), dim=1).view_as(again)
+        for _ in range(steps):
+            moved = _complex_product(adjoint, _complex_product(blocks, vectors))
+            vectors = F.normalize(moved.flatten(1), dim=1).view_as(moved)
+        return vectors
 
 
 class SLLLinear(nn.Module):
