@@ -28,6 +28,7 @@ from clustr_core.storage.tables import read_table, write_table
 from clustr_core.training.recipes import LipschitzMargin, Recipe
 
 RADII = [0, 36 / 255, 72 / 255, 108 / 255]
+KEY = ["candidate", "minutes", "seed", "images"]
 COLUMNS = ["clean", "at_36", "at_72", "at_108"]
 _SHARED = {
     "epochs": 1, "batch_size": 256, "learning_rate": 1e-2, "schedule": "triangle", "augmentation": "crop-flip",
@@ -71,11 +72,12 @@ def race(dataset: str, minutes: Sequence[float], keep: Sequence[int], seeds: int
     going = list(CANDIDATES)
     for number, budget in enumerate(minutes):
         last = number == len(minutes) - 1
-        asked = [(name, budget, seed) for name in going for seed in range(seeds if last else 1)]
+        images = "test" if last else "held out"
+        asked = [(name, budget, seed, images) for name in going for seed in range(seeds if last else 1)]
         known = _known(path)
         missing = [key for key in asked if key not in known.index]
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            waiting = [pool.submit(raced, name, dataset, given, seed, last) for name, given, seed in missing]
+            waiting = [pool.submit(raced, name, dataset, given, seed, last) for name, given, seed, _ in missing]
             for done in as_completed(waiting):
                 known = _add(path, done.result())
         if not last:
@@ -85,9 +87,8 @@ def race(dataset: str, minutes: Sequence[float], keep: Sequence[int], seeds: int
 
 
 def _known(path: Path) -> pd.DataFrame:
-    if not path.exists():
-        return pd.DataFrame(columns=["candidate", "minutes", "seed"]).set_index(["candidate", "minutes", "seed"])
-    return read_table(path).set_index(["candidate", "minutes", "seed"])
+    table = read_table(path) if path.exists() else pd.DataFrame(columns=KEY)
+    return table.set_index(KEY)
 
 
 def _add(path: Path, row: dict[str, Any]) -> pd.DataFrame:

@@ -35,6 +35,7 @@ from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.written import made_by, made_of, write_rows
 from clustr_core.models.official import NUM_CLASSES, load_official
 from clustr_core.storage.files import digest, expanded, home, write_string
+from clustr_core.storage.gate import RELEASED_LIMIT, VALUE_LIMIT, brief, is_stream, read_bytes, shortened, target_of
 from clustr_core.storage.pack import Bounds, parse_size
 from clustr_core.training.fields import read_yaml
 from clustr_core.training.loop import fit
@@ -91,9 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"clustr: ended by {'SIGTERM' if asked.args else 'Ctrl-C'}; {_KEPT}", file=sys.stderr)
         return 143 if asked.args else 130
     except (ValueError, TypeError, OSError, CertificateBroken) as error:
-        print("clustr:", " ".join(str(error).split()), file=sys.stderr)
+        print("clustr:", shortened(" ".join(str(error).split())), file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         first = str(error).partition(". ")[0]
         print(f"clustr: {first}; take a device with more memory", file=sys.stderr)
         return 2
@@ -127,6 +130,9 @@ def _check_output(options: argparse.Namespace) -> None:
         return
     if options.shard is not None:
         raise ValueError(f"--output: expected none with --shard, which writes no table, got {given}")
+    if is_stream(Path(given)):
+        return
+    target_of(Path(given))
     if Path(given).suffix != ".csv":
         raise ValueError(f"--output: expected a file name that ends in .csv, since X.json lies beside it, got {given}")
 
@@ -181,7 +187,7 @@ def _attack_official(options: argparse.Namespace) -> None:
         **made_by(profile, "attacks", str(device)),
         "protocol": {name: asdict(each) for name, each in protocols.items()},
         "method": target.name, "dataset": options.dataset, "run": None, "seed": None,
-        "weights_sha256": digest(path.read_bytes()),
+        "weights_sha256": digest(read_bytes(path, limit=RELEASED_LIMIT)),
     })  # fmt: skip
     _print_protocols(table)
 
@@ -189,7 +195,7 @@ def _attack_official(options: argparse.Namespace) -> None:
 def _official_target(path: Path, dataset: str, device: torch.device) -> AttackTarget:
     """The file's model; its rows are kept under a digest of the file."""
     model = load_official(path, dataset=dataset).to(device)
-    identity = digest(path.read_bytes(), dataset)
+    identity = digest(read_bytes(path, limit=RELEASED_LIMIT), dataset)
     tables = home() / "runs" / f"official-{dataset}-{identity[:10]}" / "tables"
     return AttackTarget(path.stem, lambda: model, identity, tables, data.load_dataset(dataset), device)
 
@@ -362,7 +368,9 @@ def _run(options: argparse.Namespace) -> Run:
 def _recipe(options: argparse.Namespace) -> Recipe:
     profile = load_profile(options.profile or "quick")
     if options.method not in profile.recipes:
-        raise ValueError(f"method: expected one of {sorted(profile.recipes)} in {profile.name}, got {options.method!r}")
+        raise ValueError(
+            f"method: expected one of {sorted(profile.recipes)} in {profile.name}, got {brief(options.method)}"
+        )
     recipe = override(profile.recipes[options.method], _changes(options.set))
     if recipe.guarantee == "lipschitz" and recipe.encoder not in CERTIFIABLE:
         expected = f"one of {CERTIFIABLE} for {recipe.method}, since the rounding of others has no known bound"
@@ -375,27 +383,34 @@ def _changes(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"--set: expected NAME=VALUE, got {pair!r}")
+            raise ValueError(f"--set: expected NAME=VALUE, got {brief(pair)}")
         if name in changes:
             raise ValueError(f"--set: expected each field once, got {name} twice")
         try:
             changes[name] = read_yaml(value, name)
         except ValueError as error:
-            raise ValueError(f"--set: expected YAML after {name}=, got {value!r}") from error
+            raise ValueError(
+                f"--set: expected YAML after {shortened(name, VALUE_LIMIT)}=, got {brief(value)}"
+            ) from error
     return changes
 
 
 def _device(options: argparse.Namespace) -> torch.device:
     try:
-        return torch.empty(0, device=device_here(options.device)).device
-    except (RuntimeError, AssertionError) as error:
-        given = options.device
-        raise ValueError(f"--device: expected one that works here, such as cpu, got {given!r} ({error})") from error
+        device = torch.empty(1, device=device_here(options.device))
+        # what holds no numbers is no device to compute on
+        device.item()
+        return device.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        given, why = brief(options.device), shortened(str(error), 160)
+        raise ValueError(f"--device: expected one that works here, such as cpu, got {given} ({why})") from error
 
 
 def _set_threads(threads: int) -> None:
     if threads < 1:
         raise ValueError(f"--threads: expected at least 1, got {threads}")
+    if threads > (most := 4 * (os.cpu_count() or 1)):
+        raise ValueError(f"--threads: expected at most {most}, four for each processor here, got {threads}")
     torch.set_num_threads(threads)
 
 

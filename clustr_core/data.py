@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clustr_core.storage.files import digest, expanded, home
+from clustr_core.storage.gate import MB, named, opened, shortened
 from clustr_core.storage.tensors import read_tensors, write_tensors
 
 ImageBytes = UInt8[Tensor, "batch channel height width"]
@@ -30,6 +31,9 @@ IMAGES = "decoded images"
 _CACHED = {"train_images", "train_labels", "test_images", "test_labels"}
 SPLIT_SEED = 111
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+# a photograph of the largest camera has as many; of an image of the book it would be the side of a wall
+MOST_PIXELS_A_SIDE = 4096
+IMAGE_FILE_LIMIT = 64 * MB
 GREY_MODES = ("L", "1")
 COLOUR_MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr")
 
@@ -271,8 +275,9 @@ def _load_folder(name: str, given: Path, root: Path) -> Dataset:
     One channel if the first image is grey, in which case all must be; else RGB (grey is repeated, alpha is dropped).
     The cache lies under ``root``: the images' folder may be read-only.
     """
-    folder = given if given.is_dir() or given.is_absolute() else home() / given
-    names = _class_folders(folder)
+    with named(given):
+        folder = given if given.is_dir() or given.is_absolute() else home() / given
+        names = _class_folders(folder)
     files = {part: _image_files(folder / part, names) for part in ("train", "test")}
     fingerprint = _fingerprint(folder, [path for part in files.values() for path, _ in part])
     cache = root / CACHE_FOLDER / f"images-{digest(os.fsencode(folder.resolve()))[:16]}.safetensors"
@@ -330,7 +335,7 @@ def _fingerprint(folder: Path, paths: list[Path]) -> str:
     """A digest of every name and every content: sizes and times do not tell two images apart."""
     parts = []
     for path in paths:
-        with path.open("rb") as file:
+        with opened(path, limit=IMAGE_FILE_LIMIT) as file:
             parts += [str(path.relative_to(folder)), hashlib.file_digest(file, "sha256").digest()]
     return digest(*parts)
 
@@ -371,10 +376,14 @@ def _decode(files: dict[str, list[tuple[Path, int]]]) -> dict[str, Tensor]:
 
 
 def _room_for(shape: tuple[int, ...]) -> np.ndarray:
+    asked = math.prod(shape)
     try:
+        # a system may promise more than it has, and kill whoever takes it at its word
+        if asked > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise MemoryError
         return np.empty(shape, dtype=np.uint8)
     except MemoryError as error:
-        raise ValueError(f"folder: expected images that fit into memory, got {math.prod(shape):,} bytes") from error
+        raise ValueError(f"folder: expected images that fit into memory, got {asked:,} bytes") from error
 
 
 @contextmanager
@@ -383,15 +392,23 @@ def _decoding(path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
+            with opened(path, limit=IMAGE_FILE_LIMIT) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+                _check_sides(image.size)
                 image.load()
                 yield image
     except Exception as error:
         if isinstance(error, _NotUsable):
             raise ValueError(f"folder: expected {error} in {path}") from None
         raise ValueError(
-            f"folder: expected an image ({', '.join(IMAGE_FORMATS)}), got an unreadable file {path} ({error})"
+            f"folder: expected an image ({', '.join(IMAGE_FORMATS)}), got an unreadable file {path} "
+            f"({shortened(str(error), 200)})"
         ) from error
+
+
+def _check_sides(size: tuple[int, int]) -> None:
+    """What the header says is held against what an image of the book can be, before a pixel is decoded."""
+    if max(size) > MOST_PIXELS_A_SIDE:
+        raise _NotUsable(f"an image of at most {MOST_PIXELS_A_SIDE:,} pixels a side, got {size[0]:,} x {size[1]:,},")
 
 
 class _NotUsable(Exception):

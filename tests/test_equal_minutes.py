@@ -78,7 +78,14 @@ def test_the_best_half_goes_on_and_what_is_known_is_not_computed_again(tmp_path,
     def raced(name, dataset, minutes, seed, last):
         asked.append((name, minutes, seed, last))
         share = {"a": 0.1, "b": 0.4, "c": 0.3}[name]
-        return {"candidate": name, "minutes": minutes, "seed": seed, **dict.fromkeys(race.COLUMNS, share)}
+        images = "test" if last else "held out"
+        return {
+            "candidate": name,
+            "minutes": minutes,
+            "seed": seed,
+            "images": images,
+            **dict.fromkeys(race.COLUMNS, share),
+        }
 
     monkeypatch.setattr(race, "CANDIDATES", dict.fromkeys("abc"))
     monkeypatch.setattr(race, "raced", raced)

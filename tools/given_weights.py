@@ -74,7 +74,11 @@ def _measured(options: argparse.Namespace) -> int:
 
     def network() -> nn.Module:
         tensors = load_file(options.weights)
-        return cluster_network(recipe, dataset.image_shape, tensors, recipe.rule).eval().to(options.device)
+        return (
+            cluster_network(recipe, dataset.image_shape, tensors, recipe.rule, options.weights)
+            .eval()
+            .to(options.device)
+        )
 
     def stranger() -> nn.Module:
         return load_official(options.source, dataset="cifar10").to(options.device)

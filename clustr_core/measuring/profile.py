@@ -5,6 +5,7 @@ This module reads no tensors, so that a pipeline can ask it for names in no time
 
 import importlib.util
 import math
+import os
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -13,6 +14,7 @@ from typing import Any, get_args
 
 from clustr_core.attacks.names import ATTACKS, PAPER_STEP_SIZE, Norm
 from clustr_core.storage.files import digest, expanded, home
+from clustr_core.storage.gate import PROFILE_LIMIT, brief, check_file, read_text, shortened, shown
 from clustr_core.training.fields import build, field_value, mapping, read_yaml
 from clustr_core.training.recipes import METHODS, Recipe
 
@@ -242,6 +244,8 @@ def _as_dict(budget: Examination | SandwichBudget | SmoothingBudget | None) -> d
     return None if budget is None else asdict(budget)
 
 
+# profiles in a message
+MOST_NAMED = 12
 _BUDGETS = {"examination": Examination, "sandwich": SandwichBudget, "smoothing": SmoothingBudget}
 
 
@@ -264,9 +268,13 @@ def load_profile(name: str | Path) -> Profile:
     """
     path = _path_of(name)
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name}: expected text in UTF-8, got {error}") from error
+        return _loaded(path)
+    except ValueError as error:
+        raise ValueError(shortened(str(error))) from error
+
+
+def _loaded(path: Path) -> Profile:
+    text = read_text(path, limit=PROFILE_LIMIT)
     content = mapping(read_yaml(text, path.name), path.name)
     parts = ("shared", "methods", "attacks", "chapters")
     known = [*parts, "certified_examples", "plugins", *_BUDGETS]
@@ -286,7 +294,7 @@ def load_profile(name: str | Path) -> Profile:
         for key, kind in _BUDGETS.items()
         if content.get(key) is not None
     }
-    recipes, source = _recipes(methods, shared, path.name), {"sha256": digest(path.read_bytes()), "path": path}
+    recipes, source = _recipes(methods, shared, path.name), {"sha256": digest(text), "path": path}
     try:
         return Profile(_name_of(path), recipes, protocols, examples, chapters=chapters, **source, **budgets)
     except ValueError as error:
@@ -297,11 +305,12 @@ def _path_of(name: str | Path) -> Path:
     """The file of a profile, absolute."""
     folder = home() / "profiles"
     path = expanded(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise FileNotFoundError(f"profile: expected one of {known} or a YAML file, got {name}")
+    if not os.path.lexists(path):
+        known = sorted(p.stem for p in folder.glob("*.yaml"))[:MOST_NAMED]
+        raise FileNotFoundError(f"profile: expected one of {known} or a YAML file, got {shown(str(name))}")
+    check_file(path, limit=PROFILE_LIMIT)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):
-        raise ValueError(f"profile: expected a file name of letters, digits, - and _, got {path.name!r}")
+        raise ValueError(f"profile: expected a file name of letters, digits, - and _, got {brief(path.name)}")
     return path.resolve()
 
 

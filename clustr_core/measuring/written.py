@@ -10,6 +10,7 @@ import pandas as pd
 from clustr_core.measuring.profile import Profile
 from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS
 from clustr_core.storage.files import digest
+from clustr_core.storage.gate import is_stream
 from clustr_core.storage.provenance import check_sidecar, environment, write_sidecar
 from clustr_core.storage.tables import write_table
 from clustr_core.training.recipes import run_folder, run_key
@@ -44,9 +45,10 @@ def made_of(method: str, run: Run | None) -> dict[str, Any]:
 
 
 def write_rows(path: Path, table: pd.DataFrame, made: dict[str, Any]) -> None:
-    """Write a table and, beside it, the sidecar that says how it was made."""
+    """Write a table and, beside it, the sidecar that says how it was made; to a device or a FIFO the table alone."""
     write_table(path, table)
-    write_sidecar(path, made)
+    if not is_stream(path):
+        write_sidecar(path, made)
 
 
 def is_written(folder: Path, profile: Profile, kind: str, method: str) -> bool:

@@ -22,6 +22,7 @@ from clustr_core.models.one_lipschitz import (
     thin_orthogonal_linear,
 )
 from clustr_core.numerics.checks import is_name
+from clustr_core.storage.gate import brief
 
 ImageShape = tuple[int, int, int]
 _Dense = Callable[[int, int], nn.Module]
@@ -289,7 +290,7 @@ def build_encoder(name: str, image_shape: ImageShape, *, width: int, dataset: st
             one's own is no module, has no ``embedding_dim``, or embeds an image in another shape.
     """
     if name not in ENCODERS:
-        raise ValueError(f"encoder: expected one of {sorted(ENCODERS)}, got {name!r}")
+        raise ValueError(f"encoder: expected one of {sorted(ENCODERS)}, got {brief(name)}")
     if width < 1:
         raise ValueError(f"width: expected at least 1, got {width}")
     encoder = ENCODERS[name](image_shape, width, dataset)

@@ -23,6 +23,7 @@ from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.models.clusters import Clusters
 from clustr_core.models.encoders import PIXEL_STATISTICS, ResNet18
 from clustr_core.storage.files import written_whole
+from clustr_core.storage.gate import RELEASED_LIMIT, brief, listed, read_bytes, shortened, shown
 
 CLUSTER_KEYS = ("cluster_classes", "cluster_centers", "variance", "L", "K", "normalize_probs")
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10}
@@ -35,6 +36,11 @@ _STATISTICS = {
 _RAW_PIXELS = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 _WRAPPERS = re.compile(r"^(module\.|model\.)+")
 _COUNTER = "num_batches_tracked"
+
+# of a class, and voters
+MOST_CLUSTERS = 1_000_000
+# numbers in a message
+LISTED = 12
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -68,7 +74,7 @@ def load_official(path: str | Path, *, dataset: str) -> ClusterClassifier | Line
     try:
         return _model(content, dataset).eval()
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(shortened(f"{shown(path)}: {error}")) from error
 
 
 def save_official(path: str | Path, model: ClusterClassifier, *, dataset: str) -> None:
@@ -133,11 +139,10 @@ def _read(path: Path) -> object:
 
     NumPy scalars and arrays are refused with all other classes: the format as it is described needs none.
     """
-    data = path.read_bytes()
+    data = read_bytes(path, limit=RELEASED_LIMIT)
     try:
-        # torch.load itself does not compare the checksums of the records
-        if data.startswith(b"PK\x03\x04") and (record := zipfile.ZipFile(io.BytesIO(data)).testzip()):
-            raise zipfile.BadZipFile(f"checksum of {record}")
+        if data.startswith(b"PK\x03\x04"):
+            _check_records(data)
         with warnings.catch_warnings():
             # on the pickle's protocol and the like: whether it can be read is what counts
             warnings.simplefilter("ignore")
@@ -152,6 +157,21 @@ def _read(path: Path) -> object:
             f"{path}: expected a file of torch.save with tensors and plain values only, got something truncated, "
             f"damaged or foreign ({type(error).__name__}); nothing of it was executed"
         ) from error
+
+
+def _check_records(data: bytes) -> None:
+    """The records of a file of torch.save: not compressed, none inside another, each with its checksum.
+
+    torch.load itself does not compare checksums.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise zipfile.BadZipFile("compressed records")
+        if sum(record.file_size for record in records) > len(data):
+            raise zipfile.BadZipFile("records that overlap")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"checksum of {damaged}")
 
 
 def _model(content: object, dataset: str) -> ClusterClassifier | LinearClassifier:
@@ -217,7 +237,10 @@ def _released_tensors(state: object, dataset: str) -> dict[str, Tensor]:
     tensors = {name: _cast(named, name) for name in shapes}
     damaged = [name for name, value in tensors.items() if not value.isfinite().all()]
     if damaged:
-        raise ValueError(f"state_dict: expected finite values, got NaN or infinity in {', '.join(damaged)}")
+        raise ValueError(f"state_dict: expected finite values, got NaN or infinity in {listed(damaged)}")
+    negative = [name for name, value in tensors.items() if name.endswith("running_var") and (value < 0).any()]
+    if negative:
+        raise ValueError(f"state_dict: expected variances of at least 0, got negative ones in {listed(negative)}")
     return tensors
 
 
@@ -252,17 +275,19 @@ def _check_names_and_shapes(named: dict[str, Any], shapes: dict[str, torch.Size]
         if name in named and not _fits(named[name], shape, integer=name.endswith(_COUNTER))
     ]
     lists = {"missing": missing, "extra": extra, "misshapen": misshapen}
-    found = "; ".join(f"{kind} {', '.join(names)}" for kind, names in lists.items() if names)
+    found = "; ".join(f"{kind} {listed(names)}" for kind, names in lists.items() if names)
     if found:
         raise ValueError(f"state_dict: expected the parameters of a ResNet-18 of width {width}, got {found}")
 
 
-def _fits(value: object, shape: torch.Size, *, integer: bool = False) -> TypeGuard[Tensor]:
+def _fits(value: object, shape: torch.Size, *, integer: bool = False, repeated: bool = False) -> TypeGuard[Tensor]:
     if not isinstance(value, Tensor) or value.shape != shape:
         return False
     dense = value.layout is torch.strided and value.device.type == "cpu"
     integral = not (value.is_floating_point() or value.is_complex() or value.is_quantized)
-    return dense and (integral if integer else value.is_floating_point())
+    # a few numbers may pass for as many as a shape says, as the released variance does
+    held = dense and (repeated or value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+    return held and (integral if integer else value.is_floating_point())
 
 
 def _describe(value: object) -> str:
@@ -270,6 +295,8 @@ def _describe(value: object) -> str:
         return type(value).__name__
     odd = [] if value.is_floating_point() else [str(value.dtype)]
     odd += [] if value.layout is torch.strided else [str(value.layout)]
+    repeated = not odd and value.numel() * value.element_size() > value.untyped_storage().nbytes()
+    odd += ["of fewer numbers, repeated"] if repeated else []
     return " ".join([str(list(value.shape)), *odd])
 
 
@@ -290,7 +317,7 @@ def _clusters(content: Mapping[str, Any], dataset: str, dim: int) -> tuple[Clust
     count = num_classes * per_class
     normalize = content["normalize_probs"]
     if not isinstance(normalize, bool):
-        raise ValueError(f"normalize_probs: expected True or False, got {normalize!r}")
+        raise ValueError(f"normalize_probs: expected True or False, got {brief(normalize)}")
     labels = _cluster_classes(content["cluster_classes"], dataset, per_class, in_order=not normalize)
     centers = content["cluster_centers"]
     if not _fits(centers, torch.Size([count, dim])):
@@ -313,9 +340,11 @@ def _positive(content: Mapping[str, Any], key: str) -> int:
     try:
         value = operator.index(content[key])
     except TypeError:
-        raise ValueError(f"{key}: expected a positive integer, got {content[key]!r}") from None
+        raise ValueError(f"{key}: expected a positive integer, got {brief(content[key])}") from None
     if value < 1:
-        raise ValueError(f"{key}: expected a positive integer, got {value}")
+        raise ValueError(f"{key}: expected a positive integer, got {brief(value)}")
+    if value > MOST_CLUSTERS:
+        raise ValueError(f"{key}: expected at most {MOST_CLUSTERS:,}, got {brief(value)}")
     return value
 
 
@@ -338,15 +367,18 @@ def _cluster_classes(value: object, dataset: str, per_class: int, *, in_order: b
         order = ", in this order (normalize_probs is False)" if in_order else ""
         raise ValueError(
             f"cluster_classes: expected each of 0, ..., {num_classes - 1} {per_class} times{order}, "
-            f"got {labels.tolist()}"
+            f"got [{listed(labels.tolist(), most=LISTED)}]"
         )
     return labels
 
 
 def _variance(value: object, count: int) -> Float[Tensor, " cluster"]:
     """sigma^2 of each cluster, from one for each or one for all."""
-    tensor = torch.tensor(float(value)) if isinstance(value, int | float) else value
+    try:
+        tensor = torch.tensor(float(value)) if isinstance(value, int | float) else value
+    except OverflowError:
+        raise ValueError(f"variance: expected a number, got {brief(value)}") from None
     shapes = ([], [1], [count])
-    if not isinstance(tensor, Tensor) or not any(_fits(tensor, torch.Size(shape)) for shape in shapes):
+    if not isinstance(tensor, Tensor) or not any(_fits(tensor, torch.Size(shape), repeated=True) for shape in shapes):
         raise ValueError(f"variance: expected a number or [{count}], one for each cluster, got {_describe(value)}")
     return _float32(tensor.expand(count))

@@ -6,11 +6,14 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from clustr_core.storage.gate import JSON_LIMIT, is_stream, pour, read_text, shortened, target_of
 
 
 def _pid_space() -> str:
@@ -51,19 +54,27 @@ def expanded(path: str | Path) -> Path:
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name at the end, and vanishes on any error.
 
-    What killed writers left behind in the same folder is removed first.
+    What killed writers left behind in the same folder is removed first. Where ``path`` is a link, what it leads to is
+    replaced; a device, a FIFO or the standard output is written to.
 
     Raises:
+        ValueError: if a folder or a socket is there.
         OSError: as the file system says (no space, no permission), with nothing left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path.parent)
-    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (temporary := Path(folder, "content"))
+            pour(temporary, path)
+        return
+    target = target_of(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(target.parent)
+    temporary = target.with_name(f".{target.name}.{HOST}-{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     except Exception as error:
         if reason := _os_error(error, path):
             raise reason from error
@@ -133,10 +144,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is no JSON object, with its path.
     """
+    text = read_text(path, limit=JSON_LIMIT)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got something truncated or damaged ({error})") from error
+        why = shortened(str(error))
+        raise ValueError(f"{path}: expected JSON, got something truncated or damaged ({why})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content

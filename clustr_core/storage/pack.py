@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clustr_core.storage.files import read_json, write_json, written_whole
+from clustr_core.storage.gate import TENSORS_LIMIT, listed, size_in_words
 
 INDEX = "pack.json"
 # an index of a few hundred parts fits into this
@@ -142,13 +143,23 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     path = folder / INDEX
     if path.exists():
         index = read_json(path)
-        if not isinstance(index.get("parts"), list):
-            raise ValueError(f"--into: expected an index that lists parts in {path}, got keys {sorted(index)}")
+        if not isinstance(parts := index.get("parts"), list) or not all(map(_is_part, parts)):
+            raise ValueError(
+                f"--into: expected an index that lists parts in {path}, got keys [{listed(sorted(index))}]"
+            )
         return index
     entries = folder.iterdir() if folder.exists() else ()
     if others := sorted(entry.name for entry in entries if not entry.name.startswith(".")):
         raise ValueError(f"--into: expected an empty folder or one with {INDEX}, got {others[0]} alone in {folder}")
     return None
+
+
+def _is_part(said: object) -> bool:
+    """Whether an index says of a part what is needed, and of one that lies beside it."""
+    if not isinstance(said, dict):
+        return False
+    name, size, digest = (said.get(key) for key in ("name", "bytes", "sha256"))
+    return isinstance(name, str) and bool(_PART.fullmatch(name)) and type(size) is int and isinstance(digest, str)
 
 
 def unpack(folder: Path, into: Path) -> None:
@@ -166,9 +177,19 @@ def unpack(folder: Path, into: Path) -> None:
         archive.seek(0)
         try:
             with zipfile.ZipFile(archive) as opened:
+                _check_members(opened)
                 opened.extractall(into)
         except zipfile.BadZipFile as error:
             raise ValueError(f"--into: expected a pack in {folder}, got a damaged one ({error})") from error
+
+
+def _check_members(archive: zipfile.ZipFile) -> None:
+    """No member inside another, and all of a size that a leg can have."""
+    members = archive.infolist()
+    if sum(member.compress_size for member in members) > archive.start_dir:
+        raise zipfile.BadZipFile("members that overlap")
+    if (total := sum(member.file_size for member in members)) > TENSORS_LIMIT:
+        raise zipfile.BadZipFile(f"{total:,} bytes, where {size_in_words(TENSORS_LIMIT)} are the most")
 
 
 def _append(archive: IO[bytes], path: Path, said: Mapping[str, Any], which: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from clustr_core.storage.files import digest, home, read_json, seal_of, write_json
+from clustr_core.storage.gate import TABLE_LIMIT, read_bytes, read_text
 from clustr_core.storage.tables import read_table
 
 VERSIONED = ("torch", "torchvision", "numpy", "scikit-learn", "umap-learn")
@@ -135,12 +136,9 @@ def read_checked(table: Path) -> pd.DataFrame:
 
 
 def _contents(table: Path) -> dict[str, Any]:
-    try:
-        lines = table.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{table}: expected a table in UTF-8, got something damaged ({error})") from error
+    lines = read_text(table, limit=TABLE_LIMIT).splitlines()
     return {
-        "sha256": digest(table.read_bytes()),
+        "sha256": digest(read_bytes(table, limit=TABLE_LIMIT)),
         "rows": len(lines) - 1,
         "columns": lines[0].split(",") if lines else [],
     }

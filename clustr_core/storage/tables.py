@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from clustr_core.storage.files import digest, written_whole
+from clustr_core.storage.gate import TABLE_LIMIT, read_bytes, shortened
 
 # the last line of a sealed table: this, and the digest of all before it
 _SEAL = b"sha256,"
@@ -28,7 +29,7 @@ def read_table(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: if the file is empty, no CSV or not in UTF-8, with its path.
     """
-    return _parsed(path, path.read_bytes())
+    return _parsed(path, read_bytes(path, limit=TABLE_LIMIT))
 
 
 def read_sealed(path: Path) -> pd.DataFrame:
@@ -37,7 +38,7 @@ def read_sealed(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: if any bit of it is another than was written, or it was written under another name, with its path.
     """
-    text, found, _ = (content := path.read_bytes()).rpartition(_SEAL)
+    text, found, _ = (content := read_bytes(path, limit=TABLE_LIMIT)).rpartition(_SEAL)
     if not found or content != text + _seal(path, text):
         raise ValueError(f"{path}: expected a table as it was written, got a damaged file (its sha256 is another)")
     return _parsed(path, text)
@@ -51,4 +52,5 @@ def _parsed(path: Path, content: bytes) -> pd.DataFrame:
     try:
         return pd.read_csv(io.BytesIO(content), encoding="utf-8")
     except ValueError as error:  # pandas' own errors and UnicodeDecodeError are among them
-        raise ValueError(f"{path}: expected a table, got something empty or damaged ({error})") from error
+        why = shortened(str(error))
+        raise ValueError(f"{path}: expected a table, got something empty or damaged ({why})") from error

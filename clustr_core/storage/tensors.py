@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clustr_core.storage.files import digest, seal_of, written_whole
+from clustr_core.storage.gate import TENSORS_LIMIT, check_file, shortened
 
 ENTRY = "content"
 
@@ -37,17 +38,20 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     Raises:
         ValueError: if it is of another kind, truncated, or in any bit not what was written; the file is named.
     """
+    check_file(path, limit=TENSORS_LIMIT)
     try:
         with safe_open(path, framework="pt") as file:
             content = json.loads((file.metadata() or {})[ENTRY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
         found, facts, said = content["kind"], content["facts"], content["sha256"]
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: expected {kind}, got a truncated or damaged file ({error})") from error
+        raise ValueError(
+            f"{path}: expected {kind}, got a truncated or damaged file ({shortened(str(error))})"
+        ) from error
     if said != _digest_of(found, tensors, facts):
         raise ValueError(f"{path}: expected {kind}, got a damaged file (its sha256 is another)")
     if found != kind:
-        raise ValueError(f"{path}: expected {kind}, got {found}")
+        raise ValueError(f"{path}: expected {kind}, got {shortened(str(found))}")
     return tensors, facts
 
 

@@ -4,26 +4,59 @@ This module reads no tensors, so that a pipeline can ask for names in no time.
 """
 
 import math
+import numbers
 import re
 from dataclasses import fields
 from typing import Any, ClassVar, get_args, get_origin
 
 import yaml
 from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
+
+from clustr_core.storage.gate import PROFILE_LIMIT, brief, listed, shortened, size_in_words
 
 _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 # the dot of .inf and .nan, which Python writes without
 _WORD_DOT = re.compile(r"\.(?=[a-zA-Z])")
+# lists and mappings inside each other, and all that aliases stand for: a profile has 4 levels and a thousand values
+DEEPEST = 20
+MOST_VALUES = 20_000
+# no whole number of the book has as many digits
+MOST_DIGITS = 18
 _FRACTION = re.compile(rf"\s*({_NUMBER})\s*(?:/\s*({_NUMBER})\s*)?")
 
 
 class _Loader(yaml.SafeLoader):
     """YAML as its version 1.2 reads plain words (the core schema), with fractions, and no key twice.
 
-    Version 1.1 takes ``010`` for 8, ``1:30`` for 90, ``1_0`` for 10, ``no`` for false, and ``1e-3`` for text.
+    Version 1.1 takes ``010`` for 8, ``1:30`` for 90, ``1_0`` for 10, ``no`` for false, and ``1e-3`` for text. What is
+    nested deeper, or stands for more values, than anybody writes is refused before it is built.
     """
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.depth = 0
+        self.weights: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """A node, weighed by how many values it and its aliases stand for."""
+        is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise ComposerError(None, None, f"expected at most {DEEPEST} levels", mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if node is None:
+            return None
+        if is_alias and node not in self.weights:
+            raise ComposerError(None, None, "expected no value that contains itself", mark)
+        if not is_alias:
+            self.weights[node] = 1 + sum(self.weights[part] for part in _parts(node))
+        if self.weights[node] > MOST_VALUES:
+            raise ComposerError(None, None, f"expected at most {MOST_VALUES:,} values, aliases counted", mark)
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """A mapping, in which no key may stand twice."""
@@ -37,6 +70,19 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    """The values, and keys, that a node is made of."""
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > MOST_DIGITS + 1:
+        raise ConstructorError(None, None, f"expected at most {MOST_DIGITS} digits", node.start_mark)
+    return int(node.value)
+
+
 _DIGITS = list("-+.0123456789")
 for _tag, _pattern, _first in (
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -47,7 +93,7 @@ for _tag, _pattern, _first in (
     ("!fraction", rf"{_NUMBER}/{_NUMBER}", _DIGITS),
 ):
     _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(_WORD_DOT.sub("", node.value)))
 _Loader.add_constructor("!fraction", lambda loader, node: _quotient(node.value) or node.value)
 
@@ -58,18 +104,24 @@ def read_yaml(text: str, where: str) -> Any:
     Args:
         where: what the text is called in a message.
     Raises:
-        ValueError: for what is no YAML, or a key that stands twice; the line is named.
+        ValueError: for what is no YAML, a key that stands twice, or more, deeper or longer than anybody writes; line
+            and column are named.
     """
+    if len(text) > PROFILE_LIMIT:
+        raise ValueError(f"{where}: expected at most {size_in_words(PROFILE_LIMIT)}, got {len(text):,} characters")
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where}: expected YAML, got {error}") from error
+        raise ValueError(f"{where}: expected YAML, got {shortened(str(error))}") from error
+    # what YAML's own tags are made of, as a day that no month has
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: expected YAML with plain values, got {shortened(str(error))}") from error
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:
     """A mapping; nothing at all is an empty one."""
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{where}: expected keys with values, got {value!r}")
+        raise ValueError(f"{where}: expected keys with values, got {brief(value)}")
     return value or {}
 
 
@@ -93,7 +145,9 @@ def field_values(kind: type, values: dict[str, Any], where: str) -> dict[str, An
     """
     types = {item.name: item.type for item in fields(kind)}
     if unknown := sorted(set(values) - set(types), key=str):
-        raise ValueError(f"{where}: unknown key {unknown}, expected some of {sorted(types)}")
+        raise ValueError(
+            f"{where}: unknown key [{listed([brief(key) for key in unknown])}], expected some of {sorted(types)}"
+        )
     return {name: field_value(value, types[name], f"{where}: {name}") for name, value in values.items()}
 
 
@@ -105,12 +159,12 @@ def field_value(value: Any, kind: Any, where: str) -> Any:
     """
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{where}: expected a list, got {value!r}")
+            raise ValueError(f"{where}: expected a list, got {brief(value)}")
         return tuple(field_value(item, get_args(kind)[0], where) for item in value)
     if value is None and type(None) in get_args(kind):
         return value
     if kind is str and not isinstance(value, str):
-        raise ValueError(f"{where}: expected a name, got {value!r}")
+        raise ValueError(f"{where}: expected a name, got {brief(value)}")
     numeric = {float, int} & {kind, *get_args(kind)}
     if not numeric:
         return value
@@ -118,17 +172,21 @@ def field_value(value: Any, kind: Any, where: str) -> Any:
     if float in numeric:
         return number
     if number != int(number):
-        raise ValueError(f"{where}: expected a whole number, got {value!r}")
+        raise ValueError(f"{where}: expected a whole number, got {brief(value)}")
     return value if type(value) is int else int(number)
 
 
 def _number(value: Any, where: str) -> float:
     """A finite number, or a fraction of two such as "25.5/255"."""
-    number = float(value) if type(value) in (int, float) else _quotient(str(value))
+    try:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        number = float(value) if real else _quotient(value) if isinstance(value, str) else None
+    except OverflowError:
+        number = math.inf
     if number is None:
-        raise ValueError(f"{where}: expected a number or a fraction, got {value!r}")
+        raise ValueError(f"{where}: expected a number or a fraction, got {brief(value)}")
     if not math.isfinite(number):
-        raise ValueError(f"{where}: expected a finite number, got {value!r}")
+        raise ValueError(f"{where}: expected a finite number, got {brief(value)}")
     return number
 
 

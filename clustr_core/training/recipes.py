@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeGuard, get_args, get_origin
 
 from clustr_core.storage.files import digest, home
+from clustr_core.storage.gate import brief
 from clustr_core.training.fields import build, field_values
 
 Augmentation = Literal["none", "crop", "crop-flip"]
@@ -102,18 +103,24 @@ class Recipe:
         for item in fields(self):
             value = getattr(self, item.name)
             if get_origin(item.type) is Literal and value not in get_args(item.type):
-                raise ValueError(f"{item.name}: expected one of {get_args(item.type)}, got {value!r}")
+                raise ValueError(f"{item.name}: expected one of {get_args(item.type)}, got {brief(value)}")
             if item.name in _POSITIVE and value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{item.name}: expected a positive number, got {value}")
+            if item.name in LARGEST and value is not None and value > LARGEST[item.name]:
+                raise ValueError(f"{item.name}: expected at most {LARGEST[item.name]:,}, got {brief(value)}")
             if item.type in (int, int | None) and value is not None and type(value) is not int:
                 raise ValueError(f"{item.name}: expected a whole number, got {value!r}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 or more, and less than 2^63, got {brief(self.seed)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected 0 or more, got {self.weight_decay}")
         if not getattr(self, "annealing", ANNEALING) >= 1:
             raise ValueError(f"annealing: expected at least 1, got {getattr(self, 'annealing', None)}")
         for name in ("milestones", "snapshots"):
             if late := [epoch for epoch in getattr(self, name) if not 0 <= epoch <= self.epochs]:
                 raise ValueError(f"{name}: expected epochs in 0..{self.epochs}, got {late}")
         if self.guarantee == "lipschitz" and self.encoder not in ONE_LIPSCHITZ:
-            raise ValueError(f"encoder: expected one of {ONE_LIPSCHITZ} for {self.method}, got {self.encoder!r}")
+            raise ValueError(f"encoder: expected one of {ONE_LIPSCHITZ} for {self.method}, got {brief(self.encoder)}")
         if self.milestones and self.schedule != "steps":
             raise ValueError(f"milestones: expected none with schedule {self.schedule!r}, got {self.milestones}")
         start = self.warm_start
@@ -346,6 +353,14 @@ _POSITIVE = {
     "consistency_weight", "training_neighbours", "gap", "trades_weight", "start_scale", "replays",
     "crop_padding", "margin", "temperature", "annealing", "noise",
 }  # fmt: skip
+# what nobody trains with, and what would fill the memory or never end before it is noticed
+LARGEST = {
+    "width": 8192, "epochs": 100_000, "batch_size": 1_000_000, "learning_rate": 1000.0, "weight_decay": 1000.0,
+    "crop_padding": 256, "per_class": 100_000, "kmeans_starts": 10_000, "kmeans_iterations": 100_000,
+    "neighbours": 10_000_000, "steps": 100_000, "replays": 10_000, "clusters_per_batch": 100_000,
+    "per_cluster": 1_000_000, "training_neighbours": 10_000_000, "annealing": 1000.0,
+}  # fmt: skip
+LONGEST_CHAIN = 16
 # fields that are younger than runs' names, and at this value not part of them
 _YOUNGER = {"loss": "margin", "annealing": ANNEALING}
 # what a warm start must share with the run that it starts
@@ -418,16 +433,25 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return {"method": recipe.method, **content}
 
 
+def check_warm_starts(content: Any) -> None:
+    """Refuse a chain of recipes, each the start of the next, that is longer than anybody trains."""
+    for _ in range(LONGEST_CHAIN):
+        if not isinstance(content, dict) or not (content := content.get("warm_start")):
+            return
+    raise ValueError(f"warm_start: expected at most {LONGEST_CHAIN} recipes, one the start of the next, got more")
+
+
 def recipe_from_dict(content: dict[str, Any]) -> Recipe:
     """The inverse of `recipe_to_dict`.
 
     Raises:
         ValueError: for an unknown method or field.
     """
+    check_warm_starts(content)
     content = dict(content)
     method = content.pop("method", None)
     if method not in METHODS:
-        raise UnknownMethod(f"method: expected one of {sorted(METHODS)}, got {method!r}")
+        raise UnknownMethod(f"method: expected one of {sorted(METHODS)}, got {brief(method)}")
     if content.get("warm_start"):
         content["warm_start"] = recipe_from_dict(content["warm_start"])
     return build(METHODS[method], content, where=str(method))

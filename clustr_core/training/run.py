@@ -1,9 +1,11 @@
 """A finished run on disk."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import pandas as pd
 import torch
@@ -17,6 +19,7 @@ from clustr_core.models.clusters import Clusters
 from clustr_core.models.encoders import build_encoder, to_channels_last_frozen
 from clustr_core.models.one_lipschitz import fold_parametrizations
 from clustr_core.storage.files import digest, read_json, seal_of
+from clustr_core.storage.gate import TENSORS_LIMIT, brief, listed, read_bytes, shortened
 from clustr_core.storage.tables import read_table
 from clustr_core.storage.tensors import read_tensors
 from clustr_core.training.recipes import (
@@ -31,6 +34,9 @@ _Network = TypeVar("_Network", bound=nn.Module)
 WeightsDtype = Literal["float32", "float16"]
 CHECKPOINT, WEIGHTS, HISTORY, DONE = "checkpoint.safetensors", "model.safetensors", "history.csv", "run.json"
 SNAPSHOT = "a snapshot"
+MOST_CLASSES = 100_000
+# what a file of weights may hold
+_NAMES = re.compile(r"network\.(encoder\.|linear\.|(centroids|labels|variance)$)|clusters\.")
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Run:
         if self.recipe.clustered:
             return self.cluster_model(device)
         net = new_network(self.recipe, self.image_shape, self.num_classes)
-        net.load_state_dict(prefixed(self.weights(), "network."))
+        load_tensors(net, prefixed(self.weights(), "network."), self.path / WEIGHTS)
         assert isinstance(net, LinearClassifier)
         return finished(net, device)
 
@@ -93,7 +99,11 @@ class Run:
             rule: None for the method's own, which is "soft" for a method without clusters.
         """
         rule = rule or self.recipe.rule
-        return finished(cluster_network(self.recipe, self.image_shape, self.weights(), rule), device)
+        network = cluster_network(self.recipe, self.image_shape, self.weights(), rule, self.path / WEIGHTS)
+        if network.clusters.num_classes != self.num_classes:
+            found = network.clusters.num_classes
+            raise ValueError(f"{self.path / WEIGHTS}: expected clusters of {self.num_classes} classes, got {found}")
+        return finished(network, device)
 
     def encoder_at(self, epoch: int, device: str | torch.device = "cpu") -> nn.Module:
         """The encoder as it was after ``epoch`` epochs, for the epochs in ``recipe.snapshots``.
@@ -109,7 +119,7 @@ class Run:
         if seal_of(facts) != seal_of(progress_facts(self.recipe, self.train_data_sha256, epoch)):
             found = f"epoch {facts.get('epoch')}" + ("" if facts.get("epoch") != epoch else " of another run")
             raise ValueError(f"{path}: expected the snapshot of epoch {epoch} of this run, got that of {found}")
-        net.load_state_dict(tensors)
+        load_tensors(net, tensors, path)
         return finished(net.encoder, device)
 
     def weights(self) -> dict[str, Tensor]:
@@ -120,13 +130,17 @@ class Run:
         """
         content = self._as_written(WEIGHTS, "weights_sha256")
         try:
-            return load(content)
+            tensors = load(content)
         except SafetensorError as error:
-            raise ValueError(f"{self.path / WEIGHTS}: expected weights, got a damaged file ({error})") from error
+            why = shortened(str(error))
+            raise ValueError(f"{self.path / WEIGHTS}: expected weights, got a damaged file ({why})") from error
+        if odd := [name for name in tensors if not _NAMES.match(name)]:
+            raise ValueError(f"{self.path / WEIGHTS}: expected a network and its clusters, got {listed(odd)} besides")
+        return tensors
 
     def _as_written(self, name: str, key: str) -> bytes:
         """A file of the run, held against what ``run.json`` says of it; runs of before say nothing of some."""
-        said, content = read_json(self.path / DONE).get(key), (self.path / name).read_bytes()
+        said, content = read_json(self.path / DONE).get(key), read_bytes(self.path / name, limit=TENSORS_LIMIT)
         if said is not None and said != (found := digest(content)):
             raise ValueError(
                 f"{self.path / name}: expected the file of sha256 {str(said)[:10]}, as {DONE} says, got {found[:10]}"
@@ -134,14 +148,66 @@ class Run:
         return content
 
 
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: Path | str) -> None:
+    """Give a module its tensors, which must be its own: no name more or less, each of its shape, all numbers finite.
+
+    Args:
+        where: the file that they come from.
+    Raises:
+        ValueError: if one is not; the file and the tensor are named, and the module stays as it was.
+    """
+    own = module.state_dict()
+    if missing := sorted(own.keys() - tensors.keys()):
+        raise ValueError(f"{where}: expected the tensors of its recipe, got none named {listed(missing)}")
+    if more := sorted(tensors.keys() - own.keys()):
+        raise ValueError(f"{where}: expected the tensors of its recipe, got {listed(more)} besides")
+    for name, expected in own.items():
+        check_tensor(tensors[name], expected, f"{where}: {name}")
+    module.load_state_dict(tensors)
+
+
+def check_tensor(found: Tensor, expected: Tensor, where: str) -> None:
+    """Refuse a tensor of another shape or kind than the one that it is for, or with numbers that are not finite."""
+    if found.shape != expected.shape or found.is_floating_point() != expected.is_floating_point():
+        asked, got = ([str(each.dtype), list(each.shape)] for each in (expected, found))
+        raise ValueError(f"{where}: expected a tensor like {asked[0]} {asked[1]}, got {got[0]} {got[1]}")
+    if found.is_floating_point() and not found.isfinite().all():
+        raise ValueError(f"{where}: expected finite numbers, got NaN or infinity")
+
+
 def cluster_network(
-    recipe: Recipe, image_shape: tuple[int, int, int], tensors: dict[str, Tensor], rule: Rule
+    recipe: Recipe, image_shape: tuple[int, int, int], tensors: dict[str, Tensor], rule: Rule, where: Path | str
 ) -> ClusterClassifier:
-    """The encoder and the clusters of a file of weights, in float32 whatever the file keeps, in training mode."""
+    """The encoder and the clusters of a file of weights, in float32 whatever the file keeps, in training mode.
+
+    Raises:
+        ValueError: if they are not the recipe's; ``where`` begins the message.
+    """
     encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
-    encoder.load_state_dict(prefixed(tensors, "network.encoder."))
-    clusters = Clusters(**prefixed(tensors, "clusters."))
+    load_tensors(encoder, prefixed(tensors, "network.encoder."), where)
+    clusters = _clusters(prefixed(tensors, "clusters."), where)
+    dim: int = encoder.embedding_dim  # pyright: ignore[reportAssignmentType]
+    if clusters.centroids.shape[1] != dim:
+        raise ValueError(f"{where}: expected centroids of {dim} dimensions, got {clusters.centroids.shape[1]}")
     return ClusterClassifier(encoder, clusters, rule=rule, neighbours=recipe.neighbours if rule == "soft" else None)
+
+
+def _clusters(tensors: dict[str, Tensor], where: Path | str) -> Clusters:
+    """The clusters of a file: as many labels as centroids and variances, and no class without one."""
+    names = {"centroids", "labels", "variance"}
+    if tensors.keys() != names:
+        raise ValueError(f"{where}: expected clusters of {sorted(names)}, got {listed(sorted(tensors))}")
+    centroids, labels = tensors["centroids"], tensors["labels"]
+    check_tensor(centroids, torch.empty(len(labels), *centroids.shape[1:]), f"{where}: centroids")
+    check_tensor(tensors["variance"], torch.empty(len(labels)), f"{where}: variance")
+    check_tensor(labels, torch.empty(len(labels), dtype=torch.int64), f"{where}: labels")
+    # a label of 10^9 would ask for as many logits
+    if centroids.dim() != 2 or not len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) < len(labels):
+        raise ValueError(f"{where}: expected clusters of classes from 0, none of them empty, got others")
+    try:
+        return Clusters(**tensors)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def finished(network: _Network, device: str | torch.device) -> _Network:
@@ -197,16 +263,32 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
         recipe = recipe_from_dict(content["recipe"])
         channels, height, width = content["image_shape"]
         shape, dtype = (channels, height, width), content.get("weights_dtype", "float32")
+        _check_facts(shape, content["num_classes"], content["train_data_sha256"], dtype)
         run = Run(folder, recipe, content["num_classes"], shape, content["train_data_sha256"], dtype)
     except UnknownMethod as error:
         raise ValueError(f"{folder / DONE}: {error}; import {content.get('module')}, which registers it") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / DONE}: expected a finished run, got a damaged file ({error!r})") from error
+        why = shortened(f"{type(error).__name__}: {error}", 300)
+        raise ValueError(f"{folder / DONE}: expected a finished run, got a damaged file ({why})") from error
     if expected is not None and recipe != expected:
         raise ValueError(other_recipe(folder / DONE, recipe, expected))
     if expected is not None:
         check_version(folder / DONE, content.get("version"), expected)
     return run
+
+
+def _check_facts(shape: tuple[Any, ...], num_classes: Any, sha256: Any, dtype: Any) -> None:
+    """What a run says of its data, before a network of that size is built."""
+    counts = [("image_shape", side, data.MOST_PIXELS_A_SIDE) for side in shape] + [
+        ("num_classes", num_classes, MOST_CLASSES)
+    ]
+    for name, count, most in counts:
+        if type(count) is not int or not 1 <= count <= most:
+            raise ValueError(f"{name}: expected whole numbers from 1 to {most:,}, got {brief(count)}")
+    if not isinstance(sha256, str):
+        raise ValueError(f"train_data_sha256: expected text, got {brief(sha256)}")
+    if dtype not in get_args(WeightsDtype):
+        raise ValueError(f"weights_dtype: expected one of {get_args(WeightsDtype)}, got {brief(dtype)}")
 
 
 def new_network(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clustr_core import data
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
+from clustr_core.storage.gate import brief, listed, shortened
 from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training.captured import Recorder
 from clustr_core.training.checks import images_in_a_batch
@@ -22,9 +23,12 @@ from clustr_core.training.refresh import clustered, embedded
 from clustr_core.training.run import (
     CHECKPOINT,
     SNAPSHOT,
+    WEIGHTS,
     Run,
     check_digest,
+    check_tensor,
     check_version,
+    load_tensors,
     network_tensors,
     new_network,
     other_recipe,
@@ -65,7 +69,7 @@ def new_state(
     """The start of a training: fresh weights, or those of the run that it starts from."""
     network = new_network(recipe, dataset.image_shape, dataset.num_classes)
     if start is not None:
-        network.load_state_dict(prefixed(start.weights(), "network."))
+        load_tensors(network, prefixed(start.weights(), "network."), start.path / WEIGHTS)
     network.to(images.device)
     if record is not None and recipe.precision != "32-true":
         # what tensor cores want; files keep the usual layout
@@ -133,12 +137,48 @@ def checkpoint_facts(path: Path, recipe: Recipe, data_sha256: str) -> dict[str, 
 
 def _checked(path: Path, recipe: Recipe, data_sha256: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, facts = read_tensors(path, "a checkpoint")
-    found = recipe_from_dict(facts["recipe"])
+    try:
+        found = recipe_from_dict(facts["recipe"])
+    except (KeyError, TypeError, ValueError) as error:
+        why = shortened(f"{type(error).__name__}: {error}", 300)
+        raise ValueError(f"{path}: expected a checkpoint of a recipe, got a damaged file ({why})") from error
     if found != recipe:
         raise ValueError(other_recipe(path, found, recipe))
     check_version(path, facts.get("version"), recipe)
-    check_digest(path.parent, facts["train_data_sha256"], data_sha256, recipe.dataset)
+    check_digest(path.parent, str(facts.get("train_data_sha256")), data_sha256, recipe.dataset)
     return tensors, facts
+
+
+def _check_progress(path: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
+    """After as many epochs as a recipe has at most, with a row of numbers for each."""
+    epoch, history = facts.get("epoch"), facts.get("history")
+    if type(epoch) is not int or not 0 <= epoch <= recipe.epochs:
+        raise ValueError(f"{path}: expected an epoch in 0..{recipe.epochs}, got {brief(epoch)}")
+    if not isinstance(history, list) or len(history) != epoch:
+        raise ValueError(f"{path}: expected a history of {epoch} epochs, got {brief(history)}")
+    for number, row in enumerate(history, start=1):
+        numeric = isinstance(row, dict) and all(type(value) in (int, float) for value in row.values())
+        if not numeric or row.get("epoch") != number or "loss" not in row:
+            raise ValueError(f"{path}: expected numbers of epoch {number} in its history, got {brief(row)}")
+
+
+def _check_rest(path: Path, state: State, tensors: dict[str, Tensor], epoch: int) -> None:
+    """Beside the network: the optimiser's state of every weight, the generator's, free training's perturbation."""
+    expected = {"generator": state.generator.get_state()}
+    if state.perturbation is not None:
+        expected["perturbation"] = state.perturbation
+    momenta = ("momentum_buffer",) if isinstance(state.optimiser, torch.optim.SGD) else ("exp_avg", "exp_avg_sq")
+    for index, weight in enumerate(trained_weights(state) if epoch else ()):
+        expected |= {f"optimiser.{index}.{name}": weight for name in momenta}
+        if len(momenta) > 1:
+            expected[f"optimiser.{index}.step"] = torch.tensor(0.0)
+    found = {name: tensor for name, tensor in tensors.items() if not name.startswith("network.")}
+    if missing := sorted(expected.keys() - found.keys()):
+        raise ValueError(f"{path}: expected the state of its recipe, got none of {listed(missing)}")
+    if more := sorted(found.keys() - expected.keys()):
+        raise ValueError(f"{path}: expected the state of its recipe, got {listed(more)} besides")
+    for name, tensor in found.items():
+        check_tensor(tensor, expected[name], f"{path}: {name}")
 
 
 def epochs_kept(path: Path) -> int:
@@ -153,7 +193,9 @@ def epochs_kept(path: Path) -> int:
 def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
     """Go on from a checkpoint, which must be of this recipe and of these data."""
     tensors, facts = _checked(path, recipe, state.data_sha256)
-    state.network.load_state_dict(prefixed(tensors, "network."))
+    _check_progress(path, recipe, facts)
+    _check_rest(path, state, tensors, facts["epoch"])
+    load_tensors(state.network, prefixed(tensors, "network."), path)
     slots: dict[int, dict[str, Tensor]] = {}
     weights = trained_weights(state)
     for name, tensor in prefixed(tensors, "optimiser.").items():

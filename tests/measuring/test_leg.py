@@ -473,7 +473,7 @@ FAILING = """\
 shared: {dataset: digits, width: 4, train_examples: 150}
 methods:
   ce: {epochs: 1}
-  pgd-at: {epochs: 1, steps: 1, learning_rate: 1.0e+30}
+  pgd-at: {epochs: 1, steps: 1, optimiser: sgd, learning_rate: 1.0e+3}
 certified_examples: 10
 """
 

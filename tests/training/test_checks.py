@@ -10,7 +10,7 @@ from disk import contents
 
 from clustr_core.data import Dataset
 from clustr_core.models.encoders import SmallCNN
-from clustr_core.training import loop
+from clustr_core.training import loop, recipes
 from clustr_core.training.loop import fit, train_epoch
 from clustr_core.training.recipes import METHODS, Clustr, ClustrCert, CrossEntropy
 from clustr_core.training.run import load_run
@@ -129,7 +129,8 @@ def test_a_collapse_is_said_in_its_epoch_and_nothing_is_lost(recipe, value, said
     assert after.weights_sha256 == plain.weights_sha256
 
 
-def test_a_loss_that_is_not_finite_is_said_in_its_epoch(digits, home):
+def test_a_loss_that_is_not_finite_is_said_in_its_epoch(digits, home, monkeypatch):
+    monkeypatch.setitem(recipes.LARGEST, "learning_rate", 1e30)
     recipe = CrossEntropy(optimiser="sgd", learning_rate=1e30, train_examples=150, **SMALL)
     with pytest.raises(ValueError, match=r"epoch 1: the training diverged: .* the checkpoint after epoch 0 is kept"):
         fit(recipe, dataset=digits, folder=home / "run", progress=False)
@@ -243,7 +244,8 @@ def test_what_does_not_fit_into_memory_says_what_does(recipe, asked, said, digit
     assert (tmp_path / "run/checkpoint.safetensors").exists()
 
 
-def test_losses_that_a_sampler_refuses_say_that_the_training_diverged(digits, tmp_path):
+def test_losses_that_a_sampler_refuses_say_that_the_training_diverged(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(recipes.LARGEST, "learning_rate", 1e30)
     recipe = Clustr(epochs=2, width=4, train_examples=200, per_cluster=4, optimiser="sgd", learning_rate=1e30)
     with pytest.raises(ValueError, match=r"epoch 1: the training diverged: .*; try a smaller learning_rate; the check"):
         fit(recipe, dataset=digits, folder=tmp_path / "run", progress=False)

@@ -1,0 +1,90 @@
+"""Run it: `make torture`, or `python -m tools.torture --only profiles images --quick`."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from tools.torture import images, kills, profiles, released, runs
+from tools.torture.forks import Case, Outcome, attempt
+
+GROUPS: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
+    "profiles": profiles.cases,
+    "images": images.cases,
+    "released": released.cases,
+    "runs": runs.cases,
+}
+
+
+def new_book(folder: Path) -> None:
+    """An empty book of its own, in which this process works from now on."""
+    (folder / "profiles").mkdir(parents=True)
+    (folder / "myst.yml").touch()
+    os.environ["CLUSTR_HOME"] = str(folder)
+    os.environ.pop("CLUSTR_DATA", None)
+    os.chdir(folder)
+
+
+def hostile(names: Sequence[str], folder: Path, *, every: int = 1, loud: bool = True) -> list[Outcome]:
+    """The outcomes of all cases of these groups, or of every so manieth of each."""
+    (canaries := folder / "canaries").mkdir(parents=True)
+    outcomes = []
+    for name in names:
+        new_book(place := folder / name)
+        for number, case in enumerate(GROUPS[name](place, canaries)):
+            if number % every:
+                continue
+            outcomes.append(outcome := attempt(case, place, canaries))
+            if loud and outcome.faults:
+                print(f"{case.group}: {case.name}: {'; '.join(outcome.faults)} | {outcome.message[:200]}", flush=True)
+    return outcomes
+
+
+def summary(outcomes: Sequence[Outcome]) -> list[str]:
+    """How many inputs, and of which faults how many."""
+    faults = Counter(fault.partition(":")[0].partition(" of ")[0] for each in outcomes for fault in each.faults)
+    answers = Counter(each.answer for each in outcomes)
+    slowest = max(outcomes, key=lambda each: each.seconds / each.case.seconds)
+    largest = max(outcomes, key=lambda each: each.megabytes)
+    return [
+        f"{len(outcomes)} hostile inputs: {answers['refused']} refused, {answers['accepted']} accepted",
+        f"slowest {slowest.seconds:.1f} s ({slowest.case.group}: {slowest.case.name})",
+        f"largest {largest.megabytes:.0f} MB ({largest.case.group}: {largest.case.name})",
+        f"faults: {', '.join(f'{count} {name}' for name, count in sorted(faults.items())) or 'none'}",
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Torture, print, and end with 1 if anything was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=[*GROUPS, "kills"], default=[*GROUPS, "kills"])
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--quick", action="store_true", help="every tenth input, and 30 kills")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    start, wrong = time.monotonic(), 0
+    with tempfile.TemporaryDirectory(prefix="torture-") as scratch:
+        # outside the temporary folder of the cases, which they may write to
+        names = [name for name in GROUPS if name in options.only]
+        if names:
+            outcomes = hostile(names, Path(scratch), every=10 if options.quick else 1)
+            print("\n".join(summary(outcomes)), flush=True)
+            wrong += sum(bool(each.faults) for each in outcomes)
+        if "kills" in options.only:
+            found = kills.tried(Path(scratch, "kills"), 30 if options.quick else options.kills)
+            print("\n".join(found.lines()), flush=True)
+            wrong += len(found.lost)
+    print(f"{'nothing' if not wrong else f'{wrong} things'} wrong, {(time.monotonic() - start) / 60:.1f} minutes")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
