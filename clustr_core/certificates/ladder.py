@@ -19,13 +19,19 @@ from clustr_core.certificates.lipschitz import (
 from clustr_core.certificates.names import HARD_BOUNDS, SOFT_BOUNDS, Bound, HardBound, SoftBound
 from clustr_core.certificates.rounding import rounding_bound
 from clustr_core.certificates.soft import soft_radius
-from clustr_core.models.classifiers import ClusterClassifier, Rule, check_voters, cluster_logits
+from clustr_core.models.classifiers import ClusterClassifier, Rule, check_voters, cluster_logits, nearest_logits
 from clustr_core.models.clusters import Clusters
 from clustr_core.numerics.checks import check_finite, check_images
 from clustr_core.numerics.chunks import rows_within
 from clustr_core.numerics.distances import squared_distances
 from clustr_core.numerics.kernels import dispatch
-from clustr_core.numerics.rounding import full_precision, given_and_working_dtype, relative_rounding, rounded_down
+from clustr_core.numerics.rounding import (
+    HALF_DTYPES,
+    full_precision,
+    given_and_working_dtype,
+    relative_rounding,
+    rounded_down,
+)
 
 
 @torch.no_grad()
@@ -53,9 +59,9 @@ def certified_radius(
 
     Negative radii become 0, and no gradient goes through: `losses.certificate_loss` is for that. The radius is lowered
     by a bound on the rounding of this computation, in the inputs' dtype, the wider of two (half precision is computed
-    in float32, and rounded down); for the rounding inside the encoder there is ``embedding_error``. Embeddings are
-    taken in chunks: beyond them, the centroids and their mutual distances, and the answer, memory does not grow with
-    the batch.
+    in float32 and rounded down, and gives 0 where its own logits name another class); for the rounding inside the
+    encoder there is ``embedding_error``. Embeddings are taken in chunks: beyond them, the centroids and their mutual
+    distances, and the answer, memory does not grow with the batch.
 
     Args:
         lipschitz: an upper bound on the encoder's L2 Lipschitz constant, for pixels in [0, 1].
@@ -76,6 +82,7 @@ def certified_radius(
     _check(embeddings, clusters, bound, rule, neighbours)
     check_constants(lipschitz, embedding_error)
     dtype, wide = given_and_working_dtype(embeddings, clusters.centroids)
+    given = embeddings, clusters
     embeddings, clusters = embeddings.to(wide), clusters.to(wide)
     relative = relative_rounding(embeddings)
     with full_precision(embeddings.device):
@@ -96,7 +103,18 @@ def certified_radius(
                 tables = embeddings.new_empty(3, len(chunks[0]), len(clusters.centroids))
                 parts = [hard_feature_radius(part, clusters, frame, hard, rule, neighbours, tables) for part in chunks]
     radii = torch.cat(parts).double() * (1 - relative) - 2 * embedding_error
+    if dtype in HALF_DTYPES:
+        # logits of so few digits may tie, and name another class than the one that is certified
+        named, real = (_predicted(*pair, rule, neighbours) for pair in (given, (embeddings, clusters)))
+        radii = radii.masked_fill(named != real, 0)
     return rounded_down(radii.clamp_min(0) / lipschitz, dtype)
+
+
+def _predicted(embeddings: Tensor, clusters: Clusters, rule: Rule, neighbours: int | None) -> Tensor:
+    """The class that a rule predicts in the embeddings' dtype."""
+    if rule == "nearest":
+        return nearest_logits(embeddings, clusters).argmax(dim=1)
+    return cluster_logits(embeddings, clusters, neighbours=neighbours).argmax(dim=1)
 
 
 @dataclass(frozen=True, eq=False)

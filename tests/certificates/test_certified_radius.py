@@ -485,7 +485,12 @@ def test_half_precision_is_certified_in_single_and_rounded_down(dtype):
     truth = certified_radius(z.double(), clusters.to(torch.float64), bound="exact")
     assert radius.dtype == dtype
     assert (radius.double() <= truth).all()
-    assert (radius.double() >= 0.98 * truth - 1e-5).all()
+    # logits of so few digits may tie: then they name another class than the one that is nearest
+    named = nearest_logits(z, clusters).argmax(dim=1)
+    same = named == nearest_logits(z.double(), clusters.to(torch.float64)).argmax(dim=1)
+    assert (radius.double() >= 0.98 * truth - 1e-5)[same].all()
+    assert (radius == 0)[~same].all()
+    assert same.float().mean() > 0.95
 
 
 def test_a_table_of_embeddings_and_clusters_is_never_whole(monkeypatch):
