@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help figures chapter test test-compilers test-fast test-long verify bench gpu proofs lab book-check page-test book api pdf slides publish lint clean
+.PHONY: help figures chapter test test-compilers test-fast test-versions torture licences test-long verify bench gpu proofs lab book-check page-test book api pdf slides publish lint clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,19 @@ test: $(READY)  ## every test: units, properties, notebooks in profile smoke, th
 
 test-compilers: $(READY)  ## the GPU kernels under every Triton, oldest and newest torch: no GPU, 15 GB into _build/compilers
 	$(BIN)/python -m tools.compilers
+
+test-versions: $(READY)  ## every test under the oldest and the newest versions declared: constraints/, 12 GB into _build/versions
+	$(BIN)/python -m tools.versions
+
+licences: $(READY)  ## the licences of all that is installed, and a bill of materials: _build/licences.md, _build/sbom.json
+	test -x _build/licences/bin/python || $(PYTHON) -m venv _build/licences
+	_build/licences/bin/python -m pip install --quiet --disable-pip-version-check 'pip-licenses>=5,<6' 'cyclonedx-bom>=7,<8'
+	_build/licences/bin/pip-licenses --python=$(BIN)/python --format=markdown --with-urls --order=license --output-file=_build/licences.md
+	_build/licences/bin/cyclonedx-py environment --output-reproducible --output-file _build/sbom.json $(BIN)/python
+	@echo "_build/licences.md: $$(($$(wc -l < _build/licences.md) - 2)) packages; _build/sbom.json: CycloneDX"
+
+torture: $(READY)  ## hostile files and words, and a thousand kills: what was tried, and what was lost (half an hour, Linux)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.torture
 
 test-fast: $(READY)  ## the inner loop, under two minutes: numerics, storage, models, sampling, attacks' balls and results
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -q tests/test_house.py tests/storage tests/numerics/test_distances.py \

@@ -39,7 +39,7 @@ HEADS: dict[str, Recipe] = {
     **{f"clusters-{count}": ClustrCert(per_class=count, **_SHARED) for count in (1, 2, 4)},
 }
 # margins in pixels of [0, 1], and temperatures as shares of them
-MARGINS = {"mnist5k": (1.0, 2.0, 3.0), "digits": (0.25, 0.5, 1.0)}
+MARGINS = {"mnist5k": (1.0, 2.0), "digits": (0.25, 0.5, 1.0)}
 SHARES = (1 / 8,)
 LARGEST = {"mnist5k": 4.0, "digits": 1.6}
 SETTING_SEED = 1000

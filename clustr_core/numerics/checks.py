@@ -7,7 +7,7 @@ import re
 from typing import TypeGuard
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -99,15 +99,22 @@ def check_logits(logits: Float[Tensor, "batch class"], name: str = "model", *, m
         ValueError: with what came.
     """
     if logits.isnan().any():
-        raise ValueError(f"{name}: expected logits, got NaN")
-    if logits.numel() and not logits.amax(dim=1).isfinite().all():
-        raise ValueError(f"{name}: expected a finite largest logit in each row, got an infinite one")
+        raise ValueError(f"{name}: expected logits, got NaN for {_examples(logits.isnan().any(dim=1))}")
+    if logits.numel() and not (largest := logits.amax(dim=1).isfinite()).all():
+        where = _examples(~largest)
+        raise ValueError(f"{name}: expected a finite largest logit in each row, got an infinite one for {where}")
     if not masks and logits.isneginf().any():
         masked = logits.isneginf().any(dim=0).nonzero().flatten().tolist()
         raise ValueError(
             f"{name}: expected finite logits, got -inf (a mask?) for the classes {masked}; "
             "a large negative number such as -1e4 masks a class too"
         )
+
+
+def _examples(which: Bool[Tensor, " batch"]) -> str:
+    """The first of them by number, and how many there are."""
+    found = which.nonzero().flatten().tolist()
+    return f"example {found[0]}" if len(found) == 1 else f"{len(found)} of {len(which)} examples, first {found[0]}"
 
 
 def check_evaluating(model: object, name: str = "model") -> None:

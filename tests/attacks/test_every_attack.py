@@ -322,6 +322,55 @@ def test_what_is_no_logits_is_named(as_installed, name, change, error, message, 
 
 
 @pytest.mark.parametrize("name", ANY_MODEL)
+def test_an_example_of_nan_is_named_and_the_others_can_go_on(as_installed, name, problem):
+    model, images, labels = problem
+    odd = images[4].sum()
+
+    def one_nan(x):
+        logits = model(x)
+        return torch.where((x.flatten(1).sum(dim=1) == odd)[:, None], torch.nan, logits)
+
+    with pytest.raises(ValueError, match="expected logits, got NaN for example 4$"):
+        attacked(name, one_nan, images, labels)
+    keep = torch.arange(len(images)) != 4
+    assert attacked(name, one_nan, images[keep], labels[keep]).adversarial.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ANY_MODEL)
+def test_a_constant_model_is_broken_nowhere(name, problem):
+    """Its gradient is 0: the attack ends, nothing it returns is another class, and no point leaves the cube."""
+    model, images, _ = problem
+    labels = torch.full((len(images),), 2)
+    fixed = torch.tensor([0.0, 1.0, 3.0, -1.0, 0.5])
+
+    def constant(x):
+        return fixed + 0 * model(x)
+
+    found = attacked(name, constant, images, labels)
+    assert found.adversarial.isfinite().all()
+    assert ((found.adversarial >= 0) & (found.adversarial <= 1)).all()
+    assert (constant(found.adversarial).argmax(dim=1) == labels).all()
+    # and every image is misclassified from the start where the label is another
+    wrong = attacked(name, constant, images, labels - 1)
+    assert (constant(wrong.adversarial).argmax(dim=1) != labels - 1).all()
+
+
+@pytest.mark.parametrize("name", ANY_MODEL)
+def test_saturated_logits_end_in_finite_points(name, problem):
+    """Logits of 10^4 apart: the gradient of cross-entropy underflows, and that is no error."""
+    model, images, _ = problem
+
+    def saturated(x):
+        return 1e4 * model(x)
+
+    labels = saturated(images).argmax(dim=1)
+    found = attacked(name, saturated, images, labels)
+    assert found.adversarial.isfinite().all()
+    # the paper's protocol may begin outside the cube, and stays where the gradient is 0
+    assert name == "paper" or ((found.adversarial >= 0) & (found.adversarial <= 1)).all()
+
+
+@pytest.mark.parametrize("name", ANY_MODEL)
 def test_masked_classes_are_attacked_around_or_named(name, problem):
     model, images, _ = problem
     mask = torch.tensor([0.0, 0.0, 0.0, -torch.inf, -torch.inf])
