@@ -40,7 +40,7 @@ def environment_of(name: str, root: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Install and test each set; the status is that of the worst."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=SETS, nargs="+", default=[*SETS])
     parser.add_argument("tests", nargs="*", help="what pytest is given; all tests unless anything is")
     options = parser.parse_args(arguments)

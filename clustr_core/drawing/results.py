@@ -310,6 +310,35 @@ def draw_tightness(axes: Axes, table: pd.DataFrame) -> None:
     axes.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel="smallest $L_2$ perturbation found")
 
 
+def draw_gains(axes: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> None:
+    """Points by which each ``head`` is ahead (``gain``, with its interval ``low`` to ``high``) against the radius.
+
+    Args:
+        names: what each head is called, in the order of the legend.
+    """
+    check_rows(table, "radius", "gain", "low", "high", words=("head",))
+    check_known(table, "head", names)
+    axes.axhline(0, color="black", linewidth=1.0)
+    for number, (head, name) in enumerate(names.items()):
+        rows = table[table["head"] == head]
+        if rows.empty:
+            continue
+        line = ("-", "--", "-.", ":")[number % 4]
+        axes.plot(rows["radius"], rows["gain"], label=name, color=COLOURS[number], linestyle=line)
+        axes.fill_between(rows["radius"], rows["low"], rows["high"], color=COLOURS[number], alpha=0.18, linewidth=0)
+    axes.set_xlabel("$L_2$ radius (pixels in [0, 1])")
+
+
+def draw_minutes(axes: Axes, table: pd.DataFrame) -> None:
+    """Certified accuracy (``accuracy``, 0 to 1) against CPU minutes of training, one line a ``candidate``."""
+    check_rows(table, "minutes", "accuracy", words=("candidate",))
+    for number, (candidate, rows) in enumerate(each_group(table, "candidate")):
+        colour, marker = COLOURS[number % len(COLOURS)], CLASS_MARKERS[number % len(CLASS_MARKERS)]
+        axes.plot(rows["minutes"], rows["accuracy"], "--", label=str(candidate), color=colour, marker=marker)
+    axes.set(xlabel="CPU minutes of training", xscale="log")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+
+
 def draw_history(axes: Axes, table: pd.DataFrame, y: str) -> None:
     """One column of training histories against the epoch, one line for each method that has such a column.
 

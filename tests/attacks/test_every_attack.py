@@ -330,7 +330,7 @@ def test_an_example_of_nan_is_named_and_the_others_can_go_on(as_installed, name,
         logits = model(x)
         return torch.where((x.flatten(1).sum(dim=1) == odd)[:, None], torch.nan, logits)
 
-    with pytest.raises(ValueError, match="expected logits, got NaN for example 4$"):
+    with pytest.raises(ValueError, match=r"expected logits, got NaN for example 4$"):
         attacked(name, one_nan, images, labels)
     keep = torch.arange(len(images)) != 4
     assert attacked(name, one_nan, images[keep], labels[keep]).adversarial.isfinite().all()

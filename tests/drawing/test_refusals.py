@@ -94,6 +94,12 @@ CASES = {
     "gaps": Case(results.draw_protocol_gaps, GAPS, "accuracy low high", False),
     "sandwich": Case(results.draw_sandwich, lines("at accuracy", column=("clean", "certified")), "at accuracy"),
     "tightness": Case(results.draw_tightness, lines("norm radius", method=("ce",)), "norm radius"),
+    "gains": Case(
+        lambda ax, t: results.draw_gains(ax, t, {"a": "A", "b": "B"}),
+        lines("radius gain low high", head=("a", "b")),
+        "radius gain low high",
+    ),
+    "minutes": Case(results.draw_minutes, lines("minutes accuracy", candidate=("a", "b")), "minutes accuracy"),
     "history": Case(lambda ax, t: results.draw_history(ax, t, "loss"), lines("epoch loss", method=METHODS), "epoch"),
     "map": Case(
         lambda ax, t: results.draw_map(ax, t, ["cat", "dog"]), lines("x y", k=("a", "b")).assign(label=1), "x y label"
