@@ -53,7 +53,7 @@ def heads_table(table: pd.DataFrame, settings: pd.DataFrame, radii: Sequence[flo
     rows = []
     for head in HEAD_NAMES:
         for loss, some in best[best["head"] == head].groupby("loss", sort=False):
-            row = {"head": HEAD_NAMES[head], "loss": str(loss), "margin": float(some["margin"].min())}
+            row = {"head": HEAD_NAMES[head], "loss": str(loss), "margin": float(np.min(some["margin"]))}
             for title, column in columns.items():
                 mean, half = interval((100 * some[column]).tolist())
                 row[title] = f"{mean:.1f} ± {half:.1f}"

@@ -163,13 +163,16 @@ def _check_progress(path: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
 
 
 def _check_rest(path: Path, state: State, tensors: dict[str, Tensor], epoch: int) -> None:
-    """Beside the network: the optimiser's state of every weight, the generator's, free training's perturbation."""
+    """Beside the network: the generator's state, free training's perturbation, and the optimiser's of each weight that
+    it has moved, all of it; one that an encoder does not use has none."""
     expected = {"generator": state.generator.get_state()}
     if state.perturbation is not None:
         expected["perturbation"] = state.perturbation
     momenta = ("momentum_buffer",) if isinstance(state.optimiser, torch.optim.SGD) else ("exp_avg", "exp_avg_sq")
-    for index, weight in enumerate(trained_weights(state) if epoch else ()):
-        expected |= {f"optimiser.{index}.{name}": weight for name in momenta}
+    weights = dict(enumerate(trained_weights(state) if epoch else ()))
+    moved = [index for index in weights if any(name.startswith(f"optimiser.{index}.") for name in tensors)]
+    for index in moved or weights:
+        expected |= {f"optimiser.{index}.{name}": weights[index] for name in momenta}
         if len(momenta) > 1:
             expected[f"optimiser.{index}.step"] = torch.tensor(0.0)
     found = {name: tensor for name, tensor in tensors.items() if not name.startswith("network.")}

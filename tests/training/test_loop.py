@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from clustr_core import data
 from clustr_core.attacks.losses import cross_entropy
+from clustr_core.models import encoders
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, cluster_logits
 from clustr_core.models.clusters import Clusters, fit_clusters
 from clustr_core.models.embed import embed_all, evaluating
@@ -52,9 +53,9 @@ from clustr_core.training.recipes import (
     run_folder,
 )
 from clustr_core.training.refresh import clusters_and_sampler
-from clustr_core.training.run import load_run, new_network, prefixed, training_digest, training_part
+from clustr_core.training.run import CHECKPOINT, load_run, new_network, prefixed, training_digest, training_part
 from clustr_core.training.sampling import ShuffledBatches
-from clustr_core.training.state import new_state
+from clustr_core.training.state import epochs_kept, new_state
 from clustr_core.training.step import Step, learning_rate
 
 SMALL = {"width": 4, "train_examples": 150}
@@ -1150,3 +1151,28 @@ def test_a_finished_network_lies_with_channels_last_and_takes_no_gradient(tmp_pa
         assert not any(weight.requires_grad for weight in network.parameters())
     network = new_network(run.recipe, digits.image_shape, digits.num_classes)
     assert all(weight.is_contiguous() and weight.requires_grad for weight in network.parameters())
+
+
+def test_a_weight_that_an_encoder_does_not_use_has_no_state_and_the_run_goes_on(digits, tmp_path):
+    """As a head that is left from another training."""
+
+    @encoders.register_encoder("half-used")
+    def build(image_shape, width, dataset):
+        net = encoders.SmallCNN(image_shape, width=width)
+        net.unused = nn.Linear(3, 3)
+        return net
+
+    recipe = CrossEntropy(encoder="half-used", width=4, epochs=2, train_examples=100)
+
+    def stop():
+        if (tmp_path / "stopped" / CHECKPOINT).exists() and epochs_kept(tmp_path / "stopped" / CHECKPOINT) == 1:
+            raise KeyboardInterrupt
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(recipe, dataset=digits, folder=tmp_path / "stopped", progress=False, before_epoch=stop)
+        again = fit(recipe, dataset=digits, folder=tmp_path / "stopped", progress=False)
+        whole = fit(recipe, dataset=digits, folder=tmp_path / "whole", progress=False)
+        assert again.weights_sha256 == whole.weights_sha256
+    finally:
+        del encoders.ENCODERS["half-used"]
