@@ -401,7 +401,7 @@ def _device(options: argparse.Namespace) -> torch.device:
         # what holds no numbers is no device to compute on
         device.item()
         return device.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         given, why = brief(options.device), shortened(str(error), 160)
         raise ValueError(f"--device: expected one that works here, such as cpu, got {given} ({why})") from error
 

@@ -277,7 +277,7 @@ def _load_folder(name: str, given: Path, root: Path) -> Dataset:
     """
     with named(given):
         folder = given if given.is_dir() or given.is_absolute() else home() / given
-        names = _class_folders(folder)
+    names = _class_folders(folder)
     files = {part: _image_files(folder / part, names) for part in ("train", "test")}
     fingerprint = _fingerprint(folder, [path for part in files.values() for path, _ in part])
     cache = root / CACHE_FOLDER / f"images-{digest(os.fsencode(folder.resolve()))[:16]}.safetensors"

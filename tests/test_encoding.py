@@ -24,7 +24,7 @@ def is_text_without_encoding(call: ast.Call) -> bool:
     if call.func.attr in TEXT_METHODS:
         return True
     owner = call.func.value.id if isinstance(call.func.value, ast.Name) else ""
-    return call.func.attr in ("open", "fdopen") and owner != "Image" and not is_binary(call.args[:2], named)
+    return call.func.attr in ("open", "fdopen") and owner not in ("Image", "os") and not is_binary(call.args[:2], named)
 
 
 def is_binary(mode: list[ast.expr], named: dict) -> bool:

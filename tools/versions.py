@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clustr_core.storage.files import home
+from clustr_core.storage.files import home, write_string
 
 SETS = ("oldest", "newest")
 
@@ -34,7 +34,7 @@ def environment_of(name: str, root: Path) -> Path:
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "-r", str(root / "constraints" / f"{name}.txt")], check=True)
     subprocess.run([*pip, "--no-deps", "-e", str(root)], check=True)
-    done.write_text(wanted, encoding="utf-8")
+    write_string(done, wanted)
     return python
 
 

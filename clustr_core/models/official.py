@@ -75,6 +75,9 @@ def load_official(path: str | Path, *, dataset: str) -> ClusterClassifier | Line
         return _model(content, dataset).eval()
     except ValueError as error:
         raise ValueError(shortened(f"{shown(path)}: {error}")) from error
+    # what PyTorch says of tensors of rare kinds
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise ValueError(shortened(f"{shown(path)}: expected plain tensors, got others ({error})")) from error
 
 
 def save_official(path: str | Path, model: ClusterClassifier, *, dataset: str) -> None:

@@ -169,7 +169,9 @@ class CPLConv2d(SLLConv2d):
         adjoint = torch.stack([blocks[:, 0], -blocks[:, 1]], dim=1).transpose(2, 3)
         for _ in range(steps):
             moved = _complex_product(adjoint, _complex_product(blocks, vectors))
-            vectors = F.normalize(moved.flatten(1), dim=1).view_as(moved)
+            unit = F.normalize(moved.flatten(1), dim=1, eps=torch.finfo(moved.dtype).tiny).view_as(moved)
+            # a block of zeros turns nothing, and leaves its vector for when it is one no more
+            vectors = torch.where(moved.square().sum(dim=(1, 2), keepdim=True) > 0, unit, vectors)
         return vectors
 
 

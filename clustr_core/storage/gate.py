@@ -32,6 +32,7 @@ _KINDS = {
     stat.S_ISBLK: "a device",
     stat.S_ISSOCK: "a socket",
 }
+_BLOCK = 16 * MB
 _STREAMS = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 
@@ -64,9 +65,14 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
     Raises:
         ValueError, OSError: as `opened`; also if a file that says it is empty, or grows, has more than ``limit`` bytes.
     """
+    parts, total = [], 0
     with opened(path, limit=limit) as file, named(path):
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        # in blocks, since a reader makes room for all that it is asked for
+        while total <= limit and (block := file.read(_BLOCK)):
+            parts.append(block)
+            total += len(block)
+    content = b"".join(parts)
+    if total > limit:
         raise ValueError(f"{shown(path)}: expected at most {size_in_words(limit)}, got more")
     return content
 

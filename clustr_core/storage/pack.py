@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clustr_core.storage.files import read_json, write_json, written_whole
-from clustr_core.storage.gate import TENSORS_LIMIT, listed, size_in_words
+from clustr_core.storage.gate import TENSORS_LIMIT, brief, listed, opened, shortened, size_in_words
 
 INDEX = "pack.json"
 # an index of a few hundred parts fits into this
@@ -100,9 +100,9 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: for anything else.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.I)
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-z]*)\s*", text, re.I)
     if found is None or found[2].lower() not in _UNITS:
-        raise ValueError(f"--pack: expected a size such as 15MB, 500kB or 16MiB, got {text!r}")
+        raise ValueError(f"--pack: expected a size such as 15MB, 500kB or 16MiB, got {brief(text)}")
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
@@ -143,7 +143,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     path = folder / INDEX
     if path.exists():
         index = read_json(path)
-        if not isinstance(parts := index.get("parts"), list) or not all(map(_is_part, parts)):
+        if not _are_parts(index.get("parts")):
             raise ValueError(
                 f"--into: expected an index that lists parts in {path}, got keys [{listed(sorted(index))}]"
             )
@@ -162,6 +162,14 @@ def _is_part(said: object) -> bool:
     return isinstance(name, str) and bool(_PART.fullmatch(name)) and type(size) is int and isinstance(digest, str)
 
 
+def _are_parts(said: object) -> bool:
+    """Whether an index lists parts, each once, and together no more than a leg can have."""
+    if not isinstance(said, list) or not all(map(_is_part, said)):
+        return False
+    total = sum(part["bytes"] for part in said)
+    return len({part["name"] for part in said}) == len(said) and total <= TENSORS_LIMIT
+
+
 def unpack(folder: Path, into: Path) -> None:
     """Write the files of a pack into an empty folder.
 
@@ -176,11 +184,12 @@ def unpack(folder: Path, into: Path) -> None:
             _append(archive, folder / part["name"], part, f"part {number} of {len(index['parts'])}")
         archive.seek(0)
         try:
-            with zipfile.ZipFile(archive) as opened:
-                _check_members(opened)
-                opened.extractall(into)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"--into: expected a pack in {folder}, got a damaged one ({error})") from error
+            with zipfile.ZipFile(archive) as members:
+                _check_members(members)
+                members.extractall(into)
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+            why = shortened(str(error))
+            raise ValueError(f"--into: expected a pack in {folder}, got a damaged one ({why})") from error
 
 
 def _check_members(archive: zipfile.ZipFile) -> None:
@@ -197,7 +206,7 @@ def _append(archive: IO[bytes], path: Path, said: Mapping[str, Any], which: str)
     if not path.exists():
         raise ValueError(f"--into: expected {which}, {path.name}, in {path.parent}, got no such file")
     found, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with opened(path, limit=TENSORS_LIMIT) as file:
         while block := file.read(_BLOCK):
             found.update(block)
             size += len(block)

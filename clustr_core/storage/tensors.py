@@ -48,6 +48,8 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         raise ValueError(
             f"{path}: expected {kind}, got a truncated or damaged file ({shortened(str(error))})"
         ) from error
+    if not isinstance(found, str) or not isinstance(facts, dict):
+        raise ValueError(f"{path}: expected {kind}, got something else")
     if said != _digest_of(found, tensors, facts):
         raise ValueError(f"{path}: expected {kind}, got a damaged file (its sha256 is another)")
     if found != kind:

@@ -114,7 +114,7 @@ def read_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: expected YAML, got {shortened(str(error))}") from error
     # what YAML's own tags are made of, as a day that no month has
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{where}: expected YAML with plain values, got {shortened(str(error))}") from error
 
 

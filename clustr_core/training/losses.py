@@ -266,10 +266,7 @@ def certificate_loss(
     _check_rows(embeddings, labels)
     _check_classes(labels, clusters)
     check_positive(margin=margin, temperature=temperature)
-    if kind not in get_args(CertificateLoss):
-        raise ValueError(f"kind: expected one of {get_args(CertificateLoss)}, got {kind!r}")
-    if not 1 <= annealing < math.inf:
-        raise ValueError(f"annealing: expected a number of at least 1, got {annealing}")
+    _check_kind(kind, annealing)
     size = {"margin": margin, "temperature": temperature, "kind": kind, "annealing": annealing}
     return unchecked_certificate_loss(embeddings, labels, clusters, **size)
 
@@ -323,6 +320,7 @@ def margin_cross_entropy(
         ("annealed"; there on top of "emma").
     """
     check_positive(margin=margin, temperature=temperature)
+    _check_kind(kind, annealing)
     own = F.one_hot(labels, logits.shape[1]).bool()
     lengths = (weight[labels][:, None] - weight).square().sum(dim=2).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
     mine = logits.gather(1, labels[:, None])
@@ -345,6 +343,13 @@ def consistency_loss(
     """
     targets = clean_logits.detach().softmax(dim=1)
     return -(targets * moved_logits.exp().log_softmax(dim=1)).sum(dim=1)
+
+
+def _check_kind(kind: CertificateLoss, annealing: float) -> None:
+    if kind not in get_args(CertificateLoss):
+        raise ValueError(f"kind: expected one of {get_args(CertificateLoss)}, got {kind!r}")
+    if not 1 <= annealing < math.inf:
+        raise ValueError(f"annealing: expected a number of at least 1, got {annealing}")
 
 
 def _asked(radii: Float[Tensor, "batch rival"], margin: float, kind: CertificateLoss) -> Tensor | float:

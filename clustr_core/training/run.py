@@ -35,6 +35,7 @@ WeightsDtype = Literal["float32", "float16"]
 CHECKPOINT, WEIGHTS, HISTORY, DONE = "checkpoint.safetensors", "model.safetensors", "history.csv", "run.json"
 SNAPSHOT = "a snapshot"
 MOST_CLASSES = 100_000
+_DTYPES = (torch.float32, torch.float16, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
 # what a file of weights may hold
 _NAMES = re.compile(r"network\.(encoder\.|linear\.|(centroids|labels|variance)$)|clusters\.")
 
@@ -131,7 +132,7 @@ class Run:
         content = self._as_written(WEIGHTS, "weights_sha256")
         try:
             tensors = load(content)
-        except SafetensorError as error:
+        except (SafetensorError, KeyError, RuntimeError) as error:
             why = shortened(str(error))
             raise ValueError(f"{self.path / WEIGHTS}: expected weights, got a damaged file ({why})") from error
         if odd := [name for name in tensors if not _NAMES.match(name)]:
@@ -171,7 +172,10 @@ def check_tensor(found: Tensor, expected: Tensor, where: str) -> None:
     if found.shape != expected.shape or found.is_floating_point() != expected.is_floating_point():
         asked, got = ([str(each.dtype), list(each.shape)] for each in (expected, found))
         raise ValueError(f"{where}: expected a tensor like {asked[0]} {asked[1]}, got {got[0]} {got[1]}")
-    if found.is_floating_point() and not found.isfinite().all():
+    if found.dtype not in _DTYPES:
+        raise ValueError(f"{where}: expected one of {[str(dtype) for dtype in _DTYPES]}, got {found.dtype}")
+    # as it will be used: a number may be too large for the dtype that takes it
+    if found.is_floating_point() and not found.to(expected.dtype).isfinite().all():
         raise ValueError(f"{where}: expected finite numbers, got NaN or infinity")
 
 
@@ -198,11 +202,15 @@ def _clusters(tensors: dict[str, Tensor], where: Path | str) -> Clusters:
     if tensors.keys() != names:
         raise ValueError(f"{where}: expected clusters of {sorted(names)}, got {listed(sorted(tensors))}")
     centroids, labels = tensors["centroids"], tensors["labels"]
-    check_tensor(centroids, torch.empty(len(labels), *centroids.shape[1:]), f"{where}: centroids")
+    if centroids.dim() != 2 or labels.dim() != 1 or len(centroids) != len(labels):
+        raise ValueError(
+            f"{where}: expected a label for each centroid, got {list(labels.shape)}, {list(centroids.shape)}"
+        )
+    check_tensor(centroids, torch.empty_like(centroids, dtype=torch.float32), f"{where}: centroids")
     check_tensor(tensors["variance"], torch.empty(len(labels)), f"{where}: variance")
     check_tensor(labels, torch.empty(len(labels), dtype=torch.int64), f"{where}: labels")
     # a label of 10^9 would ask for as many logits
-    if centroids.dim() != 2 or not len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) < len(labels):
+    if not len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) < len(labels):
         raise ValueError(f"{where}: expected clusters of classes from 0, none of them empty, got others")
     try:
         return Clusters(**tensors)
@@ -390,5 +398,5 @@ def other_recipe(path: Path, found: Recipe, expected: Recipe) -> str:
     """What to say of a file that is of another recipe: the fields in which it differs."""
     left, right = recipe_to_dict(found), recipe_to_dict(expected)
     names = sorted(set(left) | set(right))
-    differing = [f"{n} = {left.get(n)!r}" for n in names if left.get(n) != right.get(n)]
-    return f"{path}: expected a run of this recipe, got one with {', '.join(differing)}"
+    differing = [f"{n} = {brief(left.get(n))}" for n in names if left.get(n) != right.get(n)]
+    return f"{path}: expected a run of this recipe, got one with {shortened(', '.join(differing))}"

@@ -182,6 +182,9 @@ def _check_rest(path: Path, state: State, tensors: dict[str, Tensor], epoch: int
         raise ValueError(f"{path}: expected the state of its recipe, got {listed(more)} besides")
     for name, tensor in found.items():
         check_tensor(tensor, expected[name], f"{path}: {name}")
+    steps = {float(found[f"optimiser.{index}.step"]) for index in moved if f"optimiser.{index}.step" in found}
+    if len(steps) > 1 or any(step < epoch or step != int(step) for step in steps):
+        raise ValueError(f"{path}: expected one number of updates, at least {epoch}, got {listed(sorted(steps))}")
 
 
 def epochs_kept(path: Path) -> int:
@@ -190,7 +193,10 @@ def epochs_kept(path: Path) -> int:
     Raises:
         ValueError: if it is damaged.
     """
-    return read_tensors(path, "a checkpoint")[1]["epoch"]
+    epoch = read_tensors(path, "a checkpoint")[1].get("epoch")
+    if type(epoch) is not int:
+        raise ValueError(f"{path}: expected the number of an epoch, got {brief(epoch)}")
+    return epoch
 
 
 def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
@@ -209,7 +215,10 @@ def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
         slots.setdefault(int(index), {})[slot] = laid_out
     # of the groups a recipe says all, and the device that trains
     state.optimiser.load_state_dict({"state": slots, "param_groups": state.optimiser.state_dict()["param_groups"]})
-    state.generator.set_state(tensors["generator"])
+    try:
+        state.generator.set_state(tensors["generator"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected the state of a generator, got another ({shortened(str(error))})") from error
     if state.perturbation is not None:
         state.perturbation.copy_(tensors["perturbation"])
     state.epoch, state.history = facts["epoch"], facts["history"]
