@@ -335,8 +335,11 @@ def draw_minutes(axes: Axes, table: pd.DataFrame) -> None:
     for number, (candidate, rows) in enumerate(each_group(table, "candidate")):
         colour, marker = COLOURS[number % len(COLOURS)], CLASS_MARKERS[number % len(CLASS_MARKERS)]
         axes.plot(rows["minutes"], rows["accuracy"], "--", label=str(candidate), color=colour, marker=marker)
+    budgets = sorted(set(table["minutes"]))
     axes.set(xlabel="CPU minutes of training", xscale="log")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    axes.set_xticks(budgets, labels=[f"{minutes:g}" for minutes in budgets])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
 
 
 def draw_history(axes: Axes, table: pd.DataFrame, y: str) -> None:
