@@ -120,7 +120,8 @@ def _is_alive(pid: int) -> bool:
 
 def _os_error(error: Exception, path: Path) -> OSError | None:
     """What the file system said, and of which file; safetensors wraps it in an error of its own."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
+    # as newer and as older versions of it say
+    found = re.search(r"(?:\(os error |Os \{ code: )(\d+)", str(error))
     number = int(found[1]) if found else getattr(error, "errno", None)
     if number is None or getattr(error, "filename", None):
         return None

@@ -5,6 +5,7 @@ Python code writes, every process and every connection; a folder of canaries tel
 """
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -115,6 +116,8 @@ def attempt(case: Case, scratch: Path, canaries: Path) -> Outcome:
 def _child(case: Case, scratch: Path, write: int) -> None:
     report: dict[str, Any] = {}
     seen: list[str] = []
+    # what a fork that is aborted would print is told by its status
+    faulthandler.disable()
     try:
         os.setsid()
         # a lock of a fork that is killed would stop all others
