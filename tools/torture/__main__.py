@@ -1,6 +1,7 @@
 """Run it: `make torture`, or `python -m tools.torture --only profiles images --quick`."""
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="every tenth input, and 30 kills")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    logging.disable(logging.INFO)
     start, wrong = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="torture-") as scratch:
         # outside the temporary folder of the cases, which they may write to

@@ -120,6 +120,8 @@ def _child(case: Case, scratch: Path, write: int) -> None:
     faulthandler.disable()
     try:
         os.setsid()
+        # what is written to the standard output, past Python, goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         # a lock of a fork that is killed would stop all others
         tqdm.tqdm.set_lock(threading.RLock())
         held = _resident()
