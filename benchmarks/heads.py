@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.budget import certified, held_out, trained
 from clustr_core import data
+from clustr_core.measuring.equal_minutes import TRAINING
 from clustr_core.storage.files import home
 from clustr_core.storage.tables import read_table, write_table
 from clustr_core.training.recipes import ClustrCert, LipschitzMargin, Recipe
@@ -43,7 +44,6 @@ MARGINS = {"mnist5k": (1.0, 2.0), "digits": (0.25, 0.5, 1.0)}
 SHARES = (1 / 8,)
 LARGEST = {"mnist5k": 4.0, "digits": 1.6}
 SETTING_SEED = 1000
-KEY = ["dataset", "head", "loss", "margin", "temperature", "seed"]
 Key = tuple[str, str, str, float, float, int]
 
 
@@ -57,7 +57,7 @@ def curves(key: Key, seconds: float) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as folder:
         run, cost = trained(replace(HEADS[head], **changes), seen, Path(folder), seconds)
         found = certified(run, seen, np.linspace(0, LARGEST[dataset], 41).round(6))
-    return found.assign(**dict(zip(KEY, key, strict=True)), **cost)
+    return found.assign(**dict(zip(TRAINING, key, strict=True)), **cost)
 
 
 def best_settings(table: pd.DataFrame) -> dict[tuple[str, str], tuple[float, float]]:
@@ -69,16 +69,16 @@ def best_settings(table: pd.DataFrame) -> dict[tuple[str, str], tuple[float, flo
 
 def computed(keys: Sequence[Key], seconds: float, jobs: int, path: Path) -> pd.DataFrame:
     """The rows of all trainings; those that are there already are not computed again."""
-    found = read_table(path) if path.exists() else pd.DataFrame(columns=KEY)
-    done = {tuple(row) for row in found[KEY].itertuples(index=False)}
+    found = read_table(path) if path.exists() else pd.DataFrame(columns=TRAINING)
+    done = {tuple(row) for row in found[TRAINING].itertuples(index=False)}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(curves, key, seconds) for key in keys if key not in done]
         for finished in as_completed(waiting):
             rows = finished.result()
-            order = [*KEY, *(name for name in rows if name not in KEY)]
+            order = [*TRAINING, *(name for name in rows if name not in TRAINING)]
             found = pd.concat([found, rows[order]], ignore_index=True) if len(found) else rows[order]
-            write_table(path, found.sort_values([*KEY, "bound"], kind="stable"))
-    return found[found[KEY].apply(tuple, axis=1).isin(set(keys))]
+            write_table(path, found.sort_values([*TRAINING, "bound"], kind="stable"))
+    return found[found[TRAINING].apply(tuple, axis=1).isin(set(keys))]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -79,7 +79,8 @@ def race(dataset: str, minutes: Sequence[float], keep: Sequence[int], seeds: int
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             waiting = [pool.submit(raced, name, dataset, given, seed, last) for name, given, seed, _ in missing]
             for done in as_completed(waiting):
-                known = _add(path, done.result())
+                known = pd.concat([known.reset_index(), pd.DataFrame([done.result()])]).set_index(KEY)
+                write_table(path, known.reset_index())
         if not last:
             of_round = known.loc[asked]
             ranked = of_round.apply(score, axis=1).sort_values(ascending=False, kind="stable")
@@ -89,12 +90,6 @@ def race(dataset: str, minutes: Sequence[float], keep: Sequence[int], seeds: int
 def _known(path: Path) -> pd.DataFrame:
     table = read_table(path) if path.exists() else pd.DataFrame(columns=KEY)
     return table.set_index(KEY)
-
-
-def _add(path: Path, row: dict[str, Any]) -> pd.DataFrame:
-    both = [*([read_table(path)] if path.exists() else []), pd.DataFrame([row])]
-    write_table(path, pd.concat(both, ignore_index=True))
-    return _known(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -160,7 +160,7 @@ def test_heads_go_on_where_they_stopped(tmp_path, monkeypatch):
 
     def curves(key, seconds):
         asked.append(key)
-        return pd.DataFrame([{**dict(zip(heads.KEY, key, strict=True)), "bound": "margin", "mean_radius": 0.5}])
+        return pd.DataFrame([{**dict(zip(heads.TRAINING, key, strict=True)), "bound": "margin", "mean_radius": 0.5}])
 
     monkeypatch.setattr(heads, "curves", curves)
     monkeypatch.setattr(heads, "ProcessPoolExecutor", InPlace)

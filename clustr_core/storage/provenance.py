@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from clustr_core.storage.files import digest, home, read_json, seal_of, write_json
-from clustr_core.storage.gate import TABLE_LIMIT, read_bytes, read_text
+from clustr_core.storage.gate import TABLE_LIMIT, read_text
 from clustr_core.storage.tables import read_table
 
 VERSIONED = ("torch", "torchvision", "numpy", "scikit-learn", "umap-learn")
@@ -136,9 +136,10 @@ def read_checked(table: Path) -> pd.DataFrame:
 
 
 def _contents(table: Path) -> dict[str, Any]:
-    lines = read_text(table, limit=TABLE_LIMIT).splitlines()
+    text = read_text(table, limit=TABLE_LIMIT)
+    lines = text.splitlines()
     return {
-        "sha256": digest(read_bytes(table, limit=TABLE_LIMIT)),
+        "sha256": digest(text),
         "rows": len(lines) - 1,
         "columns": lines[0].split(",") if lines else [],
     }

@@ -57,6 +57,13 @@ def fractions(tensor):
     return [[Fraction(value) for value in row] for row in tensor.double().tolist()]
 
 
+def exactly(z, clusters, radius):
+    """Of each embedding: itself, the predicted class and the radius; and the centroids with their classes."""
+    predicted = nearest_logits(z, clusters).argmax(dim=1).tolist()
+    rows = zip(fractions(z), predicted, radius.double().tolist(), strict=True)
+    return rows, fractions(clusters.centroids), clusters.labels.tolist()
+
+
 def squared(a, b):
     return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
 
@@ -91,9 +98,8 @@ def test_a_radius_is_never_larger_than_the_real_one(dtype, bound):
         radius = certified_radius(z, clusters, bound=bound)
         assert radius.isfinite().all()
         assert (radius >= 0).all()
-        predicted = nearest_logits(z, clusters).argmax(dim=1).tolist()
-        points, centroids, labels = fractions(z), fractions(clusters.centroids), clusters.labels.tolist()
-        for point, label, r in zip(points, predicted, radius.double().tolist(), strict=True):
+        rows, centroids, labels = exactly(z, clusters, radius)
+        for point, label, r in rows:
             real = largest_square(point, centroids, labels, label, bound)
             assert r == 0 or (real is not None and Fraction(r) ** 2 <= real), (r, real)
 
@@ -111,9 +117,8 @@ def test_the_ladder_holds_and_ends_below_the_nearest_rival(dtype):
         for lower, upper in itertools.pairwise(rungs):
             # each gives up what rounding may have cost it, so a lower rung may be the larger by that
             assert (lower * (1 - slack) <= upper + 1e-2 * lower.max() + 1e-300).all() or (upper == 0).any()
-        points, centroids, labels = fractions(z), fractions(clusters.centroids), clusters.labels.tolist()
-        predicted = nearest_logits(z, clusters).argmax(dim=1).tolist()
-        for point, label, r in zip(points, predicted, rungs[-1].tolist(), strict=True):
+        rows, centroids, labels = exactly(z, clusters, rungs[-1])
+        for point, label, r in rows:
             rivals = [squared(point, mu) for mu, own in zip(centroids, labels, strict=True) if own != label]
             assert r == 0 or Fraction(r) ** 2 <= min(rivals)
 
@@ -131,9 +136,8 @@ def test_what_rounding_costs_where_numbers_are_ordinary(dtype):
         # bfloat16 is computed in float32, and rounded down
         eps = torch.finfo(torch.float32 if dtype is torch.bfloat16 else dtype).eps
         radius = certified_radius(z, clusters, bound="nearest").double()
-        predicted = nearest_logits(z, clusters).argmax(dim=1).tolist()
-        points, centroids, labels = fractions(z), fractions(clusters.centroids), clusters.labels.tolist()
-        for point, label, r in zip(points, predicted, radius.tolist(), strict=True):
+        rows, centroids, labels = exactly(z, clusters, radius)
+        for point, label, r in rows:
             real = largest_square(point, centroids, labels, label, "nearest")
             farthest = max(float(squared(point, mu)) for mu in centroids) ** 0.5
             nearest = (
@@ -234,9 +238,8 @@ def test_ten_thousand_clusters(dtype):
     clusters = Clusters(centroids, torch.arange(10_000) % 100, torch.ones(10_000, dtype=dtype))
     z = torch.randn(4, 8, generator=g).to(dtype)
     radius = certified_radius(z, clusters, bound="pairwise")
-    predicted = nearest_logits(z, clusters).argmax(dim=1).tolist()
-    points, exact, labels = fractions(z), fractions(centroids), clusters.labels.tolist()
-    for point, label, r in zip(points, predicted, radius.double().tolist(), strict=True):
+    rows, exact, labels = exactly(z, clusters, radius)
+    for point, label, r in rows:
         real = largest_square(point, exact, labels, label, "nearest")
         # pairwise is at least nearest, less rounding
         assert real is not None

@@ -1,5 +1,6 @@
 """Hostile profiles, words of the command line, and names."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from clustr_core import cli
 from clustr_core.measuring.profile import Protocol, load_profile
+from clustr_core.training.fields import read_yaml
 from clustr_core.training.recipes import METHODS
 from tools.torture.forks import Case
 
@@ -142,7 +144,8 @@ def _fields(folder: Path) -> Iterator[Case]:
             text = f"{GOOD.partition('attacks')[0]}attacks: {{a: {{eps: [0.1], {item.name}: {VALUES[name]}}}}}\n"
             expected = "refused" if item.name == "eps" and name != "list" else "either"
             yield Case("attack", f"{item.name} {name}", _loading(folder, text), expected)
-    for section in (
+    whole = read_yaml(GOOD, "good")
+    sections = (
         "shared",
         "attacks",
         "chapters",
@@ -151,19 +154,13 @@ def _fields(folder: Path) -> Iterator[Case]:
         "sandwich",
         "smoothing",
         "plugins",
-    ):
+    )
+    for section in sections:
+        # what JSON writes is YAML, too
+        rest = json.dumps({key: value for key, value in whole.items() if key != section})
         for name in ("text", "list", "negative", "digits", "true", "long"):
-            yield Case(
-                "section",
-                f"{section} {name}",
-                _loading(
-                    folder,
-                    f"{GOOD}{section}2: 1\n".replace(f"{section}2: 1", f"{section}: {VALUES[name]}")
-                    if section not in GOOD
-                    else GOOD.replace(f"{section}:", f"{section}_: 1\n{section}: {VALUES[name]}\nx:"),
-                ),
-                "either",
-            )
+            text = f"{rest[:-1]}, {section}: {VALUES[name]}}}"
+            yield Case("section", f"{section} {name}", _loading(folder, text), "either")
 
 
 def _names(folder: Path) -> Iterator[Case]:
