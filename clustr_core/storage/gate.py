@@ -83,8 +83,17 @@ def read_text(path: Path, *, limit: int) -> str:
     Raises:
         ValueError, OSError: as `read_bytes`; ValueError if it is not in UTF-8.
     """
+    return decoded(path, read_bytes(path, limit=limit))
+
+
+def decoded(path: Path, content: bytes) -> str:
+    """The text that a file's bytes are.
+
+    Raises:
+        ValueError: if it is not in UTF-8.
+    """
     try:
-        return read_bytes(path, limit=limit).decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{shown(path)}: expected text in UTF-8, got {error}") from error
 

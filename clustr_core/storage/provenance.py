@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 
 from clustr_core.storage.files import digest, home, read_json, seal_of, write_json
-from clustr_core.storage.gate import TABLE_LIMIT, read_text
-from clustr_core.storage.tables import read_table
+from clustr_core.storage.gate import TABLE_LIMIT, decoded, read_bytes
+from clustr_core.storage.tables import parsed_table
 
 VERSIONED = ("torch", "torchvision", "numpy", "scikit-learn", "umap-learn")
 
@@ -94,7 +94,7 @@ def write_sidecar(table: Path, made: Mapping[str, Any], *, note: str = "") -> No
             not known is None.
         note: in words, what a reader must know beyond that.
     """
-    content = {"table": _contents(table), "made": dict(made), "note": note}
+    content = {"table": _contents(table, read_bytes(table, limit=TABLE_LIMIT)), "made": dict(made), "note": note}
     write_json(sidecar_of(table), content | {"sha256": seal_of(content)})
 
 
@@ -109,8 +109,26 @@ def check_sidecar(table: Path) -> dict[str, Any]:
     path = sidecar_of(table)
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a sidecar that says how {table.name} was made, got none")
-    content = read_json(path)
-    said, found = content.get("table"), _contents(table)
+    return _held(table, read_bytes(table, limit=TABLE_LIMIT))
+
+
+def read_checked(table: Path) -> pd.DataFrame:
+    """A table, held against its sidecar where it has one.
+
+    Raises:
+        ValueError: as `check_sidecar` and `read_table`.
+    """
+    # what is held against it is what is returned, whoever writes meanwhile
+    content = read_bytes(table, limit=TABLE_LIMIT)
+    if sidecar_of(table).exists():
+        _held(table, content)
+    return parsed_table(table, content)
+
+
+def _held(table: Path, written: bytes) -> dict[str, Any]:
+    """The sidecar of a table, held against its bytes; as `check_sidecar`."""
+    content = read_json(path := sidecar_of(table))
+    said, found = content.get("table"), _contents(table, written)
     if not isinstance(said, dict) or not isinstance(content.get("made"), dict):
         raise ValueError(f"{path}: expected the keys table and made, got {sorted(content)}")
     if wrong := sorted(key for key in found if said.get(key) != found[key]):
@@ -124,22 +142,11 @@ def check_sidecar(table: Path) -> dict[str, Any]:
     return content
 
 
-def read_checked(table: Path) -> pd.DataFrame:
-    """A table, held against its sidecar where it has one.
-
-    Raises:
-        ValueError: as `check_sidecar` and `read_table`.
-    """
-    if sidecar_of(table).exists():
-        check_sidecar(table)
-    return read_table(table)
-
-
-def _contents(table: Path) -> dict[str, Any]:
-    text = read_text(table, limit=TABLE_LIMIT)
+def _contents(table: Path, written: bytes) -> dict[str, Any]:
+    text = decoded(table, written)
     lines = text.splitlines()
     return {
-        "sha256": digest(text),
+        "sha256": digest(written),
         "rows": len(lines) - 1,
         "columns": lines[0].split(",") if lines else [],
     }

@@ -29,7 +29,7 @@ def read_table(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: if the file is empty, no CSV or not in UTF-8, with its path.
     """
-    return _parsed(path, read_bytes(path, limit=TABLE_LIMIT))
+    return parsed_table(path, read_bytes(path, limit=TABLE_LIMIT))
 
 
 def read_sealed(path: Path) -> pd.DataFrame:
@@ -41,14 +41,19 @@ def read_sealed(path: Path) -> pd.DataFrame:
     text, found, _ = (content := read_bytes(path, limit=TABLE_LIMIT)).rpartition(_SEAL)
     if not found or content != text + _seal(path, text):
         raise ValueError(f"{path}: expected a table as it was written, got a damaged file (its sha256 is another)")
-    return _parsed(path, text)
+    return parsed_table(path, text)
 
 
 def _seal(path: Path, text: bytes) -> bytes:
     return _SEAL + digest(path.name, text).encode() + b"\n"
 
 
-def _parsed(path: Path, content: bytes) -> pd.DataFrame:
+def parsed_table(path: Path, content: bytes) -> pd.DataFrame:
+    """The table that a file's bytes are.
+
+    Raises:
+        ValueError: as `read_table`.
+    """
     try:
         return pd.read_csv(io.BytesIO(content), encoding="utf-8")
     except ValueError as error:  # pandas' own errors and UnicodeDecodeError are among them

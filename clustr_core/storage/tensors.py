@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from clustr_core.storage.files import digest, seal_of, written_whole
-from clustr_core.storage.gate import TENSORS_LIMIT, check_file, shortened
+from clustr_core.storage.gate import TENSORS_LIMIT, read_bytes, shortened
 
 ENTRY = "content"
+# how safetensors begins: the length of its header, in JSON, which holds under this name what is said of the tensors
+_LENGTH, _SAID = 8, "__metadata__"
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -38,11 +40,12 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     Raises:
         ValueError: if it is of another kind, truncated, or in any bit not what was written; the file is named.
     """
-    check_file(path, limit=TENSORS_LIMIT)
+    # by one opening of it: a file that is opened by its name once more may be the next one by then
+    written = read_bytes(path, limit=TENSORS_LIMIT)
     try:
-        with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[ENTRY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        tensors = load(written)
+        header = json.loads(written[_LENGTH : _LENGTH + int.from_bytes(written[:_LENGTH], "little")])
+        content = json.loads(header[_SAID][ENTRY])
         found, facts, said = content["kind"], content["facts"], content["sha256"]
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
