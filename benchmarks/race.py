@@ -45,6 +45,7 @@ CANDIDATES: dict[str, Recipe] = {
     "CPL 64, bfloat16, annealed": LipschitzMargin(width=64, loss="annealed", **_SHARED | _CPL | _BF16),
     "CPL 64, bfloat16, margin 0.8": LipschitzMargin(width=64, **_SHARED | _CPL | _BF16 | {"margin": 0.8}),
     "CPL 48, bfloat16": LipschitzMargin(width=48, **_SHARED | _CPL | _BF16),
+    "CPL 48, bfloat16, margin 0.8": LipschitzMargin(width=48, **_SHARED | _CPL | _BF16 | {"margin": 0.8}),
 }
 
 

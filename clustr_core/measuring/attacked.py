@@ -149,7 +149,7 @@ def _rows_path(
     what = {**asdict(asked), "loss": loss, "model": target.identity, "source": climbed, "chunk": chunk.tolist()}
     if protocol.attack in OWN_ATTACKS:
         what["version"] = OWN_ATTACKS[protocol.attack].version
-    return kept_at(target.tables, "attack", what, target.dataset.test_digest)
+    return kept_at(target.tables, "attack", what, target.dataset.test_digest, device=target.device)
 
 
 def attack_rows(

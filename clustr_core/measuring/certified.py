@@ -157,7 +157,7 @@ def _certificate_pieces(
         raise ValueError(f"smoothing: expected a budget in the profile for {run.recipe.method}, got none")
     budget = asdict(replace(smoothing, examples=None))
     rows = partial(_smoothing_rows, target, run.recipe, smoothing)
-    return cached_chunks(run, dataset, "certificate", smoothing.examples, budget, rows, rows_per_image=1)
+    return cached_chunks(run, dataset, "certificate", smoothing.examples, budget, rows, rows_per_image=1, device=device)
 
 
 def certified_target(run: Run, dataset: data.Dataset, device: str | torch.device) -> AttackTarget:
@@ -171,7 +171,7 @@ def cluster_pieces(run: Run, target: AttackTarget, examples: int | None) -> list
     rows = partial(certificate_rows, CertifiedRun(run, target))
     return cached_chunks(
         run, target.dataset, "certificate", examples, {}, rows,
-        rows_per_image=len(bounds_of(run.recipe)), digits=DIGITS,
+        rows_per_image=len(bounds_of(run.recipe)), digits=DIGITS, device=target.device,
     )  # fmt: skip
 
 

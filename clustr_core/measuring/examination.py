@@ -131,7 +131,7 @@ class ExaminedRun:
         pieces = []
         for head, each in self.heads.items():
             what = {**asdict(each.asked), "head": head, "source": source}
-            path = cache_path(self.run, each.target.dataset, kind, what)
+            path = cache_path(self.run, each.target.dataset, kind, what, device=each.target.device)
             pieces.append(CachedRows(path, partial(rows, each), count))
         return pieces
 

@@ -16,6 +16,7 @@ from clustr_core import data
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.numerics.rounding import full_precision
 from clustr_core.storage.files import digest
+from clustr_core.storage.provenance import order_of_sums
 from clustr_core.storage.tables import read_sealed, write_table
 from clustr_core.training.processes import device_here, join
 from clustr_core.training.run import Run
@@ -156,14 +157,17 @@ def dataset_of(run: Run, dataset: data.Dataset | None) -> data.Dataset:
 # where rows are kept
 
 
-def cache_path(run: Run, dataset: data.Dataset, kind: str, what: dict) -> Path:
+def cache_path(run: Run, dataset: data.Dataset, kind: str, what: dict, *, device: str | torch.device = "cpu") -> Path:
     """Where a measurement of a run is kept: beside it, under a digest of its weights and all that was asked."""
-    return kept_at(run.path / "tables", kind, {**what, "weights": run.weights_sha256}, dataset.test_digest)
+    what = {**what, "weights": run.weights_sha256}
+    return kept_at(run.path / "tables", kind, what, dataset.test_digest, device=device)
 
 
-def kept_at(tables: Path, kind: str, what: dict, test: str) -> Path:
-    """Where rows are kept: under a digest of the question, the test set and the measurement's version."""
-    key = digest(json.dumps(what, sort_keys=True), test, str(VERSIONS[kind]))
+def kept_at(tables: Path, kind: str, what: dict, test: str, *, device: str | torch.device = "cpu") -> Path:
+    """Where rows are kept: under a digest of the question, the test set, the measurement's version, and where it is
+    computed: rows of another number of threads are other rows."""
+    where = order_of_sums(device)
+    key = digest(json.dumps(what, sort_keys=True), test, str(VERSIONS[kind]), json.dumps(where, sort_keys=True))
     return tables / f"{kind}-{key[:12]}.csv"
 
 
@@ -212,10 +216,11 @@ def cached_chunks(
     *,
     rows_per_image: int,
     digits: int = 9,
+    device: str | torch.device = "cpu",
 ) -> list[CachedRows]:
     """One piece for each chunk of as many test images, in ascending order inside it."""
     chunks = [chunk.sort().values for chunk in image_chunks(dataset, examples)]
-    paths = [cache_path(run, dataset, kind, {**what, "chunk": chunk.tolist()}) for chunk in chunks]
+    paths = [cache_path(run, dataset, kind, {**what, "chunk": chunk.tolist()}, device=device) for chunk in chunks]
     return [
         CachedRows(path, partial(rows, chunk), rows_per_image * len(chunk), digits)
         for path, chunk in zip(paths, chunks, strict=True)

@@ -90,7 +90,9 @@ def _pieces(
     certificates = {index: piece for chunk, piece in chunks for index in chunk.tolist()}
     rows = partial(_rows, run, target, certificates, budget)
     what, attacks = asdict(replace(budget, examples=None)), chosen_attacks(budget)
-    return cached_chunks(run, dataset, "sandwich", budget.examples, what, rows, rows_per_image=len(attacks))
+    return cached_chunks(
+        run, dataset, "sandwich", budget.examples, what, rows, rows_per_image=len(attacks), device=device
+    )
 
 
 def _rows(

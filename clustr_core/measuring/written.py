@@ -34,13 +34,14 @@ def made_by(profile: Profile, kind: str, device: str) -> dict[str, Any]:
 def made_of(method: str, run: Run | None) -> dict[str, Any]:
     """Which model the rows are of; None for what needs no run."""
     if run is None:
-        return {"method": method, "run": None, "weights_sha256": None, "weights_dtype": None, "seed": None}
+        return {"method": method} | dict.fromkeys(("run", "weights_sha256", "weights_dtype", "seed", "trained_on"))
     return {
         "method": method,
         "run": run.path.name,
         "weights_sha256": run.weights_sha256,
         "weights_dtype": run.weights_dtype,
         "seed": run.recipe.seed,
+        "trained_on": list(run.trained_on),
     }
 
 

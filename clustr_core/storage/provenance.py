@@ -41,6 +41,20 @@ def environment(device: str | None = None) -> dict[str, Any]:
     }
 
 
+def order_of_sums(device: object) -> dict[str, Any]:
+    """Where numbers are added, as far as that may move a result: on a CPU by how many threads.
+
+    Args:
+        device: of PyTorch, or its name.
+    """
+    kind = str(device).partition(":")[0]
+    if kind != "cpu":
+        return {"device": kind}
+    import torch
+
+    return {"device": kind, "threads": torch.get_num_threads()}
+
+
 def _threads_of_children() -> int | None:
     """What ``$OMP_NUM_THREADS`` gives to each process begun from here."""
     given = os.environ.get("OMP_NUM_THREADS", "")

@@ -69,6 +69,7 @@ from clustr_core.training.state import (
     checkpoint_facts,
     load_checkpoint,
     new_state,
+    note_place,
     save_progress,
     trained_weights,
 )
@@ -156,12 +157,14 @@ def _fit(
     record = recorder if captured and can_be_captured(recipe) else None
     state = new_state(recipe, dataset, images, labels, start, processes, record)
     check_smallest_batch(recipe, state.network.encoder, images, processes)
+    note_place(state)
     if not resumed:
         save_progress(folder, recipe, state)
         processes.wait()
     if resumed or processes.count > 1:
         # also from the start: another machine may have rounded it differently
         load_checkpoint(folder / CHECKPOINT, recipe, state)
+        note_place(state)
     if resumed and processes.first:
         log.info("%s: going on after epoch %d", folder, state.epoch)
     shown = progress and processes.first
@@ -334,6 +337,7 @@ def finish(
         "train_data_sha256": state.data_sha256,
         "processes": state.processes.count,
         "captured": state.record is not None,
+        "trained_on": state.trained_on,
         **environment(str(images.device)),
     }
     write_json(folder / DONE, content | {"sha256": seal_of(content)})

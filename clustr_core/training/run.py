@@ -34,6 +34,8 @@ _Network = TypeVar("_Network", bound=nn.Module)
 WeightsDtype = Literal["float32", "float16"]
 CHECKPOINT, WEIGHTS, HISTORY, DONE = "checkpoint.safetensors", "model.safetensors", "history.csv", "run.json"
 SNAPSHOT = "a snapshot"
+# in an entry of `Run.trained_on`: after how many epochs it begins
+AFTER = "after_epoch"
 MOST_CLASSES = 100_000
 _DTYPES = (torch.float32, torch.float16, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
 # what a file of weights may hold
@@ -47,6 +49,9 @@ class Run:
     Args:
         weights_dtype: "float16" if the network was rounded when it was finished (`stored_dtype`); what is measured is
             the rounded network, computed in float32.
+        trained_on: where it was trained, one entry and one more for each change: ``after_epoch``, ``device``,
+            ``threads`` (of a CPU), ``processes``, ``captured``. Each of them sums in its own order, so a training that
+            went on elsewhere is one that no single command repeats. Empty for runs that do not say.
     """
 
     path: Path
@@ -55,6 +60,7 @@ class Run:
     image_shape: tuple[int, int, int]
     train_data_sha256: str
     weights_dtype: WeightsDtype = "float32"
+    trained_on: tuple[dict[str, Any], ...] = ()
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -272,7 +278,12 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
         channels, height, width = content["image_shape"]
         shape, dtype = (channels, height, width), content.get("weights_dtype", "float32")
         _check_facts(shape, content["num_classes"], content["train_data_sha256"], dtype)
-        run = Run(folder, recipe, content["num_classes"], shape, content["train_data_sha256"], dtype)
+        places = content.get("trained_on")
+        if places is not None:
+            check_places(places, recipe.epochs, folder / DONE)
+        run = Run(
+            folder, recipe, content["num_classes"], shape, content["train_data_sha256"], dtype, tuple(places or ())
+        )
     except UnknownMethod as error:
         raise ValueError(f"{folder / DONE}: {error}; import {content.get('module')}, which registers it") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -283,6 +294,19 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
     if expected is not None:
         check_version(folder / DONE, content.get("version"), expected)
     return run
+
+
+def check_places(found: Any, epochs: int, where: Path) -> None:
+    """Refuse what `Run.trained_on` cannot be.
+
+    Raises:
+        ValueError: if it is no list of places, each after more epochs than the one before.
+    """
+    places = found if isinstance(found, list) and len(found) <= epochs + 1 else [None]
+    after = [place.get(AFTER) if isinstance(place, dict) else None for place in places]
+    numbers = [number for number in after if type(number) is int and 0 <= number <= epochs]
+    if not numbers or numbers != after or numbers != sorted(set(numbers)):
+        raise ValueError(f"{where}: expected in trained_on where each of its epochs was trained, got {brief(found)}")
 
 
 def _check_facts(shape: tuple[Any, ...], num_classes: Any, sha256: Any, dtype: Any) -> None:

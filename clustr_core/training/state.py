@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from clustr_core import data
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.storage.gate import brief, listed, shortened
+from clustr_core.storage.provenance import order_of_sums
 from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training.captured import Recorder
 from clustr_core.training.checks import images_in_a_batch
@@ -21,11 +22,13 @@ from clustr_core.training.recipes import (
 )
 from clustr_core.training.refresh import clustered, embedded
 from clustr_core.training.run import (
+    AFTER,
     CHECKPOINT,
     SNAPSHOT,
     WEIGHTS,
     Run,
     check_digest,
+    check_places,
     check_tensor,
     check_version,
     load_tensors,
@@ -55,6 +58,8 @@ class State:
     local_statistics: list[Tensor] = field(default_factory=list)
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    # where it was trained, from which epoch on: one entry, and one more for each change
+    trained_on: list[dict[str, Any]] = field(default_factory=list)
 
 
 def new_state(
@@ -109,6 +114,15 @@ def trained_weights(state: State) -> list[Tensor]:
     return [weight for group in state.optimiser.param_groups for weight in group["params"]]
 
 
+def note_place(state: State) -> None:
+    """Note where the training goes on from here: another number of threads or processes sums in another order."""
+    sums = order_of_sums(state.processes.device)
+    here = {**sums, "processes": state.processes.count, "captured": state.record is not None}
+    before = [place for place in state.trained_on if place[AFTER] < state.epoch]
+    goes_on = bool(before) and before[-1] == {**before[-1], **here}
+    state.trained_on = before if goes_on else [*before, {AFTER: state.epoch, **here}]
+
+
 def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
     """The snapshot, if this epoch is one, and the checkpoint: one safetensors file that holds all a resume needs."""
     if not state.processes.first:
@@ -123,7 +137,8 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
     tensors["generator"] = state.generator.get_state()
     if state.perturbation is not None:
         tensors["perturbation"] = state.perturbation
-    write_tensors(folder / CHECKPOINT, "a checkpoint", tensors, about | {"history": state.history})
+    progress = {"history": state.history, "trained_on": state.trained_on}
+    write_tensors(folder / CHECKPOINT, "a checkpoint", tensors, about | progress)
 
 
 def checkpoint_facts(path: Path, recipe: Recipe, data_sha256: str) -> dict[str, Any]:
@@ -160,6 +175,8 @@ def _check_progress(path: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
         numeric = isinstance(row, dict) and all(type(value) in (int, float) for value in row.values())
         if not numeric or row.get("epoch") != number or "loss" not in row:
             raise ValueError(f"{path}: expected numbers of epoch {number} in its history, got {brief(row)}")
+
+    check_places(facts.get("trained_on"), epoch, path)
 
 
 def _check_rest(path: Path, state: State, tensors: dict[str, Tensor], epoch: int) -> None:
@@ -221,4 +238,4 @@ def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
         raise ValueError(f"{path}: expected the state of a generator, got another ({shortened(str(error))})") from error
     if state.perturbation is not None:
         state.perturbation.copy_(tensors["perturbation"])
-    state.epoch, state.history = facts["epoch"], facts["history"]
+    state.epoch, state.history, state.trained_on = facts["epoch"], facts["history"], facts["trained_on"]

@@ -23,13 +23,15 @@ from torch.nn.utils import parametrize
 
 from clustr_core import data
 from clustr_core.attacks.losses import cross_entropy
+from clustr_core.measuring.certified import certificate_table
+from clustr_core.measuring.written import made_of
 from clustr_core.models import encoders
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, cluster_logits
 from clustr_core.models.clusters import Clusters, fit_clusters
 from clustr_core.models.embed import embed_all, evaluating
 from clustr_core.models.encoders import build_encoder
 from clustr_core.storage import tensors as tensors_module
-from clustr_core.storage.files import read_json
+from clustr_core.storage.files import read_json, write_json
 from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training import loop
 from clustr_core.training.loop import fit, train_epoch
@@ -1153,6 +1155,69 @@ def test_a_finished_network_lies_with_channels_last_and_takes_no_gradient(tmp_pa
     assert all(weight.is_contiguous() and weight.requires_grad for weight in network.parameters())
 
 
+def stopped_after(folder, epochs):
+    """What raises once a training in a folder has so many epochs."""
+
+    def stop():
+        if (folder / CHECKPOINT).exists() and epochs_kept(folder / CHECKPOINT) == epochs:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, which is put back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def place(after, threads):
+    return {"after_epoch": after, "device": "cpu", "threads": threads, "processes": 1, "captured": False}
+
+
+def test_a_run_says_where_each_of_its_epochs_was_trained(digits, tmp_path, threads):
+    recipe, folder = CrossEntropy(width=4, epochs=4, train_examples=100), tmp_path / "run"
+    options = {"dataset": digits, "folder": folder, "progress": False, "device": "cpu"}
+    # nothing was trained where it was killed at once; after the second epoch it goes on as it was
+    for count, epochs in ((3, 0), (1, 1), (1, 2), (2, 3)):
+        threads(count)
+        with pytest.raises(KeyboardInterrupt):
+            fit(recipe, before_epoch=stopped_after(folder, epochs), **options)
+    assert fit(recipe, **options).trained_on == (place(0, 1), place(2, 2))
+    threads(1)
+    # a finished run stays what it is
+    assert fit(recipe, **options).trained_on == (place(0, 1), place(2, 2))
+    whole = fit(recipe, dataset=digits, folder=tmp_path / "whole", progress=False, device="cpu")
+    assert whole.trained_on == (place(0, 1),)
+    assert made_of("ce", whole)["trained_on"] == [place(0, 1)]
+
+
+@pytest.mark.parametrize(
+    "places",
+    ["x", [], [1], [place(1.0, 1)], [place(-1, 1)], [place(5, 1)], [place(2, 1), place(1, 1)], [place(0, 1)] * 99],
+)
+def test_a_run_that_cannot_have_been_trained_where_it_says_is_refused(digits, tmp_path, places):
+    recipe = CrossEntropy(width=4, epochs=2, train_examples=100)
+    run = fit(recipe, dataset=digits, folder=tmp_path / "run", progress=False)
+    content = read_json(run.path / "run.json") | {"trained_on": places}
+    content.pop("sha256")
+    write_json(run.path / "run.json", content)
+    with pytest.raises(ValueError, match=r"run\.json.*expected in trained_on where each of its epochs was"):
+        load_run(run.path)
+
+
+def test_rows_of_another_number_of_threads_are_measured_anew(digits, tmp_path, threads):
+    run = fit(CrossEntropy(width=4, epochs=1, train_examples=100), dataset=digits, folder=tmp_path, progress=False)
+    kept = []
+    for count in (1, 2, 1):
+        threads(count)
+        certificate_table(run, examples=4, dataset=digits, progress=False)
+        kept.append(len(list((tmp_path / "tables").iterdir())))
+    assert kept == [1, 2, 2]
+
+
 def test_a_weight_that_an_encoder_does_not_use_has_no_state_and_the_run_goes_on(digits, tmp_path):
     """As a head that is left from another training."""
 
@@ -1164,10 +1229,7 @@ def test_a_weight_that_an_encoder_does_not_use_has_no_state_and_the_run_goes_on(
 
     recipe = CrossEntropy(encoder="half-used", width=4, epochs=2, train_examples=100)
 
-    def stop():
-        if (tmp_path / "stopped" / CHECKPOINT).exists() and epochs_kept(tmp_path / "stopped" / CHECKPOINT) == 1:
-            raise KeyboardInterrupt
-
+    stop = stopped_after(tmp_path / "stopped", 1)
     try:
         with pytest.raises(KeyboardInterrupt):
             fit(recipe, dataset=digits, folder=tmp_path / "stopped", progress=False, before_epoch=stop)

@@ -284,6 +284,18 @@ def _progress() -> dict[str, Callable[[dict[str, torch.Tensor], dict[str, Any]],
             f"history {str(value)[:20]}": say(history=value)
             for value in ("x", [], [{"epoch": 1}], [{"x": "y"}], [{"epoch": 9, "loss": 1.0}], [1], None)
         },
+        **{
+            f"trained on {str(value)[:20]}": say(trained_on=value)
+            for value in (
+                None,
+                "x",
+                [],
+                [1],
+                [{"after_epoch": 7}],
+                [{"after_epoch": 1}, {"after_epoch": 0}],
+                [{}] * 10**5,
+            )
+        },
         **{f"recipe {str(value)[:20]}": say(recipe=value) for value in (None, [], {}, {"method": "x"}, "x" * 10_000)},
         "another recipe": lambda tensors, said: said["recipe"].update(epochs=99),
         "other data": say(train_data_sha256="0" * 64),

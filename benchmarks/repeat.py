@@ -1,0 +1,111 @@
+"""How far the number of threads moves a profile's numbers, beside how far the seed does.
+
+    python -m benchmarks.repeat --profile quick --methods ce pgd-at clustr clustr-cert --seeds 3 --threads 1 2
+
+Each method is trained at each seed by each number of threads and measured by the same number; what the first number of
+threads trained is measured by the others, too. So what measuring moves and what training moves stand apart. Adds a
+training at a time to results/bench/repeat.csv: killed, run it again.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+
+import pandas as pd
+import torch
+
+from clustr_core.measuring.accuracy import best_bound, both_protocols, certified_accuracy
+from clustr_core.measuring.attacked import attacks_of
+from clustr_core.measuring.certified import certificates_of
+from clustr_core.measuring.examination import diagnostics_of
+from clustr_core.measuring.profile import Profile, load_profile
+from clustr_core.storage.files import home
+from clustr_core.storage.tables import read_table, write_table
+from clustr_core.training.loop import fit
+from clustr_core.training.recipes import Recipe
+from clustr_core.training.run import Run
+
+KEY = ["profile", "method", "seed", "trained_by"]
+RADIUS = 0.5
+
+
+def seeded(recipe: Recipe, seed: int) -> Recipe:
+    """A recipe, and what it starts from, of another seed."""
+    start = recipe.warm_start and seeded(recipe.warm_start, seed)
+    return replace(recipe, seed=seed, warm_start=start)
+
+
+def numbers(run: Run, profile: Profile) -> Iterator[dict[str, object]]:
+    """Every number of a run that a page may print: accuracies, in shares, and 1 for each check that fires."""
+    attacks = attacks_of(run, profile, progress=False)
+    accuracies = both_protocols(attacks)
+    names = {"paper": "paper's protocol", "correct": "correct attacks"}
+    for row in accuracies[accuracies["eps"] == profile.examination.eps].to_dict("records"):
+        yield {"model": row["method"], "number": names[row["protocol"]], "value": row["robust_accuracy"]}
+    for row in accuracies.query("eps == 0 and protocol == 'paper'").to_dict("records"):
+        yield {"model": row["method"], "number": "clean", "value": row["robust_accuracy"]}
+    if run.recipe.guarantee == "lipschitz":
+        rows = best_bound(certificates_of(run, profile, progress=False))
+        share = certified_accuracy(rows, [RADIUS])["certified_accuracy"].iloc[0]
+        yield {"model": run.recipe.method, "number": f"certified at {RADIUS}", "value": share}
+    if run.recipe.method in profile.ordinary:
+        for row in diagnostics_of(run, profile).to_dict("records"):
+            yield {"model": row["method"], "number": f"check {row['check']}", "value": float(row["flagged"])}
+
+
+def rows_of(name: str, method: str, seed: int, trained_by: int, measured_by: Sequence[int]) -> pd.DataFrame:
+    """All numbers of one training, by each number of threads that measures it."""
+    profile = load_profile(name)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["CLUSTR_HOME"] = folder
+        torch.set_num_threads(trained_by)
+        run = fit(seeded(profile.recipes[method], seed), device="cpu", progress=False)
+        seen = replace(profile, recipes={other: seeded(recipe, seed) for other, recipe in profile.recipes.items()})
+        for threads in measured_by:
+            torch.set_num_threads(threads)
+            # what an attack is transferred from
+            fit(seen.recipes["ce"], device="cpu", progress=False)
+            rows += [{"measured_by": threads, **row} for row in numbers(run, seen)]
+    return pd.DataFrame(rows).assign(**dict(zip(KEY, (name, method, seed, trained_by), strict=True)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("--methods", nargs="+", default=["ce", "pgd-at", "clustr", "clustr-cert"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="the first one measures all trainings")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
+    options = parser.parse_args(arguments)
+    path, counts = home() / "results/bench" / "repeat.csv", options.threads
+    asked = [
+        (options.profile, method, seed, threads)
+        for seed in range(options.seeds)
+        for method in options.methods
+        for threads in counts
+    ]
+    found = read_table(path) if path.exists() else pd.DataFrame(columns=KEY)
+    done = set(found[KEY].itertuples(index=False, name=None))
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        waiting = [
+            pool.submit(rows_of, *key, counts if key[-1] == counts[0] else [key[-1]])
+            for key in asked
+            if key not in done
+        ]
+        for finished in as_completed(waiting):
+            rows = finished.result()[[*KEY, "measured_by", "model", "number", "value"]]
+            found = pd.concat([found, rows], ignore_index=True) if len(found) else rows
+            write_table(path, found.sort_values([*KEY, "measured_by"], kind="stable"))
+    print(
+        found.pivot_table(index=["model", "number"], columns=["trained_by", "measured_by"], values="value").to_string()
+    )
+
+
+if __name__ == "__main__":
+    main()
