@@ -31,6 +31,8 @@ IMAGES = "decoded images"
 _CACHED = {"train_images", "train_labels", "test_images", "test_labels"}
 SPLIT_SEED = 111
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+# portable bitmaps in text, which Pillow takes minutes over where they are mostly comments
+_IN_TEXT = (b"P1", b"P2", b"P3")
 # a photograph of the largest camera has as many; of an image of the book it would be the side of a wall
 MOST_PIXELS_A_SIDE = 4096
 IMAGE_FILE_LIMIT = 64 * MB
@@ -393,6 +395,8 @@ def _decoding(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with opened(path, limit=IMAGE_FILE_LIMIT) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+                if image.format == "PPM" and file.seek(0) == 0 and file.read(2) in _IN_TEXT:
+                    raise _NotUsable("a portable bitmap in bytes, got one in text,")
                 _check_sides(image.size)
                 image.load()
                 yield image

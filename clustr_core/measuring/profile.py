@@ -20,6 +20,12 @@ from clustr_core.training.recipes import METHODS, Recipe
 
 # tables of attacks that do not hold all of a profile's attacks yet lie in this folder beside the others
 PARTIAL = "partial"
+# what nobody asks of an attack or a certificate: pixels lie in [0, 1], and more steps would never end
+MOST = {
+    "eps": 1000.0, "apgd_eps": 1000.0, "step_size": 1000.0, "steps": 1_000_000, "restarts": 100_000,
+    "queries": 10_000_000, "points": 10_000_000, "samples": 100_000_000, "selection_samples": 100_000_000,
+    "examples": 100_000_000, "seed": 2**63 - 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,7 @@ class Protocol:
         examples: how many test images, in an order drawn once; None for all.
         source: the method whose model "transfer" climbs.
     Raises:
-        ValueError: if a number is not positive, or a choice unknown.
+        ValueError: if a number is not positive or is out of all reason, or a choice unknown.
     """
 
     attack: str = "pgd"
@@ -54,21 +60,13 @@ class Protocol:
 
     def __post_init__(self) -> None:
         """Check the numbers and the choices."""
-        numbers = {
-            "steps": self.steps,
-            "restarts": self.restarts,
-            "step_size": self.step_size,
-            "examples": self.examples,
-        }
+        _check_numbers(self)
         if self.attack not in ATTACKS:
             raise ValueError(f"attack: expected one of {sorted(ATTACKS)}, got {self.attack!r}")
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm: expected one of {get_args(Norm)}, got {self.norm!r}")
         if self.attack == "paper" and self.norm != "linf":
             raise ValueError(f"norm: expected 'linf' for attack 'paper', got {self.norm!r}")
-        for name, value in [*numbers.items(), *(("eps", e) for e in self.eps)]:
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected positive numbers, got {value}")
         if not self.eps:
             raise ValueError(f"eps: expected at least one, got {self.eps}")
         if self.losses and self.attack not in ("pgd", "paper", "transfer"):
@@ -107,9 +105,7 @@ class Examination:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for item in fields(self):
-            if not getattr(self, item.name) > 0:
-                raise ValueError(f"{item.name}: expected a positive number, got {getattr(self, item.name)}")
+        _check_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +130,7 @@ class SandwichBudget:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        _check_budget(self)
+        _check_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,19 +152,25 @@ class SmoothingBudget:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        _check_budget(self)
+        _check_numbers(self)
         if self.failure_prob >= 1:
             raise ValueError(f"failure_prob: expected less than 1, got {self.failure_prob}")
 
 
-def _check_budget(budget: SandwichBudget | SmoothingBudget) -> None:
-    for item in fields(budget):
-        value = getattr(budget, item.name)
+def _check_numbers(asked: Protocol | Examination | SandwichBudget | SmoothingBudget) -> None:
+    """Numbers are positive, a seed may be 0, and none is larger than anybody means."""
+    for item in fields(asked):
+        value = getattr(asked, item.name)
+        most = MOST.get(item.name, math.inf)
         for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not 0 < number < math.inf:
-                raise ValueError(f"{item.name}: expected a positive number, got {number}")
+            if number is None or isinstance(number, str):
+                continue
+            if not (0 < number < math.inf or (item.name == "seed" and number == 0)):
+                raise ValueError(f"{item.name}: expected a positive number, got {brief(number)}")
+            if number > most:
+                raise ValueError(f"{item.name}: expected at most {most:,}, got {brief(number)}")
         if item.type in (int, int | None) and value is not None and type(value) is not int:
-            raise ValueError(f"{item.name}: expected a whole number, got {value!r}")
+            raise ValueError(f"{item.name}: expected a whole number, got {brief(value)}")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
 from clustr_core.models.clusters import Clusters
 from clustr_core.models.encoders import PIXEL_STATISTICS, ResNet18
 from clustr_core.storage.files import written_whole
-from clustr_core.storage.gate import RELEASED_LIMIT, brief, listed, read_bytes, shortened, shown
+from clustr_core.storage.gate import RELEASED_LIMIT, VALUE_LIMIT, brief, listed, read_bytes, shortened, shown
+from clustr_core.storage.pickles import NotPlain, check_pickles
 
 CLUSTER_KEYS = ("cluster_classes", "cluster_centers", "variance", "L", "K", "normalize_probs")
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10}
@@ -146,16 +147,19 @@ def _read(path: Path) -> object:
     try:
         if data.startswith(b"PK\x03\x04"):
             _check_records(data)
+        else:
+            # the older format: a magic number, a version, sizes of this machine, the content, its storages
+            check_pickles(data, 5)
         with warnings.catch_warnings():
             # on the pickle's protocol and the like: whether it can be read is what counts
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except NotPlain as error:
+        raise ValueError(
+            f"{path}: expected only tensors and plain values, got a pickle that asks for "
+            f"{shortened(str(error), VALUE_LIMIT)}; refused, nothing of it was executed"
+        ) from error
     except Exception as error:  # a damaged stream may raise anything
-        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"{path}: expected only tensors and plain values, got a pickle that asks for {wanted[1]}; "
-                "refused, nothing of it was executed"
-            ) from error
         raise ValueError(
             f"{path}: expected a file of torch.save with tensors and plain values only, got something truncated, "
             f"damaged or foreign ({type(error).__name__}); nothing of it was executed"
@@ -163,7 +167,7 @@ def _read(path: Path) -> object:
 
 
 def _check_records(data: bytes) -> None:
-    """The records of a file of torch.save: not compressed, none inside another, each with its checksum.
+    """The records of a file of torch.save: not compressed, none inside another, each with its checksum; and its pickle.
 
     torch.load itself does not compare checksums.
     """
@@ -175,6 +179,9 @@ def _check_records(data: bytes) -> None:
             raise zipfile.BadZipFile("records that overlap")
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"checksum of {damaged}")
+        for record in records:
+            if record.filename.endswith(".pkl"):
+                check_pickles(archive.read(record))
 
 
 def _model(content: object, dataset: str) -> ClusterClassifier | LinearClassifier:

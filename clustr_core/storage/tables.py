@@ -1,6 +1,7 @@
 """The per-example tables."""
 
 import io
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,8 @@ from clustr_core.storage.gate import TABLE_LIMIT, read_bytes, shortened
 
 # the last line of a sealed table: this, and the digest of all before it
 _SEAL = b"sha256,"
+# the widest table of the book has some 30, and pandas needs a minute for 100,000
+MOST_COLUMNS = 1000
 
 
 def write_table(path: Path, table: pd.DataFrame, *, digits: int = 9, sealed: bool = False) -> None:
@@ -54,8 +57,13 @@ def parsed_table(path: Path, content: bytes) -> pd.DataFrame:
     Raises:
         ValueError: as `read_table`.
     """
+    if (columns := content.partition(b"\n")[0].count(b",") + 1) > MOST_COLUMNS:
+        raise ValueError(f"{path}: expected a table of at most {MOST_COLUMNS:,} columns, got {columns:,}")
     try:
-        return pd.read_csv(io.BytesIO(content), encoding="utf-8")
-    except ValueError as error:  # pandas' own errors and UnicodeDecodeError are among them
+        with warnings.catch_warnings():
+            # rows with more fields than the header, the first of which pandas would take for names of the rows
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(io.BytesIO(content), encoding="utf-8", index_col=False)
+    except (ValueError, pd.errors.ParserWarning) as error:  # pandas' own errors and UnicodeDecodeError are among them
         why = shortened(str(error))
         raise ValueError(f"{path}: expected a table, got something empty or damaged ({why})") from error

@@ -177,10 +177,19 @@ def test_without_pytorch_the_threads_are_those_of_the_processes_begun_from_here(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\n", b"a,b\n1,2\n1,2,3\n", b'a,b\n"1,2\n', b"a,b\n\xe9,1\n", b"\x00\xff\x80"], ids=repr
+    "content",
+    [b"", b"\n", b"a,b\n1,2\n1,2,3\n", b"a,b\n1,2,3\n", b'a,b\n"1,2\n', b"a,b\n\xe9,1\n", b"\x00\xff\x80"],
+    ids=repr,
 )
 def test_a_damaged_table_is_named(path, content):
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{path}: expected a table, got something empty or damaged"):
+        read_table(path)
+
+
+def test_a_table_of_more_columns_than_any_is_refused(path):
+    path.parent.mkdir(parents=True)
+    path.write_text(",".join(f"c{n}" for n in range(1001)) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="expected a table of at most 1,000 columns, got 1,001"):
         read_table(path)

@@ -33,6 +33,8 @@ def cases(folder: Path, canaries: Path) -> Iterator[Case]:
         yield _file(folder, name, content)
     for name, content in _large().items():
         yield _file(folder, name, content)
+    remarks = b"P6\n" + b"# remark\n" * 200_000 + b"8 8 255\n" + bytes(192)
+    yield _file(folder, "a portable bitmap of remarks", remarks, "accepted")
     yield _file(folder, "a PNG with a ZIP behind it", good + b"PK\x03\x04" + b"x" * 1000, "accepted")
     for mode in ("L", "1", "RGBA", "LA", "P", "CMYK", "I", "F", "I;16"):
         kind = "TIFF" if mode in ("CMYK", "F", "I", "I;16") else "PNG"
@@ -107,6 +109,10 @@ def _large() -> dict[str, bytes]:
         "words of 200 MB": _raw_png(8, 8, bytes(72), _chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(200_000_000), 9))),
         "a grey 8 x 8 among colours, of 300 MB": _raw_png(8, 9, bytes(300_000_000)),
         "2,000 frames": _frames(),
+        **{
+            f"a portable bitmap in text, {kind}": kind.encode() + b"\n1000 1000\n" + b"# remark\n" * 200_000
+            for kind in ("P1", "P2", "P3")
+        },
     }
 
 

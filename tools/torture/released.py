@@ -122,11 +122,35 @@ def _payloads(canaries: Path) -> dict[str, bytes]:
         "a number of 2^31 bytes": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"\x01.",
         "a memo of 2^31": b"\x80\x02}r" + struct.pack("<I", 2**31) + b".",
         "200,000 lists": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
+        **{f"a hash of 2^60 steps, {name}": content for name, content in _hash_bombs().items()},
+        "a bytearray of 2^40": _called("builtins", "bytearray", b"\x8a\x06" + (2**40).to_bytes(6, "little")),
+        "a tensor of 2^40": _called("torch", "Tensor", b"\x8a\x06" + (2**40).to_bytes(6, "little")),
+        "a storage of 2^40": _called("torch.storage", "UntypedStorage", b"\x8a\x06" + (2**40).to_bytes(6, "little")),
+        "a name of 10^5": _called("x" * 100_000, "y", b"N"),
+        "10^7 instructions": b"\x80\x02" + b"N0" * 5_000_000 + b"}.",
         "text": b"hello",
         "a page": b"<!DOCTYPE html><html>404</html>",
         "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
         "safetensors": struct.pack("<Q", 2) + b"{}",
     }
+
+
+def _called(module: str, name: str, argument: bytes) -> bytes:
+    """A pickle that calls a function of one argument."""
+    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + argument + b"\x85R."
+
+
+def _hash_bombs() -> dict[str, bytes]:
+    """Tuples that hold another twice, 60 deep, as a key; alone, and as the pickle of an archive."""
+    doubled = b"".join(b"q" + bytes([level]) + b"h" + bytes([level]) + b"\x86" for level in range(60))
+    alone = b"\x80\x02})" + doubled + b"Ns."
+    magic = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as target:
+        target.writestr("archive/data.pkl", alone)
+        target.writestr("archive/version", b"3\n")
+    old = magic + pickle.dumps({"little_endian": True}, 2) + alone + pickle.dumps([], 2)
+    return {"in an archive": archive.getvalue(), "as of old": old, "bare": alone}
 
 
 def _archives(good: bytes, canaries: Path) -> dict[str, bytes]:

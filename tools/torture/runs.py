@@ -366,6 +366,9 @@ def _tables(folder: Path) -> Iterator[Case]:
         "no UTF-8": b"a,b\n\xff,1\n",
         "a quote": b'a,b\n"1,2\n' * 1000,
         "more fields in a row": b"a\n1\n1,2,3\n",
+        "100,000 columns": b",".join(b"%d" % number for number in range(100_000)) + b"\n",
+        "a row of 100,000": b"a\n1\n" + b"1," * 100_000 + b"\n",
+        "a first row of 100,000": b"a\n" + b"1," * 100_000 + b"\n",
     }
     for name, content in contents.items():
 
