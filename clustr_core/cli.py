@@ -8,8 +8,7 @@ import math
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -42,6 +41,7 @@ from clustr_core.training.loop import fit
 from clustr_core.training.processes import count, device_here, is_first
 from clustr_core.training.recipes import CERTIFIABLE, METHODS, Precision, Recipe, override, run_folder
 from clustr_core.training.run import DONE, Run
+from clustr_core.training.stopping import NAMES, deferred
 
 EPILOG = """\
 examples:
@@ -86,11 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads is not None:
             _set_threads(options.threads)
         _check_output(options)
-        with spoken, _ended_by_sigterm():
+        with spoken, deferred(_WAITS):
             options.command(options)
     except KeyboardInterrupt as asked:
-        print(f"clustr: ended by {'SIGTERM' if asked.args else 'Ctrl-C'}; {_KEPT}", file=sys.stderr)
-        return 143 if asked.args else 130
+        number = signal.Signals(asked.args[0] if asked.args else signal.SIGINT)
+        print(f"clustr: ended by {NAMES[number]}; {_KEPT}", file=sys.stderr)
+        return 128 + number
     except (ValueError, TypeError, OSError, CertificateBroken) as error:
         print("clustr:", shortened(" ".join(str(error).split())), file=sys.stderr)
         return 2
@@ -103,24 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+_WAITS = "clustr: {}: the epoch or piece under way is finished first; once more ends at once"
 _KEPT = "epochs and pieces that were finished are kept, and the same command goes on from there"
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """A block that SIGTERM ends as Ctrl-C does, where signals can be caught."""
-
-    def end(number: int, _: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _check_output(options: argparse.Namespace) -> None:

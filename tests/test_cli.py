@@ -22,8 +22,10 @@ from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS
 from clustr_core.storage.files import digest
 from clustr_core.storage.provenance import check_sidecar
+from clustr_core.training import loop
 from clustr_core.training.recipes import CERTIFIABLE, METHODS, override, run_folder
 from clustr_core.training.run import load_run
+from clustr_core.training.state import epochs_kept
 
 PROFILE = """\
 shared: {dataset: digits, width: 4, train_examples: 150}
@@ -555,9 +557,53 @@ def test_the_installed_command(home):
     ("ended", "status", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
 )
 def test_a_command_that_is_asked_to_end_says_so_in_one_line(ended, status, name, home, capsys, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(ended)
     monkeypatch.setattr(cli, "_train", lambda options: os.kill(os.getpid(), ended) or time.sleep(5))
     assert clustr("train") == status
     said = capsys.readouterr().err.splitlines()
     assert said == [f"clustr: ended by {name}; {cli._KEPT}"]
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(ended) is before
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
+)
+@pytest.mark.parametrize(("times", "epochs"), [(1, 2), (2, 1)])
+def test_an_epoch_under_way_is_finished_unless_it_is_asked_twice(
+    times, epochs, ended, status, name, home, capfd, monkeypatch
+):
+    real, begun = loop.train_epoch, []
+
+    def train_epoch(*given):
+        begun.append(1)
+        if len(begun) == 2:
+            for _ in range(times):
+                os.kill(os.getpid(), ended)
+        return real(*given)
+
+    monkeypatch.setattr(loop, "train_epoch", train_epoch)
+    assert clustr("train", "--set", "epochs=4") == status
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("clustr: ")]
+    assert said == [cli._WAITS.format(name), f"clustr: ended by {name}; {cli._KEPT}"]
+    [checkpoint] = (home / "runs").glob("*/checkpoint.safetensors")
+    assert (len(begun), epochs_kept(checkpoint)) == (2, epochs)
+    assert clustr("train", "--set", "epochs=4") == 0
+    assert len(begun) == 2 + 4 - epochs
+
+
+def test_a_piece_under_way_is_finished_first(home, capfd, monkeypatch):
+    assert clustr("train") == 0
+    monkeypatch.setattr(pieces_module, "CHUNK", 4)
+    real, begun = pieces_module.write_table, []
+
+    def write_table(*given, **how):
+        begun.append(1)
+        if len(begun) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given, **how)
+
+    monkeypatch.setattr(pieces_module, "write_table", write_table)
+    assert clustr("certify") == 143
+    assert len(list((home / "runs").glob("*/tables/*.csv"))) == 2
+    assert clustr("certify") == 0
+    assert "finished first" in capfd.readouterr().err

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tools.torture import kills
+from tools.torture import kills, trouble
 from tools.torture.__main__ import GROUPS, hostile, summary
 from tools.torture.forks import Case, attempt
 
+AT_SOME_TIME = ("Ctrl-C", "SIGTERM", "a clock set by fifty years")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: /proc, and forks")
 
 
@@ -40,6 +41,33 @@ def test_kills_at_writes_and_at_random_times(tmp_path, monkeypatch):
     found = kills.tried(tmp_path / "kills", 8)
     assert found.lost == []
     assert (found.at_writes, found.at_times) == (4, 4)
+
+
+def test_troubles(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
+    found = trouble.tried(tmp_path / "troubles", 1)
+    assert found.wrong == []
+    assert found.tried == dict.fromkeys(trouble.TROUBLES, 1)
+    # these may come too late; the others strike at once
+    assert all(found.reached[kind] for kind in trouble.TROUBLES if kind not in AT_SOME_TIME)
+
+
+def says_nothing_and_leaves_half(place, drawn, seconds):
+    (place / "results/killed").mkdir(parents=True)
+    (place / "results/killed/certificates-clustr.csv.half").write_text("half", encoding="utf-8")
+    return ["status 99"], True
+
+
+def test_trouble_that_is_not_got_over_is_seen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
+    monkeypatch.setattr(trouble, "TROUBLES", {"harm": says_nothing_and_leaves_half})
+    found = trouble.tried(tmp_path / "troubles", 1)
+    assert found.wrong == [
+        "harm, number 0: status 99",
+        "harm, number 0: differs in ['results/killed/certificates-clustr.csv.half']",
+    ]
 
 
 def test_what_is_lost_is_seen(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from clustr_core.storage.provenance import order_of_sums
 from clustr_core.storage.tables import read_sealed, write_table
 from clustr_core.training.processes import device_here, join
 from clustr_core.training.run import Run
+from clustr_core.training.stopping import finished_first
 
 # images per piece; a temperature is taken from the images of the first one
 CHUNK = 128
@@ -62,11 +63,12 @@ class CachedRows:
         Raises:
             ValueError: if there are not ``count`` of them.
         """
-        with full_precision(device_here()):
-            table = self.rows()
-        if len(table) != self.count:
-            raise ValueError(f"{self.path}: expected {self.count} rows of this measurement, got {len(table)}")
-        write_table(self.path, table, digits=self.digits, sealed=True)
+        with finished_first():
+            with full_precision(device_here()):
+                table = self.rows()
+            if len(table) != self.count:
+                raise ValueError(f"{self.path}: expected {self.count} rows of this measurement, got {len(table)}")
+            write_table(self.path, table, digits=self.digits, sealed=True)
 
     def read(self) -> pd.DataFrame:
         """The rows as the file has them, computed first if there is no file.

@@ -74,6 +74,7 @@ from clustr_core.training.state import (
     trained_weights,
 )
 from clustr_core.training.step import Step, augmented, learning_rate
+from clustr_core.training.stopping import finished_first
 
 log = logging.getLogger(__name__)
 
@@ -174,13 +175,14 @@ def _fit(
         while state.epoch < recipe.epochs:
             if before_epoch is not None:
                 before_epoch()
-            with naming_epoch(folder, state.epoch + 1, state.epoch):
-                row = train_epoch(recipe, state, images, labels)
-                check_loss(row["loss"])
-                check_embeddings(state.network.encoder, images)
-            state.history.append(row)
-            state.epoch += 1
-            save_progress(folder, recipe, state)
+            with finished_first():
+                with naming_epoch(folder, state.epoch + 1, state.epoch):
+                    row = train_epoch(recipe, state, images, labels)
+                    check_loss(row["loss"])
+                    check_embeddings(state.network.encoder, images)
+                state.history.append(row)
+                state.epoch += 1
+                save_progress(folder, recipe, state)
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             bar.update()
     finish(folder, recipe, state, dataset, images, labels, half=half)

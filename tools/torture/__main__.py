@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from tools.torture import images, kills, profiles, released, runs
+from tools.torture import images, kills, profiles, released, runs, trouble
 from tools.torture.forks import Case, Outcome, attempt
 
 GROUPS: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
@@ -23,6 +23,9 @@ GROUPS: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
     "released": released.cases,
     "runs": runs.cases,
 }
+
+
+DISTURBED = ("kills", "troubles")
 
 
 def new_book(folder: Path) -> None:
@@ -66,9 +69,10 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Torture, print, and end with 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=[*GROUPS, "kills"], default=[*GROUPS, "kills"])
+    parser.add_argument("--only", nargs="+", choices=[*GROUPS, *DISTURBED], default=[*GROUPS, *DISTURBED])
     parser.add_argument("--kills", type=int, default=1000)
-    parser.add_argument("--quick", action="store_true", help="every tenth input, and 30 kills")
+    parser.add_argument("--troubles", type=int, default=20, help="of each kind")
+    parser.add_argument("--quick", action="store_true", help="every tenth input, 30 kills, two troubles of each kind")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
@@ -84,6 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = kills.tried(Path(scratch, "kills"), 30 if options.quick else options.kills)
             print("\n".join(found.lines()), flush=True)
             wrong += len(found.lost)
+        if "troubles" in options.only:
+            troubled = trouble.tried(Path(scratch, "troubles"), 2 if options.quick else options.troubles)
+            print("\n".join(troubled.lines()), flush=True)
+            wrong += len(troubled.wrong)
     print(f"{'nothing' if not wrong else f'{wrong} things'} wrong, {(time.monotonic() - start) / 60:.1f} minutes")
     return int(wrong > 0)
 

@@ -33,6 +33,7 @@ attacks:
 certified_examples: 4
 """
 COMMANDS = ("train", "attack", "certify")
+WORDS = ("--profile", "killed", "--method", "clustr", "--device", "cpu")
 _WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink")
 
 
@@ -57,7 +58,7 @@ class Killed:
 def tried(folder: Path, count: int) -> Killed:
     """So many kills in a book of its own: one at each write first, as far as they go, then at random times."""
     # once here, so that no fork has anything left to import
-    _commands(folder / "warm")
+    commands(folder / "warm")
     expected, writes, seconds = _undisturbed(folder / "whole")
     found, drawn = Killed(), random.Random(0)
     for number in range(count):
@@ -73,7 +74,7 @@ def tried(folder: Path, count: int) -> Killed:
             how = f"after {after:.3f} s"
             _forked(place, kill_after=after)
         status = _forked(place)
-        contents = _contents(place)
+        contents = contents_of(place)
         found.leftovers += sum(name.endswith(".tmp") for name in contents)
         kept = {name: each for name, each in contents.items() if not name.endswith(".tmp")}
         if status != 0 or kept != expected:
@@ -89,10 +90,11 @@ def _undisturbed(place: Path) -> tuple[dict[str, str], int, float]:
     if _forked(place, counted=count):
         raise RuntimeError("kills: expected a run that nobody kills to end well")
     seconds = time.monotonic() - start
-    return _contents(place), int(count.read_text(encoding="utf-8")), seconds
+    return contents_of(place), int(count.read_text(encoding="utf-8")), seconds
 
 
-def _contents(place: Path) -> dict[str, str]:
+def contents_of(place: Path) -> dict[str, str]:
+    """A digest of each file below a folder."""
     files = (path for path in place.rglob("*") if path.is_file())
     return {str(path.relative_to(place)): digest(path.read_bytes()) for path in files}
 
@@ -119,22 +121,26 @@ def _work(place: Path, kill_at: int | None, counted: Path | None) -> int:
     tqdm.tqdm.set_lock(threading.RLock())
     seen = [0]
     sys.addaudithook(_counter(place, seen, kill_at))
-    status = _commands(place)
+    status = commands(place)
     if counted is not None:
         counted.write_text(str(seen[0]), encoding="utf-8")
     return status
 
 
-def _commands(place: Path) -> int:
+def commands(place: Path) -> int:
     """The largest status of all commands in a book at ``place``; what they say goes nowhere."""
+    book_at(place)
+    os.environ["CLUSTR_HOME"] = str(place)
+    os.chdir(place)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return max(cli.main([command, *WORDS]) for command in COMMANDS)
+
+
+def book_at(place: Path) -> None:
+    """A book with the one profile that is tried."""
     (place / "profiles").mkdir(parents=True, exist_ok=True)
     (place / "myst.yml").touch()
     (place / "profiles" / "killed.yaml").write_text(PROFILE, encoding="utf-8")
-    os.environ["CLUSTR_HOME"] = str(place)
-    os.chdir(place)
-    words = ("--profile", "killed", "--method", "clustr", "--device", "cpu")
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return max(cli.main([command, *words]) for command in COMMANDS)
 
 
 def _counter(place: Path, seen: list[int], kill_at: int | None) -> Callable[[str, tuple], None]:
