@@ -8,13 +8,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from tools.torture import images, kills, profiles, released, runs, trouble
+from tools.torture import fuzz, images, kills, profiles, released, runs, trouble
 from tools.torture.forks import Case, Outcome, attempt
 
 GROUPS: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
@@ -22,6 +23,7 @@ GROUPS: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
     "images": images.cases,
     "released": released.cases,
     "runs": runs.cases,
+    "fuzz": fuzz.cases,
 }
 
 
@@ -37,13 +39,18 @@ def new_book(folder: Path) -> None:
     os.chdir(folder)
 
 
-def hostile(names: Sequence[str], folder: Path, *, every: int = 1, loud: bool = True) -> list[Outcome]:
-    """The outcomes of all cases of these groups, or of every so manieth of each."""
+def hostile(names: Sequence[str], folder: Path, *, every: int = 1, loud: bool = True, seed: int = 0) -> list[Outcome]:
+    """The outcomes of all cases of these groups, or of every so manieth of each.
+
+    Args:
+        seed: of the group "fuzz".
+    """
+    groups = GROUPS | {"fuzz": partial(fuzz.cases, seed=seed)}
     (canaries := folder / "canaries").mkdir(parents=True)
     outcomes = []
     for name in names:
         new_book(place := folder / name)
-        for number, case in enumerate(GROUPS[name](place, canaries)):
+        for number, case in enumerate(groups[name](place, canaries)):
             if number % every:
                 continue
             outcomes.append(outcome := attempt(case, place, canaries))
@@ -72,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=[*GROUPS, *DISTURBED], default=[*GROUPS, *DISTURBED])
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--troubles", type=int, default=20, help="of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs that are good ones changed at random")
     parser.add_argument("--quick", action="store_true", help="every tenth input, 30 kills, two troubles of each kind")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -81,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # outside the temporary folder of the cases, which they may write to
         names = [name for name in GROUPS if name in options.only]
         if names:
-            outcomes = hostile(names, Path(scratch), every=10 if options.quick else 1)
+            outcomes = hostile(names, Path(scratch), every=10 if options.quick else 1, seed=options.seed)
             print("\n".join(summary(outcomes)), flush=True)
             wrong += sum(bool(each.faults) for each in outcomes)
         if "kills" in options.only:

@@ -55,17 +55,24 @@ def _file(folder: Path, name: str, content: bytes, expected: Expected = "refused
 
 
 def _folder(folder: Path, name: str, change: Callable[[Path], object], expected: Expected = "refused") -> Case:
-    def call() -> object:
-        place = folder / "images"
-        shutil.rmtree(place, ignore_errors=True)
-        for part in ("train", "test"):
-            for label in ("cat", "dog"):
-                for number in range(2):
-                    _write(place / part / label / f"{number}.png", _png(_pixels(number)))
-        change(place)
-        return len(data.load_dataset(f"folder:{place}", root=folder / "cache").train_images)
+    return Case("images", name, lambda: read_after(folder, change), expected)
 
-    return Case("images", name, call, expected)
+
+def read_after(folder: Path, change: Callable[[Path], object]) -> int:
+    """How many images a folder holds in which one thing was changed."""
+    place = folder / "images"
+    shutil.rmtree(place, ignore_errors=True)
+    for part in ("train", "test"):
+        for label in ("cat", "dog"):
+            for number in range(2):
+                _write(place / part / label / f"{number}.png", _png(_pixels(number)))
+    change(place)
+    return len(data.load_dataset(f"folder:{place}", root=folder / "cache").train_images)
+
+
+def good(kind: str) -> bytes:
+    """An image of a format."""
+    return _saved(Image.fromarray(_pixels(0)), kind)
 
 
 def _foreign(canaries: Path, good: bytes) -> dict[str, bytes]:

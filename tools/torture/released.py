@@ -33,7 +33,7 @@ class _Runs:
 
 def cases(folder: Path, canaries: Path) -> Iterator[Case]:
     """All of them; the files lie in ``folder``."""
-    good = _bytes(_clustered())
+    whole = good()
 
     def case(name: str, content: bytes, expected: Expected = "refused") -> Case:
         def call() -> object:
@@ -42,19 +42,19 @@ def cases(folder: Path, canaries: Path) -> Iterator[Case]:
 
         return Case("released", name, call, expected)
 
-    yield case("a good one", good, "accepted")
+    yield case("a good one", whole, "accepted")
     yield case("a bare one", _bytes(_state()), "accepted")
-    yield case("an old one", _bytes(_clustered(), _use_new_zipfile_serialization=False), "accepted")
+    yield case("an old one", good(_use_new_zipfile_serialization=False), "accepted")
     for name, content in _payloads(canaries).items():
         yield case(name, content)
     for part in (0, 1, 5, 10, 25, 50, 75, 90, 99):
-        yield case(f"cut at {part} %", good[: len(good) * part // 100])
+        yield case(f"cut at {part} %", whole[: len(whole) * part // 100])
     drawn = random.Random(3)
     for number in range(60):
-        flipped = bytearray(good)
-        flipped[drawn.randrange(len(good))] ^= 1 << drawn.randrange(8)
+        flipped = bytearray(whole)
+        flipped[drawn.randrange(len(whole))] ^= 1 << drawn.randrange(8)
         yield case(f"bit {number}", bytes(flipped), "either")
-    for name, content in _archives(good, canaries).items():
+    for name, content in _archives(whole, canaries).items():
         yield case(name, content)
     for name, content in _values().items():
         yield case(name, _bytes(content))
@@ -80,6 +80,11 @@ def _clustered(**changes: Any) -> dict[str, Any]:
         "normalize_probs": True,
     }
     return content | changes
+
+
+def good(**how: Any) -> bytes:
+    """A released file, written as `torch.save` is told."""
+    return _bytes(_clustered(), **how)
 
 
 def _bytes(content: object, **how: Any) -> bytes:
@@ -153,12 +158,12 @@ def _hash_bombs() -> dict[str, bytes]:
     return {"in an archive": archive.getvalue(), "as of old": old, "bare": alone}
 
 
-def _archives(good: bytes, canaries: Path) -> dict[str, bytes]:
+def _archives(whole: bytes, canaries: Path) -> dict[str, bytes]:
     def again(
         change: Callable[[str, bytes], bytes], kind: int = zipfile.ZIP_STORED, extra: dict[str, bytes] | None = None
     ) -> bytes:
         written = io.BytesIO()
-        with zipfile.ZipFile(io.BytesIO(good)) as source, zipfile.ZipFile(written, "w", kind) as target:
+        with zipfile.ZipFile(io.BytesIO(whole)) as source, zipfile.ZipFile(written, "w", kind) as target:
             for info in source.infolist():
                 target.writestr(info.filename, change(info.filename, source.read(info.filename)))
             for name, content in (extra or {}).items():

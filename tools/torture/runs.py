@@ -1,5 +1,7 @@
 """Hostile runs, checkpoints and tables: each sealed again, so that no digest tells that it was changed."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -39,7 +41,8 @@ def prepared(folder: Path) -> dict[str, Recipe]:
     recipes = load_profile("runs").recipes
     for recipe in recipes.values():
         fit(recipe, progress=False, device="cpu")
-    assert cli.main(["attack", "--profile", "runs", "--method", "clustr", "--device", "cpu"]) == 0
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert cli.main(["attack", "--profile", "runs", "--method", "clustr", "--device", "cpu"]) == 0
     shutil.copytree(folder / "runs", folder / "good-runs")
     shutil.copytree(folder / "results", folder / "good-results")
     return recipes
@@ -101,7 +104,8 @@ def cases(folder: Path, canaries: Path) -> Iterator[Case]:
     yield from _tables(folder)
 
 
-def _sealed(place: Path, content: dict[str, Any]) -> None:
+def sealed(place: Path, content: dict[str, Any]) -> None:
+    """Write what a run says of itself, with a digest that fits."""
     content.pop("sha256", None)
     text = json.dumps(content | {"sha256": seal_of(content)})
     (place / DONE).write_text(text, encoding="utf-8")
@@ -111,7 +115,7 @@ def _of_json(change: Callable[[dict[str, Any]], object]) -> Change:
     def changed(place: Path) -> None:
         content = json.loads((place / DONE).read_text(encoding="utf-8"))
         change(content)
-        _sealed(place, content)
+        sealed(place, content)
 
     return changed
 
@@ -150,7 +154,7 @@ def _of_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
         change(tensors)
         save_file(tensors, place / WEIGHTS)
         content = json.loads((place / DONE).read_text(encoding="utf-8"))
-        _sealed(place, content | {"weights_sha256": digest((place / WEIGHTS).read_bytes())})
+        sealed(place, content | {"weights_sha256": digest((place / WEIGHTS).read_bytes())})
 
     return changed
 
@@ -244,7 +248,7 @@ def _bytes_of(name: str, content: bytes) -> Change:
         (place / name).write_bytes(content)
         if name == WEIGHTS:
             said = json.loads((place / DONE).read_text(encoding="utf-8"))
-            _sealed(place, said | {"weights_sha256": digest(content)})
+            sealed(place, said | {"weights_sha256": digest(content)})
 
     return changed
 
