@@ -163,7 +163,9 @@ def test_rows_computed_again_are_the_published_and_a_changed_one_is_named(
     """The cheapest tables, from their weights; then one row otherwise, its sidecar made to agree."""
     path = copy / "results/published/quick/certificates-prototypes.csv"
     assert recomputed.tables(copy, share=10**6, seed=0, methods=["prototypes"]) == []
-    assert f"certificates-prototypes.csv: {len(read_table(path))} rows computed again" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"certificates-prototypes.csv: {len(read_table(path))} rows computed again" in out
+    assert re.search(rf"(every digit of|digits differ in \d+ of) {len(read_table(path))} rows", out)
     made = made_here(path)
     edit(path, r"True,(\d)", r"False,\1")
     write_sidecar(path, made)
@@ -212,6 +214,24 @@ def test_elsewhere_few_differences_are_told_and_many_are_a_fault(
     assert recomputed.compared(path, again.assign(robust=~again["robust"]))
     write_sidecar(path, made)
     assert recomputed.compared(path, few)
+
+
+def test_which_of_the_three_holds_is_said(copy: Path) -> None:
+    path, again = with_an_attack(copy)
+    made = made_here(path)
+    write_sidecar(path, {**made, "processor": "another"})
+    changed = {
+        f"every digit of {len(again)} rows is the published one": again,
+        f"digits differ in {len(again)} of {len(again)} rows": again.assign(gradients=again["gradients"] + 1),
+        f"digits differ in 1 of {len(again)} rows and verdicts in 1 (": again.assign(
+            robust=again["robust"] ^ (again.index == 7)
+        ),
+    }
+    for words, rows in changed.items():
+        recomputed.compared(path, rows, tally := recomputed.Tally())
+        assert tally.words().startswith(words)
+        assert "on another machine (processor another, here " in tally.words()
+    assert "and no verdict does" not in tally.words()
 
 
 def test_rows_that_were_never_published_are_a_fault(copy: Path) -> None:

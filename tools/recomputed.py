@@ -3,6 +3,9 @@
 Of each table of rows a random share of the pieces in which it was measured; of the tables that are measured at once
 (diagnostics, ablations, prototypes) a random share of the tables. On the machine that published them every digit must
 be the same; elsewhere what differs is listed with how near the border it lies, and is a fault only where many rows do.
+At the end it is said which of three holds: every digit is the published one; some digits are others, and no verdict is;
+some verdicts are others. What another order of sums moves, and what another seed does, is measured by
+`benchmarks.repeat`.
 """
 
 import os
@@ -11,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +39,26 @@ KEYS = ("method", "attack", "norm", "eps", "loss", "bound", "check", "change", "
 VERDICTS = ("label", "prediction", "correct", "robust", "flagged")
 NUMBERS = ("feature_radius", "radius", "lipschitz", "lipschitz_lower_bound", "norm", "value", "robust_accuracy", "drop")
 LISTED = 10
+
+
+@dataclass
+class Tally:
+    """Of all rows that were computed again, in how many digits differ, and in how many verdicts do."""
+
+    rows: int = 0
+    digits: int = 0
+    verdicts: int = 0
+    elsewhere: set[str] = field(default_factory=set)
+
+    def words(self) -> str:
+        """Which of the three holds."""
+        where = f"on another machine ({'; '.join(sorted(self.elsewhere))})" if self.elsewhere else "on this machine"
+        if not self.digits:
+            return f"every digit of {self.rows} rows is the published one, {where}"
+        some = f"digits differ in {self.digits} of {self.rows} rows"
+        if not self.verdicts:
+            return f"{some}, {where}, and no verdict does"
+        return f"{some} and verdicts in {self.verdicts} ({100 * self.verdicts / self.rows:.1f} %), {where}"
 
 
 def tables(root: Path, *, share: int, seed: int, methods: Sequence[str] = ()) -> list[str]:
@@ -62,10 +86,12 @@ def tables(root: Path, *, share: int, seed: int, methods: Sequence[str] = ()) ->
             return faults
         wanted = {method: run for method, run in runs.items() if not methods or method in methods}
         with_prototypes = not methods or "prototypes" in methods
+        tally = Tally()
         for name, again in _drawn(wanted, book, share, random.Random(seed), prototypes=with_prototypes):
             written = Path(scratch, name)
             write_table(written, again)
-            faults += compared(published / name, read_table(written))
+            faults += compared(published / name, read_table(written), tally)
+    print(f"  {tally.words()}", flush=True)
     return faults
 
 
@@ -158,12 +184,13 @@ def elsewhere(made: Mapping[str, Any]) -> list[str]:
     return [f"{name} {there}, here {now}" for name, (there, now) in pairs.items() if there != now]
 
 
-def compared(path: Path, again: pd.DataFrame) -> list[str]:
+def compared(path: Path, again: pd.DataFrame, tally: Tally | None = None) -> list[str]:
     """Which of the published rows came out otherwise, one line a row; prints what was compared, and what is tolerated.
 
     Args:
         path: of the published table.
         again: some of its rows, computed again, as `read_table` reads them.
+        tally: to which these rows are added.
     """
     published, other = read_table(path), elsewhere(check_sidecar(path)["made"])
     keys = [name for name in KEYS if name in again and (name == "eps" or again[name].dtype.kind != "f")]
@@ -174,6 +201,11 @@ def compared(path: Path, again: pd.DataFrame) -> list[str]:
     changed = pd.DataFrame({name: ~_same(both, name, exact=not other) for name in columns})
     wrong = changed.to_numpy().any(axis=1)
     count = int(wrong.sum())
+    if tally is not None:
+        exact = [_same(both, name, exact=True) for name in again if name not in keys]
+        tally.rows, tally.verdicts = tally.rows + len(both), tally.verdicts + _turned(both)
+        tally.digits += int((~pd.DataFrame(exact)).any().sum())
+        tally.elsewhere |= set(other)
     where = f"on another machine ({'; '.join(other)})" if other else "on this machine"
     print(f"  {path.name}: {len(both)} rows computed again {where}, {count} differ", flush=True)
     if not count:
@@ -184,6 +216,12 @@ def compared(path: Path, again: pd.DataFrame) -> list[str]:
         print("\n".join(f"    {line}" for line in lines), flush=True)
         return []
     return [f"{path.name}: {count} of {len(both)} rows differ", *(f"  {line}" for line in lines)]
+
+
+def _turned(both: pd.DataFrame) -> int:
+    """In how many rows a verdict is another."""
+    named = [name for name in VERDICTS if f"{name}_again" in both]
+    return int((~pd.DataFrame([_same(both, name, exact=True) for name in named])).any().sum()) if named else 0
 
 
 def _same(both: pd.DataFrame, name: str, *, exact: bool) -> pd.Series:
