@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import pandas as pd
 import torch
@@ -413,8 +413,16 @@ def _write_at(path: Path, table: pd.DataFrame, made: dict[str, Any]) -> None:
     print(f"wrote {os.path.relpath(path)} ({len(table)} rows)")
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose messages are short, whatever word came."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and what is wrong; end with status 2."""
+        super().error(shortened(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="clustr",
         description="Train the book's classifiers, attack them, certify them.",
         epilog=EPILOG,

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clustr_core.storage.files import digest, expanded, home
-from clustr_core.storage.gate import MB, named, opened, shortened
+from clustr_core.storage.gate import MB, listed, named, opened, shortened
 from clustr_core.storage.tensors import read_tensors, write_tensors
 
 ImageBytes = UInt8[Tensor, "batch channel height width"]
@@ -299,7 +299,9 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
             raise FileNotFoundError(f"folder: expected a directory at {part}, with train/<class>/* and test/<class>/*")
     train, test = ({path.name for path in _entries(folder / part, folders=True)} for part in ("train", "test"))
     if train != test:
-        raise ValueError(f"folder: expected the same classes in train and test, got only one of {sorted(train ^ test)}")
+        raise ValueError(
+            f"folder: expected the same classes in train and test, got in one alone [{listed(sorted(train ^ test))}]"
+        )
     if len(train) < 2:
         raise ValueError(f"folder: expected at least two class folders in {folder / 'train'}, got {sorted(train)}")
     return tuple(sorted(train))

@@ -607,3 +607,11 @@ def test_a_piece_under_way_is_finished_first(home, capfd, monkeypatch):
     assert len(list((home / "runs").glob("*/tables/*.csv"))) == 2
     assert clustr("certify") == 0
     assert "finished first" in capfd.readouterr().err
+
+
+def test_a_word_of_thousands_of_letters_is_not_said_again(home, capsys):
+    with pytest.raises(SystemExit):
+        clustr("train", "--threads", "x" * 100_000)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("clustr train: error: argument --threads: invalid int value: 'xxx")
+    assert len(said) < 800

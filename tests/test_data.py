@@ -494,7 +494,7 @@ def test_an_empty_class(folder):
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_a_class_in_one_part_only(folder, part):
     save(folder / part / "fox/a.png", picture(0))
-    with pytest.raises(ValueError, match=r"expected the same classes in train and test, got only one of \['fox'\]"):
+    with pytest.raises(ValueError, match=r"expected the same classes in train and test, got in one alone \[fox\]"):
         load(folder)
 
 

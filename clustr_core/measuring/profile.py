@@ -360,11 +360,12 @@ def _recipes(methods: dict[str, dict], shared: dict[str, Any], where: str) -> di
     for method, values in methods.items():
         if method not in METHODS:
             expected = f"some of {sorted(METHODS)}, or one that a module under plugins registers"
-            raise ValueError(f"{where}: unknown method {method!r}, expected {expected}")
+            raise ValueError(f"{where}: unknown method {brief(method)}, expected {expected}")
         values = {**shared, **mapping(values, f"{where}: methods.{method}")}
-        if start := values.pop("warm_start", None):
+        if (start := values.pop("warm_start", None)) is not None:
             if not isinstance(start, str) or start not in recipes:
-                raise ValueError(f"{where}: methods.{method}.warm_start: expected a method above it, got {start!r}")
+                key = f"{where}: methods.{method}.warm_start"
+                raise ValueError(f"{key}: expected a method above it, got {brief(start)}")
             values["warm_start"] = recipes[start]
         recipes[method] = build(METHODS[method], values, where=f"{where}: methods.{method}")
     return recipes

@@ -95,7 +95,7 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(_WORD_DOT.sub("", node.value)))
-_Loader.add_constructor("!fraction", lambda loader, node: _quotient(node.value) or node.value)
+_Loader.add_constructor("!fraction", lambda loader, node: _fraction(node.value))
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -188,6 +188,11 @@ def _number(value: Any, where: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{where}: expected a finite number, got {brief(value)}")
     return number
+
+
+def _fraction(text: str) -> float | str:
+    """A fraction, or the text where it is none."""
+    return text if (number := _quotient(text)) is None else number
 
 
 def _quotient(text: str) -> float | None:

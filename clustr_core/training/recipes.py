@@ -452,7 +452,7 @@ def recipe_from_dict(content: dict[str, Any]) -> Recipe:
     method = content.pop("method", None)
     if method not in METHODS:
         raise UnknownMethod(f"method: expected one of {sorted(METHODS)}, got {brief(method)}")
-    if content.get("warm_start"):
+    if content.get("warm_start") is not None:
         content["warm_start"] = recipe_from_dict(content["warm_start"])
     return build(METHODS[method], content, where=str(method))
 
@@ -465,7 +465,7 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     """
     changes = field_values(type(recipe), changes, where=recipe.method)
     if not isinstance(start := changes.get("warm_start"), Recipe | None):
-        raise ValueError(f"{recipe.method}: warm_start: expected a recipe or None, got {start!r}")
+        raise ValueError(f"{recipe.method}: warm_start: expected a recipe or None, got {brief(start)}")
     if recipe.warm_start and "warm_start" not in changes:
         followed = {name: value for name, value in changes.items() if name in _SAME_NETWORK}
         changes["warm_start"] = replace(recipe.warm_start, **followed)

@@ -19,7 +19,7 @@ from clustr_core.models.clusters import Clusters
 from clustr_core.models.encoders import build_encoder, to_channels_last_frozen
 from clustr_core.models.one_lipschitz import fold_parametrizations
 from clustr_core.storage.files import digest, read_json, seal_of
-from clustr_core.storage.gate import TENSORS_LIMIT, brief, listed, read_bytes, shortened
+from clustr_core.storage.gate import TENSORS_LIMIT, VALUE_LIMIT, brief, listed, read_bytes, shortened
 from clustr_core.storage.tables import read_table
 from clustr_core.storage.tensors import read_tensors
 from clustr_core.training.recipes import (
@@ -285,7 +285,8 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
             folder, recipe, content["num_classes"], shape, content["train_data_sha256"], dtype, tuple(places or ())
         )
     except UnknownMethod as error:
-        raise ValueError(f"{folder / DONE}: {error}; import {content.get('module')}, which registers it") from error
+        module = shortened(str(content.get("module")), VALUE_LIMIT)
+        raise ValueError(f"{folder / DONE}: {error}; import {module}, which registers it") from error
     except (KeyError, TypeError, ValueError) as error:
         why = shortened(f"{type(error).__name__}: {error}", 300)
         raise ValueError(f"{folder / DONE}: expected a finished run, got a damaged file ({why})") from error
@@ -346,7 +347,8 @@ def check_version(path: Path, found: str | None, recipe: Recipe) -> None:
         ValueError: if the version is not the recipe's today.
     """
     if (found or "1") != (expected := training_version(recipe)):
-        raise ValueError(f"{path}: expected version {expected} of the training, got {found or 1}; move it away")
+        got = shortened(str(found or 1), VALUE_LIMIT)
+        raise ValueError(f"{path}: expected version {expected} of the training, got {got}; move it away")
 
 
 def network_tensors(network: nn.Module) -> dict[str, Tensor]:

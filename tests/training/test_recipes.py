@@ -162,6 +162,7 @@ def test_every_profile_of_the_book_loads_and_survives_json(path, monkeypatch):
             "attacks: {linf: {eps: [0.1], steps: 2000000}}",
             r"attacks\.linf: steps: expected at most 1,000,000, got 2000000",
         ),
+        ("methods: {ce: {}, clustr: {warm_start: 0}}", r"clustr\.warm_start: expected a method above it, got 0"),
         ("attacks: {linf: {eps: [1.0e+300]}}", r"attacks\.linf: eps: expected at most 1,000\.0, got 1e\+300"),
         ("attacks: {linf: {eps: [0.1], seed: -1}}", r"attacks\.linf: seed: expected a positive number, got -1"),
         ("examination: {eps: 0.1, queries: 20000000}", r"examination: queries: expected at most 10,000,000"),
@@ -212,7 +213,8 @@ def test_what_a_profile_cannot_say(profile, as_installed, text, message):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("010", 10), ("-007", -7), ("8/255", 8 / 255), ("25.5/255", 0.1), ("1e-3", 0.001), (".5", 0.5), ("1.", 1.0),
+        ("010", 10), ("-007", -7), ("8/255", 8 / 255), ("0/255", 0.0), ("25.5/255", 0.1),
+        ("1e-3", 0.001), (".5", 0.5), ("1.", 1.0),
         ("true", True), ("~", None), ("'8/255'", "8/255"), ("{a: [1/4]}", {"a": [0.25]}),
         # text, of which YAML 1.1 makes 90, 10, 16, 7, False and a date
         *((text, text) for text in ("1:30", "1_0", "0x10", "0o7", "no", "2020-01-01", "1/0")),
