@@ -4,7 +4,7 @@
 
 Each method is trained at each seed by each number of threads and measured by the same number; what the first number of
 threads trained is measured by the others, too. So what measuring moves and what training moves stand apart. Adds a
-training at a time to results/bench/repeat.csv: killed, run it again.
+training at a time to results/bench/repeat.csv, and what is moved by how much to moved.csv: killed, run it again.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from clustr_core.measuring.accuracy import best_bound, both_protocols, certified
 from clustr_core.measuring.attacked import attacks_of
 from clustr_core.measuring.certified import certificates_of
 from clustr_core.measuring.examination import diagnostics_of
+from clustr_core.measuring.moved import moved_by
 from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.storage.files import home
 from clustr_core.storage.tables import read_table, write_table
@@ -102,9 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = finished.result()[[*KEY, "measured_by", "model", "number", "value"]]
             found = pd.concat([found, rows], ignore_index=True) if len(found) else rows
             write_table(path, found.sort_values([*KEY, "measured_by"], kind="stable"))
-    print(
-        found.pivot_table(index=["model", "number"], columns=["trained_by", "measured_by"], values="value").to_string()
-    )
+    moved = moved_by(found)
+    write_table(path.with_name("moved.csv"), moved)
+    print(moved.to_string(index=False, float_format="%.1f"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""What another number of threads moves, and what another seed does: rows of `benchmarks.repeat` side by side."""
+
+import pandas as pd
+
+CHECK = "check "
+KEYS = ["profile", "model", "number"]
+MOVES = ["by_measuring", "by_training", "by_seed"]
+
+
+def moved_by(table: pd.DataFrame) -> pd.DataFrame:
+    """How far each number of each model is moved.
+
+    Args:
+        table: columns ``profile seed trained_by measured_by model number value``: shares, or 1 for a check that fires.
+            What the smallest number of threads trained is measured by the others, too; these measure their own.
+    Returns:
+        one row a model and number: ``value``, the mean over ``seeds`` of them, in per cent; and in points what moved
+        it: ``by_measuring`` (the same weights by other threads) and ``by_training`` (trained and measured by others),
+        the largest over the seeds, and ``by_seed``, between the two seeds that are furthest apart. All checks of a
+        model are one row, "checks": how many there are, and how many verdicts turned.
+    """
+    first = table["trained_by"].min()
+    base = table.query("trained_by == @first and measured_by == @first")
+    others = table.query("not (trained_by == @first and measured_by == @first)")
+    both = others.merge(base, on=[*KEYS, "seed"], suffixes=("", "_of_first"))
+    both["apart"] = (both["value"] - both["value_of_first"]).abs()
+    both["by"] = ["by_measuring" if threads == first else "by_training" for threads in both["trained_by"]]
+    apart = both.pivot_table(index=KEYS, columns="by", values="apart", aggfunc="max")
+    of_seeds = base.groupby(KEYS)["value"].agg(["mean", "max", "min", "size"])
+    numbers = of_seeds.assign(by_seed=of_seeds["max"] - of_seeds["min"]).join(apart).reset_index()
+    numbers = pd.DataFrame(
+        numbers.rename(columns={"mean": "value", "size": "seeds"})[[*KEYS, "seeds", "value", *MOVES]]
+    )
+    is_check = numbers["number"].str.startswith(CHECK)
+    shares = pd.DataFrame(numbers.loc[~is_check])
+    shares = shares.assign(**{name: 100 * shares[name] for name in ["value", *MOVES]})
+    return pd.concat([shares, _checks(pd.DataFrame(numbers.loc[is_check]))], ignore_index=True).sort_values(
+        KEYS, ignore_index=True, kind="stable"
+    )
+
+
+def _checks(numbers: pd.DataFrame) -> pd.DataFrame:
+    """All checks of a model as one row: counts."""
+    turned = numbers.assign(number="checks", value=1, **{name: (numbers[name] > 0).astype(int) for name in MOVES})
+    counted = turned.groupby(KEYS, as_index=False).agg({"seeds": "min", **dict.fromkeys(["value", *MOVES], "sum")})
+    return pd.DataFrame(counted)
