@@ -44,7 +44,7 @@ licences: $(READY)  ## the licences of all that is installed, and a bill of mate
 	_build/licences/bin/cyclonedx-py environment --output-reproducible --output-file _build/sbom.json $(BIN)/python
 	@echo "_build/licences.md: $$(($$(wc -l < _build/licences.md) - 2)) packages; _build/sbom.json: CycloneDX"
 
-torture: $(READY)  ## hostile files and words, and a thousand kills: what was tried, and what was lost (half an hour, Linux)
+torture: $(READY)  ## hostile files and words, troubles, a thousand kills: what was tried, and what was lost (half an hour, Linux)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.torture
 
 test-fast: $(READY)  ## the inner loop, under two minutes: numerics, storage, models, sampling, attacks' balls and results

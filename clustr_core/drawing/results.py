@@ -1,5 +1,6 @@
 """Tables -> Axes: curves, maps, paths. Every function refuses a table of which something could not be seen."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -338,6 +339,21 @@ def draw_minutes(axes: Axes, table: pd.DataFrame) -> None:
     budgets = sorted(set(table["minutes"]))
     axes.set(xlabel="CPU minutes of training", xscale="log")
     axes.set_xticks(budgets, labels=[f"{minutes:g}" for minutes in budgets])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+
+
+def draw_day(axes: Axes, table: pd.DataFrame) -> None:
+    """Certified accuracy (``accuracy``, 0 to 1) against ``minutes`` of training, on a logarithmic axis: a mark for each
+    system, of the colour and form of its ``kind``."""
+    check_rows(table, "minutes", "accuracy", words=("kind",))
+    for number, (kind, rows) in enumerate(each_group(table, "kind")):
+        colour, marker = COLOURS[number % len(COLOURS)], CLASS_MARKERS[number % len(CLASS_MARKERS)]
+        axes.scatter(rows["minutes"], rows["accuracy"], label=str(kind), color=colour, marker=marker, s=26, zorder=3)
+    decades = np.log10(table["minutes"].to_numpy(dtype=float))
+    ticks = [10.0**power for power in range(math.floor(decades.min()), math.floor(decades.max()) + 2)]
+    axes.set(xlabel="minutes of training", xscale="log", xlim=(ticks[0], ticks[-1]))
+    axes.set_xticks(ticks, labels=[f"{tick:,g}" for tick in ticks])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
 

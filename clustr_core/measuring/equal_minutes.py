@@ -6,8 +6,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from clustr_core.measuring import study
+
 # what one training of `benchmarks.heads` is
 TRAINING = ["dataset", "head", "loss", "margin", "temperature", "seed"]
+# of a race: accuracy, and certified accuracy at radii in 255ths
+SHARES = ("clean", "at_36", "at_72", "at_108")
 HEAD_NAMES = {"linear": "linear", "clusters-1": "1 cluster", "clusters-2": "2 clusters", "clusters-4": "4 clusters"}
 
 
@@ -87,12 +91,34 @@ def against_linear(table: pd.DataFrame, settings: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def beside_published(race: pd.DataFrame) -> pd.DataFrame:
+    """Certified accuracy against minutes of training: a race's trainings on a CPU, and what others trained on a GPU.
+
+    Args:
+        race: of `benchmarks.race`; only what was measured on test images is taken.
+    Returns:
+        columns ``kind system minutes clean at_36 at_72 at_108``, shares in 0 to 1. Of the others, whose sizes are
+        kinds, minutes are those between the times that their logs give to the first and the last epoch.
+    Source: Prach et al. 2024, logs of their repository (`study.claims`, metrics "certified in a day" and "minutes").
+    """
+    names = dict(zip(("0", "36/255", "72/255", "108/255"), SHARES, strict=True))
+    printed = study.claims(metric="certified in a day").assign(value=lambda rows: rows["value"].astype(float) / 100)
+    wide = printed.pivot(index="method", columns="eps", values="value").rename(columns=names)
+    minutes = study.claims(metric="minutes", source="Prach2024").set_index("method")["value"].astype(float)
+    wide = wide.assign(minutes=minutes, kind=[f"size {name.rpartition('-')[2]}, on a GPU" for name in wide.index])
+    mine = race[race["images"] == "test"].assign(kind="this page, on two CPU cores")
+    columns = ["kind", "system", "minutes", *SHARES]
+    # as they were added: from the smallest size on
+    theirs = wide.loc[list(dict.fromkeys(printed["method"]))].rename_axis("system").reset_index()
+    both = [mine.rename(columns={"candidate": "system"})[columns], theirs[columns]]
+    return pd.DataFrame(pd.concat(both, ignore_index=True))
+
+
 def race_table(table: pd.DataFrame) -> pd.DataFrame:
     """Every training of a race, the longest first and then by the mean of its three certified accuracies."""
-    shares = ["clean", "at_36", "at_72", "at_108"]
-    ranked = table.assign(score=table[shares[1:]].mean(axis=1))
+    ranked = table.assign(score=table[list(SHARES[1:])].mean(axis=1))
     ranked = ranked.sort_values(["minutes", "images", "score"], ascending=[False, False, False], kind="stable")
     named = {"at_36": "36/255", "at_72": "72/255", "at_108": "108/255", "minutes": "CPU minutes"}
-    kept = ["candidate", "minutes", "images", "seed", "epochs", *shares, "lipschitz"]
-    per_cent = {name: 100 * ranked[name] for name in shares}
+    kept = ["candidate", "minutes", "images", "seed", "epochs", *SHARES, "lipschitz"]
+    per_cent = {name: 100 * ranked[name] for name in SHARES}
     return pd.DataFrame(ranked.assign(**per_cent)[kept]).rename(columns=named).reset_index(drop=True)

@@ -44,3 +44,16 @@ def _checks(numbers: pd.DataFrame) -> pd.DataFrame:
     turned = numbers.assign(number="checks", value=1, **{name: (numbers[name] > 0).astype(int) for name in MOVES})
     counted = turned.groupby(KEYS, as_index=False).agg({"seeds": "min", **dict.fromkeys(["value", *MOVES], "sum")})
     return pd.DataFrame(counted)
+
+
+def moved_table(moved: pd.DataFrame) -> pd.DataFrame:
+    """`moved_by` in words: accuracies in per cent and points; the checks, which are counts, are left out."""
+    shares = moved[moved["number"] != "checks"]
+    names = {
+        "value": "mean of the seeds, %",
+        "by_measuring": "measured by two threads",
+        "by_training": "trained by two threads",
+        "by_seed": "between two seeds",
+    }
+    words = pd.DataFrame(shares).rename(columns={"model": "method", **names})
+    return pd.DataFrame(words[["method", "number", *names.values()]])

@@ -99,6 +99,7 @@ CASES = {
         lines("radius gain low high", head=("a", "b")),
         "radius gain low high",
     ),
+    "day": Case(results.draw_day, lines("minutes accuracy", kind=("a", "b")), "minutes accuracy"),
     "minutes": Case(results.draw_minutes, lines("minutes accuracy", candidate=("a", "b")), "minutes accuracy"),
     "history": Case(lambda ax, t: results.draw_history(ax, t, "loss"), lines("epoch loss", method=METHODS), "epoch"),
     "map": Case(

@@ -87,3 +87,19 @@ def test_a_race_is_ranked_by_its_certified_accuracy():
     found = tables.race_table(race)
     assert found["candidate"].tolist() == ["c", "b", "a"]
     assert found.loc[0, "36/255"] == 50
+
+
+def test_a_race_stands_beside_what_others_trained_for_a_day():
+    row = {"candidate": "a", "minutes": 30.0, "clean": 0.7, "at_36": 0.5, "at_72": 0.4, "at_108": 0.3}
+    race = pd.DataFrame([{**row, "images": "held out"}, {**row, "images": "test"}])
+    found = tables.beside_published(race)
+    assert found.iloc[0].to_dict() == {
+        "kind": "this page, on two CPU cores", "system": "a", "minutes": 30.0, "clean": 0.7, "at_36": 0.5,
+        "at_72": 0.4, "at_108": 0.3,
+    }  # fmt: skip
+    theirs = found.iloc[1:].set_index("system")
+    assert theirs["kind"].unique().tolist() == [f"size {size}, on a GPU" for size in ("XS", "S", "M")]
+    assert theirs.loc["LOT-XS", ["minutes", "at_36", "at_72", "at_108"]].tolist() == pytest.approx(
+        [1577, 0.634, 0.492, 0.361]
+    )
+    assert theirs[["clean", "at_36"]].notna().all(axis=None)

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from clustr_core.measuring.moved import moved_by
+from clustr_core.measuring.moved import moved_by, moved_table
 
 VALUES = {
     # seed, trained by, measured by: accuracy, check
@@ -42,3 +42,9 @@ def test_a_seed_without_all_measurements_counts_where_it_has_one():
     found = moved_by(table().query("not (seed == 1 and trained_by == 2)")).set_index("number")
     assert found.loc["correct attacks", "by_training"] == pytest.approx(3)
     assert found.loc["correct attacks", "seeds"] == 2
+
+
+def test_the_table_of_a_page_leaves_counts_out():
+    found = moved_table(moved_by(table()))
+    assert found["number"].tolist() == ["correct attacks"]
+    assert found.iloc[0].tolist()[2:] == pytest.approx([55, 2, 3, 10])
