@@ -591,6 +591,15 @@ def test_an_epoch_under_way_is_finished_unless_it_is_asked_twice(
     assert len(begun) == 2 + 4 - epochs
 
 
+def test_a_signal_that_a_shell_has_a_job_ignore_stays_ignored(home, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(cli, "_train", lambda options: os.kill(os.getpid(), signal.SIGINT))
+        assert clustr("train") == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_piece_under_way_is_finished_first(home, capfd, monkeypatch):
     assert clustr("train") == 0
     monkeypatch.setattr(pieces_module, "CHUNK", 4)

@@ -44,8 +44,8 @@ def finished_first() -> Iterator[None]:
 def deferred(said: str) -> Iterator[None]:
     """A block in which a first signal waits for the work of `finished_first`, and a second one does not.
 
-    Where no such work is under way the first one ends the block. Outside of the main thread, which alone may catch
-    signals, nothing is changed.
+    Where no such work is under way the first one ends the block. A signal that is ignored stays ignored. Outside of the
+    main thread, which alone may catch signals, nothing is changed.
 
     Args:
         said: what is printed, after the signal's name, when it has to wait.
@@ -63,7 +63,9 @@ def deferred(said: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, ask) for number in NAMES}
+    # what a shell has a job in the background ignore stays ignored; None is a handler that is not Python's
+    caught = [number for number in NAMES if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, ask) for number in caught}
     try:
         yield
     finally:
