@@ -81,10 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--methods", nargs="+", default=["ce", "pgd-at", "clustr", "clustr-cert"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="the first one measures all trainings")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="what the fewest trained, all measure")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     options = parser.parse_args(arguments)
-    path, counts = home() / "results/bench" / "repeat.csv", options.threads
+    path, counts = home() / "results/bench" / "repeat.csv", sorted(set(options.threads))
     asked = [
         (options.profile, method, seed, threads)
         for seed in range(options.seeds)
@@ -92,12 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for threads in counts
     ]
     found = read_table(path) if path.exists() else pd.DataFrame(columns=KEY)
-    done = set(found[KEY].itertuples(index=False, name=None))
+    done = set(found[[*KEY, "measured_by"]].itertuples(index=False, name=None)) if len(found) else set()
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = [
-            pool.submit(rows_of, *key, counts if key[-1] == counts[0] else [key[-1]])
+            pool.submit(rows_of, *key, missing)
             for key in asked
-            if key not in done
+            if (missing := [by for by in (counts if key[-1] == counts[0] else [key[-1]]) if (*key, by) not in done])
         ]
         for finished in as_completed(waiting):
             rows = finished.result()[[*KEY, "measured_by", "model", "number", "value"]]

@@ -90,18 +90,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.command(options)
     except KeyboardInterrupt as asked:
         number = signal.Signals(asked.args[0] if asked.args else signal.SIGINT)
-        print(f"clustr: ended by {NAMES[number]}; {_KEPT}", file=sys.stderr)
+        _say(f"ended by {NAMES[number]}; {_KEPT}")
         return 128 + number
     except (ValueError, TypeError, OSError, CertificateBroken) as error:
-        print("clustr:", shortened(" ".join(str(error).split())), file=sys.stderr)
+        _say(shortened(" ".join(str(error).split())))
         return 2
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         first = str(error).partition(". ")[0]
-        print(f"clustr: {first}; take a device with more memory", file=sys.stderr)
+        _say(f"{first}; take a device with more memory")
         return 2
     return 0
+
+
+def _say(what: str) -> None:
+    """One line for the user, if anybody listens: a pipe may have ended before."""
+    with contextlib.suppress(OSError):
+        print("clustr:", what, file=sys.stderr, flush=True)
 
 
 _WAITS = "clustr: {}: the epoch or piece under way is finished first; once more ends at once"

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clustr_core.storage.files import digest, expanded, home
-from clustr_core.storage.gate import MB, listed, named, opened, shortened
+from clustr_core.storage.gate import MB, brief, listed, named, opened, read_bytes, shortened
 from clustr_core.storage.tensors import read_tensors, write_tensors
 
 ImageBytes = UInt8[Tensor, "batch channel height width"]
@@ -36,6 +36,10 @@ _IN_TEXT = (b"P1", b"P2", b"P3")
 # a photograph of the largest camera has as many; of an image of the book it would be the side of a wall
 MOST_PIXELS_A_SIDE = 4096
 IMAGE_FILE_LIMIT = 64 * MB
+# of a progressive JPEG; encoders write some ten
+MOST_SCANS = 100
+# a tile's sides are multiples of 16, and often 256 or 512 whatever the image's
+_TILES, LARGEST_MARGIN = {"TileWidth": 322, "TileLength": 323}, 512
 GREY_MODES = ("L", "1")
 COLOUR_MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr")
 
@@ -397,9 +401,8 @@ def _decoding(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with opened(path, limit=IMAGE_FILE_LIMIT) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-                if image.format == "PPM" and file.seek(0) == 0 and file.read(2) in _IN_TEXT:
-                    raise _NotUsable("a portable bitmap in bytes, got one in text,")
                 _check_sides(image.size)
+                _check_work(image, path)
                 image.load()
                 yield image
     except Exception as error:
@@ -415,6 +418,21 @@ def _check_sides(size: tuple[int, int]) -> None:
     """What the header says is held against what an image of the book can be, before a pixel is decoded."""
     if max(size) > MOST_PIXELS_A_SIDE:
         raise _NotUsable(f"an image of at most {MOST_PIXELS_A_SIDE:,} pixels a side, got {size[0]:,} x {size[1]:,},")
+
+
+def _check_work(image: Image.Image, path: Path) -> None:
+    """What would be decoded beside the pixels that the header promises, or over and over."""
+    if image.format in ("PPM", "JPEG"):
+        content = read_bytes(path, limit=IMAGE_FILE_LIMIT)
+        if content[:2] in _IN_TEXT:
+            raise _NotUsable("a portable bitmap in bytes, got one in text,")
+        if image.format == "JPEG" and content.count(b"\xff\xda") > MOST_SCANS:
+            raise _NotUsable(f"a JPEG of at most {MOST_SCANS} scans, got more")
+    tags = getattr(image, "tag_v2", {})
+    for name, side in zip(("TileWidth", "TileLength"), image.size, strict=True):
+        tile = tags.get(_TILES[name], 0)
+        if not isinstance(tile, int) or tile > side + LARGEST_MARGIN:
+            raise _NotUsable(f"tiles of a TIFF that are not larger than it, got {name} {brief(tile)}")
 
 
 class _NotUsable(Exception):

@@ -10,7 +10,7 @@ from tools.torture import kills, trouble
 from tools.torture.__main__ import GROUPS, hostile, summary
 from tools.torture.forks import Case, attempt
 
-AT_SOME_TIME = ("Ctrl-C", "SIGTERM", "a clock set by fifty years")
+AT_SOME_TIME = ("Ctrl-C", "SIGTERM", "files dated fifty years off")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: /proc, and forks")
 
 

@@ -53,6 +53,8 @@ class Tally:
     def words(self) -> str:
         """Which of the three holds."""
         where = f"on another machine ({'; '.join(sorted(self.elsewhere))})" if self.elsewhere else "on this machine"
+        if not self.rows:
+            return "nothing was compared"
         if not self.digits:
             return f"every digit of {self.rows} rows is the published one, {where}"
         some = f"digits differ in {self.digits} of {self.rows} rows"
@@ -196,6 +198,9 @@ def compared(path: Path, again: pd.DataFrame, tally: Tally | None = None) -> lis
     keys = [name for name in KEYS if name in again and (name == "eps" or again[name].dtype.kind != "f")]
     both = published.merge(again, on=keys, suffixes=("", "_again"))
     if len(both) != len(again):
+        if tally is not None:
+            tally.rows, tally.digits = tally.rows + len(again), tally.digits + len(again)
+            tally.verdicts += len(again)
         return [f"{path.name}: {len(again)} rows were computed again, and {len(both)} of them are published"]
     columns = [name for name in again if name not in keys and (not other or name in VERDICTS + NUMBERS)]
     changed = pd.DataFrame({name: ~_same(both, name, exact=not other) for name in columns})

@@ -16,8 +16,9 @@ def moved_by(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         one row a model and number: ``value``, the mean over ``seeds`` of them, in per cent; and in points what moved
         it: ``by_measuring`` (the same weights by other threads) and ``by_training`` (trained and measured by others),
-        the largest over the seeds, and ``by_seed``, between the two seeds that are furthest apart. All checks of a
-        model are one row, "checks": how many there are, and how many verdicts turned.
+        the largest over the seeds where that was tried (NaN where it was not), and ``by_seed``, between the two seeds
+        that are furthest apart. All checks of a model are one row, "checks": how many there are, and how many verdicts
+        turned.
     """
     first = table["trained_by"].min()
     base = table.query("trained_by == @first and measured_by == @first")
@@ -25,7 +26,7 @@ def moved_by(table: pd.DataFrame) -> pd.DataFrame:
     both = others.merge(base, on=[*KEYS, "seed"], suffixes=("", "_of_first"))
     both["apart"] = (both["value"] - both["value_of_first"]).abs()
     both["by"] = ["by_measuring" if threads == first else "by_training" for threads in both["trained_by"]]
-    apart = both.pivot_table(index=KEYS, columns="by", values="apart", aggfunc="max")
+    apart = both.pivot_table(index=KEYS, columns="by", values="apart", aggfunc="max").reindex(columns=MOVES[:2])
     of_seeds = base.groupby(KEYS)["value"].agg(["mean", "max", "min", "size"])
     numbers = of_seeds.assign(by_seed=of_seeds["max"] - of_seeds["min"]).join(apart).reset_index()
     numbers = pd.DataFrame(
@@ -41,8 +42,11 @@ def moved_by(table: pd.DataFrame) -> pd.DataFrame:
 
 def _checks(numbers: pd.DataFrame) -> pd.DataFrame:
     """All checks of a model as one row: counts."""
-    turned = numbers.assign(number="checks", value=1, **{name: (numbers[name] > 0).astype(int) for name in MOVES})
-    counted = turned.groupby(KEYS, as_index=False).agg({"seeds": "min", **dict.fromkeys(["value", *MOVES], "sum")})
+    turned = numbers.assign(
+        number="checks", value=1, **{name: numbers[name].gt(0).where(numbers[name].notna()) for name in MOVES}
+    )
+    counts = dict.fromkeys(["value", *MOVES], lambda values: values.sum(min_count=1))
+    counted = turned.groupby(KEYS, as_index=False).agg({"seeds": "min", **counts})
     return pd.DataFrame(counted)
 
 
@@ -57,3 +61,17 @@ def moved_table(moved: pd.DataFrame) -> pd.DataFrame:
     }
     words = pd.DataFrame(shares).rename(columns={"model": "method", **names})
     return pd.DataFrame(words[["method", "number", *names.values()]])
+
+
+def gap_table(table: pd.DataFrame) -> pd.DataFrame:
+    """By how many points the paper's protocol reports more than correct attacks leave: a row a model, a column a seed.
+
+    Args:
+        table: as `moved_by` takes it; what the fewest threads trained and measured is taken.
+    """
+    fewest = table["trained_by"].min()
+    base = table[(table["trained_by"] == fewest) & (table["measured_by"] == fewest)]
+    wide = base.pivot_table(index=["model", "seed"], columns="number", values="value").reset_index()
+    wide["gap"] = 100 * (wide["paper's protocol"] - wide["correct attacks"])
+    wide["seed"] = [f"seed {seed}" for seed in wide["seed"]]
+    return wide.pivot_table(index="model", columns="seed", values="gap").rename_axis("method").reset_index()

@@ -40,6 +40,7 @@ _COUNTER = "num_batches_tracked"
 
 # of a class, and voters
 MOST_CLUSTERS = 1_000_000
+LONGEST_NAME = 1000
 # numbers in a message
 LISTED = 12
 
@@ -145,15 +146,18 @@ def _read(path: Path) -> object:
     """
     data = read_bytes(path, limit=RELEASED_LIMIT)
     try:
-        if data.startswith(b"PK\x03\x04"):
-            _check_records(data)
-        else:
-            # the older format: a magic number, a version, sizes of this machine, the content, its storages
-            check_pickles(data, 5)
+        is_archive = data.startswith(b"PK\x03\x04")
+        # the older format: a magic number, a version, sizes of this machine, the content, the keys of its storages
+        keys = None if is_archive else check_pickles(data, 5)
         with warnings.catch_warnings():
             # on the pickle's protocol and the like: whether it can be read is what counts
             warnings.simplefilter("ignore")
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            content = torch.load(
+                io.BytesIO(_packed_again(data) if is_archive else data), map_location="cpu", weights_only=True
+            )
+        if keys is not None:
+            _check_storages(content, keys, len(data))
+        return content
     except NotPlain as error:
         raise ValueError(
             f"{path}: expected only tensors and plain values, got a pickle that asks for "
@@ -166,22 +170,54 @@ def _read(path: Path) -> object:
         ) from error
 
 
-def _check_records(data: bytes) -> None:
-    """The records of a file of torch.save: not compressed, none inside another, each with its checksum; and its pickle.
+def _packed_again(data: bytes) -> bytes:
+    """A file of torch.save with its records as they were looked at: not compressed, none inside another, each with its
+    checksum, which torch.load does not compare, and one pickle.
 
-    torch.load itself does not compare checksums.
+    PyTorch is not given the file itself, in which its own reader might find other records: it takes names without
+    regard to case, and the directory from another place.
     """
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(packed, "w") as again:
         records = archive.infolist()
+        names = [record.filename.partition("/")[2].lower() for record in records]
+        if len(set(names)) < len(names) or names.count("data.pkl") != 1:
+            raise zipfile.BadZipFile("records of one name, or no pickle")
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise zipfile.BadZipFile("compressed records")
         if sum(record.file_size for record in records) > len(data):
             raise zipfile.BadZipFile("records that overlap")
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"checksum of {damaged}")
-        for record in records:
-            if record.filename.endswith(".pkl"):
-                check_pickles(archive.read(record))
+        for name, record in zip(names, records, strict=True):
+            content = archive.read(record)
+            if name == "data.pkl":
+                check_pickles(content)
+            again.writestr(f"archive/{name}", content)
+    return packed.getvalue()
+
+
+def _check_storages(content: object, keys: set[str], size: int) -> None:
+    """In the older format a tensor's memory is as large as it says, and stays as it was found unless its key is listed.
+
+    Args:
+        keys: of the storages that the file holds.
+        size: of the file, in bytes.
+    """
+    waiting, seen, storages = [content], set(), {}
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, Tensor) and each.layout is torch.strided:
+            storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+        elif isinstance(each, Mapping):
+            waiting += each.values()
+        elif isinstance(each, list | tuple | set):
+            waiting += each
+    if sum(storages.values()) > size or len(storages) > len(keys):
+        raise ValueError("tensors that the file does not hold")
 
 
 def _model(content: object, dataset: str) -> ClusterClassifier | LinearClassifier:
@@ -260,7 +296,9 @@ def _unwrapped(state: object) -> dict[str, Any]:
         raise ValueError(f"state_dict: expected a dict of tensors, got {type(state).__name__}")
     named: dict[str, Any] = {}
     for key, value in state.items():
-        name = _WRAPPERS.sub("", str(key))
+        if not isinstance(key, str) or len(key) > LONGEST_NAME:
+            raise ValueError(f"state_dict: expected names, got {brief(key)}")
+        name = _WRAPPERS.sub("", key)
         if name in named:
             raise ValueError(f"state_dict: expected each name once, got {name} with and without a prefix")
         named[name] = value

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from clustr_core.storage.files import digest, home, read_json, seal_of, write_json
+from clustr_core.storage.files import digest, read_json, seal_of, write_json
 from clustr_core.storage.gate import TABLE_LIMIT, decoded, read_bytes
 from clustr_core.storage.tables import parsed_table
 
@@ -31,7 +31,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
     if device is None:
         device = "cuda" if torch and torch.cuda.is_initialized() else "cpu"
     return {
-        "commit": commit(home().resolve()),
+        "commit": commit(Path(__file__).resolve().parents[2]),
         "device": device,
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -63,7 +63,11 @@ def _threads_of_children() -> int | None:
 
 @cache
 def commit(root: Path) -> str | None:
-    """The commit that is checked out at ``root``, with "+changes" if tracked files differ from it."""
+    """The commit that is checked out at ``root``, with "+changes" if tracked files differ from it.
+
+    Args:
+        root: of code that is run anyway: the settings of a git repository may name programs.
+    """
     git = ["git", "-C", str(root)]
     quiet = {"capture_output": True, "text": True, "check": True, "env": os.environ | {"GIT_OPTIONAL_LOCKS": "0"}}
     try:

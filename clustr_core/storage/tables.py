@@ -1,13 +1,15 @@
 """The per-example tables."""
 
+import csv
 import io
+import itertools
 import warnings
 from pathlib import Path
 
 import pandas as pd
 
 from clustr_core.storage.files import digest, written_whole
-from clustr_core.storage.gate import TABLE_LIMIT, read_bytes, shortened
+from clustr_core.storage.gate import MB, TABLE_LIMIT, read_bytes, shortened
 
 # the last line of a sealed table: this, and the digest of all before it
 _SEAL = b"sha256,"
@@ -57,8 +59,10 @@ def parsed_table(path: Path, content: bytes) -> pd.DataFrame:
     Raises:
         ValueError: as `read_table`.
     """
-    if (columns := content.partition(b"\n")[0].count(b",") + 1) > MOST_COLUMNS:
+    if (columns := _columns(content)) > MOST_COLUMNS:
         raise ValueError(f"{path}: expected a table of at most {MOST_COLUMNS:,} columns, got {columns:,}")
+    if content and not content.endswith(b"\n"):
+        raise ValueError(f"{path}: expected a table to the end of its last line, got one that is cut off")
     try:
         with warnings.catch_warnings():
             # rows with more fields than the header, the first of which pandas would take for names of the rows
@@ -67,3 +71,13 @@ def parsed_table(path: Path, content: bytes) -> pd.DataFrame:
     except (ValueError, pd.errors.ParserWarning) as error:  # pandas' own errors and UnicodeDecodeError are among them
         why = shortened(str(error))
         raise ValueError(f"{path}: expected a table, got something empty or damaged ({why})") from error
+
+
+def _columns(content: bytes) -> int:
+    """Of the first row that is not blank, as far as its first megabyte says; its cells may hold ends of lines."""
+    head = content[:MB].decode("utf-8", "replace")
+    try:
+        return max(len(row) for row in itertools.islice(filter(None, csv.reader(io.StringIO(head))), 1))
+    except (csv.Error, ValueError):
+        # one that pandas will name
+        return head.count(",")

@@ -175,7 +175,8 @@ def _fit(
         while state.epoch < recipe.epochs:
             if before_epoch is not None:
                 before_epoch()
-            with finished_first():
+            # several processes would not end after the same epoch
+            with finished_first() if processes.count == 1 else nullcontext():
                 with naming_epoch(folder, state.epoch + 1, state.epoch):
                     row = train_epoch(recipe, state, images, labels)
                     check_loss(row["loss"])

@@ -51,7 +51,9 @@ class Run:
             the rounded network, computed in float32.
         trained_on: where it was trained, one entry and one more for each change: ``after_epoch``, ``device``,
             ``threads`` (of a CPU), ``processes``, ``captured``. Each of them sums in its own order, so a training that
-            went on elsewhere is one that no single command repeats. Empty for runs that do not say.
+            went on elsewhere is one that no single command repeats. A warm start's own run says where that was
+            trained; a training that went on elsewhere before its first epoch ended is of there. Empty for runs that do
+            not say.
     """
 
     path: Path
@@ -306,7 +308,7 @@ def check_places(found: Any, epochs: int, where: Path) -> None:
     places = found if isinstance(found, list) and len(found) <= epochs + 1 else [None]
     after = [place.get(AFTER) if isinstance(place, dict) else None for place in places]
     numbers = [number for number in after if type(number) is int and 0 <= number <= epochs]
-    if not numbers or numbers != after or numbers != sorted(set(numbers)):
+    if numbers[:1] != [0] or numbers != after or numbers != sorted(set(numbers)):
         raise ValueError(f"{where}: expected in trained_on where each of its epochs was trained, got {brief(found)}")
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -57,8 +57,9 @@ def deferred(said: str) -> Iterator[None]:
         if not _NOW.under_way or _NOW.asked is not None:
             raise KeyboardInterrupt(number)
         _NOW.asked = number
-        # print may be interrupted in the middle of another one
-        os.write(2, f"\n{said.format(NAMES[signal.Signals(number)])}\n".encode())
+        # print may be interrupted in the middle of another one; nobody may listen any more
+        with suppress(OSError):
+            os.write(2, f"\n{said.format(NAMES[signal.Signals(number)])}\n".encode())
 
     if threading.current_thread() is not threading.main_thread():
         yield

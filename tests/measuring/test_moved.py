@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from clustr_core.measuring.moved import moved_by, moved_table
+from clustr_core.measuring.moved import gap_table, moved_by, moved_table
 
 VALUES = {
     # seed, trained by, measured by: accuracy, check
@@ -48,3 +48,18 @@ def test_the_table_of_a_page_leaves_counts_out():
     found = moved_table(moved_by(table()))
     assert found["number"].tolist() == ["correct attacks"]
     assert found.iloc[0].tolist()[2:] == pytest.approx([55, 2, 3, 10])
+
+
+def test_what_was_not_tried_moves_nothing_and_is_not_called_unmoved():
+    found = moved_by(table().query("trained_by == 1 and measured_by == 1")).set_index("number")
+    assert found[["by_measuring", "by_training"]].isna().all(axis=None)
+    assert found.loc["correct attacks", "by_seed"] == pytest.approx(10)
+
+
+def test_the_gap_between_the_protocols_seed_by_seed():
+    correct = table()
+    both = pd.concat(
+        [correct, correct.query("number == 'correct attacks'").assign(number="paper's protocol", value=0.75)]
+    )
+    found = gap_table(both)
+    assert found.to_dict("records") == [{"method": "m", "seed 0": pytest.approx(25), "seed 1": pytest.approx(15)}]

@@ -178,7 +178,7 @@ def test_without_pytorch_the_threads_are_those_of_the_processes_begun_from_here(
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\n", b"a,b\n1,2\n1,2,3\n", b"a,b\n1,2,3\n", b'a,b\n"1,2\n', b"a,b\n\xe9,1\n", b"\x00\xff\x80"],
+    [b"", b"\n", b"a,b\n1,2\n1,2,3\n", b"a,b\n1,2,3\n", b'a,b\n"1,2\n', b"a,b\n\xe9,1\n", b"\x00\xff\x80\n"],
     ids=repr,
 )
 def test_a_damaged_table_is_named(path, content):
@@ -192,4 +192,19 @@ def test_a_table_of_more_columns_than_any_is_refused(path):
     path.parent.mkdir(parents=True)
     path.write_text(",".join(f"c{n}" for n in range(1001)) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="expected a table of at most 1,000 columns, got 1,001"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("header", [b"\n" + b",".join([b"a"] * 1001), b'"x\n",' + b",".join([b"a"] * 1001)])
+def test_columns_are_those_of_the_first_row_that_there_is(path, header):
+    path.parent.mkdir(parents=True)
+    path.write_bytes(header + b"\n")
+    with pytest.raises(ValueError, match="expected a table of at most 1,000 columns, got 1,00"):
+        read_table(path)
+
+
+def test_a_table_that_ends_in_a_line_is_cut_off(path):
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"a,b\n1,2\n3,Tr")
+    with pytest.raises(ValueError, match="expected a table to the end of its last line, got one that is cut off"):
         read_table(path)

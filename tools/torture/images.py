@@ -116,6 +116,8 @@ def _large() -> dict[str, bytes]:
         "words of 200 MB": _raw_png(8, 8, bytes(72), _chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(200_000_000), 9))),
         "a grey 8 x 8 among colours, of 300 MB": _raw_png(8, 9, bytes(300_000_000)),
         "2,000 frames": _frames(),
+        "a JPEG of 2,000 scans": _scans(),
+        "a TIFF of 64 x 64 in a tile of 16,384 x 16,384": _tile(),
         **{
             f"a portable bitmap in text, {kind}": kind.encode() + b"\n1000 1000\n" + b"# remark\n" * 200_000
             for kind in ("P1", "P2", "P3")
@@ -209,6 +211,27 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 def _raw_png(width: int, height: int, content: bytes = b"", extra: bytes = b"") -> bytes:
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + extra + _chunk(b"IDAT", zlib.compress(content, 9)) + _chunk(b"IEND", b"")
+
+
+def _scans() -> bytes:
+    """A progressive JPEG with its last scan again and again."""
+    content = io.BytesIO()
+    Image.fromarray(_pixels(0, 256)).save(content, format="JPEG", progressive=True)
+    whole = content.getvalue()
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last * 2000 + whole[-2:]
+
+
+def _tile() -> bytes:
+    """A small image in a large tile of zeros, packed."""
+    packed = zlib.compress(bytes(16_384 * 16_384))
+    tags = (
+        (256, 4, 64), (257, 4, 64), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1),
+        (322, 4, 16_384), (323, 4, 16_384), (324, 4, 200), (325, 4, len(packed)),
+    )  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    head = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(4)
+    return head.ljust(200, b"\0") + packed
 
 
 def _frames() -> bytes:

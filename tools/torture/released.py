@@ -1,12 +1,15 @@
 """Hostile files of the released format."""
 
+import collections
 import io
 import os
 import pickle
+import pickletools
 import random
 import shutil
 import struct
 import subprocess
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -56,6 +59,8 @@ def cases(folder: Path, canaries: Path) -> Iterator[Case]:
         yield case(f"bit {number}", bytes(flipped), "either")
     for name, content in _archives(whole, canaries).items():
         yield case(name, content)
+    # what is loaded is what was looked at
+    yield case("two directories", _two_directories(whole), "accepted")
     for name, content in _values().items():
         yield case(name, _bytes(content))
     for name, (make, expected) in _places(folder).items():
@@ -131,6 +136,11 @@ def _payloads(canaries: Path) -> dict[str, bytes]:
         "a bytearray of 2^40": _called("builtins", "bytearray", b"\x8a\x06" + (2**40).to_bytes(6, "little")),
         "a tensor of 2^40": _called("torch", "Tensor", b"\x8a\x06" + (2**40).to_bytes(6, "little")),
         "a storage of 2^40": _called("torch.storage", "UntypedStorage", b"\x8a\x06" + (2**40).to_bytes(6, "little")),
+        "text of 2^30 in hexadecimal": b"\x80\x02c_codecs\nencode\nq\x00X\x04\0\0\0abcd"
+        + b"q\x01h\x00h\x01X\x03\0\0\0hex\x86R" * 28
+        + b".",
+        "a thousand hashes of 2^18 steps": _hashes(),
+        "an older file without its storages": _without_storages(),
         "a name of 10^5": _called("x" * 100_000, "y", b"N"),
         "10^7 instructions": b"\x80\x02" + b"N0" * 5_000_000 + b"}.",
         "text": b"hello",
@@ -143,6 +153,21 @@ def _payloads(canaries: Path) -> dict[str, bytes]:
 def _called(module: str, name: str, argument: bytes) -> bytes:
     """A pickle that calls a function of one argument."""
     return b"\x80\x02c" + f"{module}\n{name}\n".encode() + argument + b"\x85R."
+
+
+def _hashes() -> bytes:
+    """One tuple of 2^18 leaves, the key of a thousand dicts."""
+    doubled = b"".join(b"q" + bytes([level]) + b"h" + bytes([level]) + b"\x86" for level in range(18))
+    return b"\x80\x02)" + doubled + b"q\xff0]" + b"}h\xffNsa" * 1000 + b"."
+
+
+def _without_storages() -> bytes:
+    """A file of the older format that lists no storage at its end, and holds none."""
+    old = good(_use_new_zipfile_serialization=False)
+    stream = io.BytesIO(old)
+    for _ in range(4):
+        collections.deque(pickletools.genops(stream), maxlen=0)
+    return old[: stream.tell()] + pickle.dumps([], 2)
 
 
 def _hash_bombs() -> dict[str, bytes]:
@@ -185,7 +210,34 @@ def _archives(whole: bytes, canaries: Path) -> dict[str, bytes]:
             lambda name, content: content[: len(content) // 2] if name.endswith("data/0") else content
         ),
         "records in each other": _overlapping(),
+        "a pickle that zipfile does not see": _beside(whole, "archive/DATA.PKL"),
+        "two pickles": _beside(whole, "archive/data.pkl"),
+        "a pickle elsewhere": _beside(whole, "other/data.pkl"),
     }
+
+
+def _two_gigabytes() -> bytes:
+    return _called("builtins", "bytearray", b"J" + (2_000_000_000).to_bytes(4, "little"))
+
+
+def _beside(whole: bytes, name: str) -> bytes:
+    """A good file with a pickle more that asks for 2 GB."""
+    written = io.BytesIO(whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with zipfile.ZipFile(written, "a") as target:
+            target.writestr(name, _two_gigabytes())
+    return written.getvalue()
+
+
+def _two_directories(whole: bytes) -> bytes:
+    """A file in which a reader that goes by the end finds a good one, and one that goes by places another."""
+    other = io.BytesIO()
+    with zipfile.ZipFile(other, "w") as target:
+        target.writestr("archive/data.pkl", _two_gigabytes())
+        target.writestr("archive/version", b"3\n")
+    end = other.getvalue().rindex(b"PK\5\6")
+    return other.getvalue()[:end] + whole
 
 
 def _overlapping() -> bytes:

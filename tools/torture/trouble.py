@@ -1,4 +1,4 @@
-"""Trouble that a machine makes: it asks to end, its disk is full, a folder is locked, its clock is set, two at once.
+"""Trouble that a machine makes: it asks to end, files cannot grow, a folder is locked, dates are off, two at once.
 
 A fork of the warm process trains, attacks and certifies while it is troubled. What must come: a status that says what
 happened, at most one line, nothing half written; and then, untroubled, the results of a run that had no trouble.
@@ -157,7 +157,7 @@ def _asked(number: signal.Signals) -> Callable[[Path, random.Random, float], _An
     return trouble
 
 
-def _full(place: Path, drawn: random.Random, seconds: float) -> _Answer:
+def _cannot_grow(place: Path, drawn: random.Random, seconds: float) -> _Answer:
     size = drawn.choice((0, 10, 500, 2000, 10_000, 30_000))
     child = _Ran(place).child(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
     status = child.status()
@@ -191,8 +191,8 @@ def _locked(place: Path, drawn: random.Random, seconds: float) -> _Answer:
     return wrong, status != 0
 
 
-def _set_clock(place: Path, drawn: random.Random, seconds: float) -> _Answer:
-    """Kill it, and let its files be of another century."""
+def _dated(place: Path, drawn: random.Random, seconds: float) -> _Answer:
+    """Kill it, and let its files be fifty years older or younger, as after a clock was set."""
     child = _Ran(place).child()
     time.sleep(drawn.uniform(0.02, seconds))
     os.kill(child.pid, signal.SIGKILL)
@@ -217,9 +217,9 @@ def _together(count: int) -> Callable[[Path, random.Random, float], _Answer]:
 TROUBLES: dict[str, Callable[[Path, random.Random, float], _Answer]] = {
     "Ctrl-C": _asked(signal.SIGINT),
     "SIGTERM": _asked(signal.SIGTERM),
-    "a full disk": _full,
+    "files that cannot grow": _cannot_grow,
     "a locked folder": _locked,
-    "a clock set by fifty years": _set_clock,
+    "files dated fifty years off": _dated,
     "two at once": _together(2),
     "three at once": _together(3),
 }
