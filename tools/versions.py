@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.only:
         python = environment_of(name, root)
         command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *options.tests]
+        if name == "oldest":
+            # of other packages, to those that are older than they knew of
+            command += ["-W", "default::DeprecationWarning", "-W", "default::PendingDeprecationWarning"]
         if not options.tests:
             command += ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "loadscope", "--no-loadscope-reorder"]
         path = os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])

@@ -340,7 +340,7 @@ def draw_minutes(axes: Axes, table: pd.DataFrame) -> None:
     axes.set(xlabel="CPU minutes of training", xscale="log")
     axes.set_xticks(budgets, labels=[f"{minutes:g}" for minutes in budgets])
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
 
 
 def draw_day(axes: Axes, table: pd.DataFrame) -> None:
@@ -352,10 +352,10 @@ def draw_day(axes: Axes, table: pd.DataFrame) -> None:
         axes.scatter(rows["minutes"], rows["accuracy"], label=str(kind), color=colour, marker=marker, s=26, zorder=3)
     decades = np.log10(table["minutes"].to_numpy(dtype=float))
     ticks = [10.0**power for power in range(math.floor(decades.min()), math.floor(decades.max()) + 2)]
-    axes.set(xlabel="minutes of training", xscale="log", xlim=(ticks[0], ticks[-1]))
+    axes.set(xlabel="minutes of training", xscale="log", xlim=(ticks[0] / 1.4, ticks[-1] * 1.4))
     axes.set_xticks(ticks, labels=[f"{tick:,g}" for tick in ticks])
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
 
 
 def draw_history(axes: Axes, table: pd.DataFrame, y: str) -> None:
