@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import integrate
 
 from benchmarks import budget, heads, race
 from clustr_core import data
@@ -68,7 +69,7 @@ def test_certified_accuracy_falls_from_clean_to_nothing(few, tmp_path):
     # the mean radius is the area under the curve
     fine = np.linspace(0, 4, 401)
     (wide,) = budget.certified(run, few, fine).to_dict("records")
-    area = np.trapezoid([wide[f"{radius:.6g}"] for radius in fine], fine)
+    area = integrate.trapezoid([wide[f"{radius:.6g}"] for radius in fine], fine)
     assert row["mean_radius"] == pytest.approx(area, abs=0.01)
 
 
