@@ -2,8 +2,8 @@
 
     python -m benchmarks.repeat --profile quick --methods ce pgd-at clustr clustr-cert --seeds 3 --threads 1 2
 
-Each method is trained at each seed by each number of threads and measured by the same number; what the first number of
-threads trained is measured by the others, too. So what measuring moves and what training moves stand apart. Adds a
+Each method is trained at each seed by each number of threads and measured by the same number; what the fewest threads
+trained is measured by the others, too. So what measuring moves and what training moves stand apart. Adds a
 training at a time to results/bench/repeat.csv, and what is moved by how much to moved.csv: killed, run it again.
 """
 
@@ -65,8 +65,8 @@ def rows_of(name: str, method: str, seed: int, trained_by: int, measured_by: Seq
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CLUSTR_HOME"] = folder
         torch.set_num_threads(trained_by)
-        run = fit(seeded(profile.recipes[method], seed), device="cpu", progress=False)
         seen = replace(profile, recipes={other: seeded(recipe, seed) for other, recipe in profile.recipes.items()})
+        run = fit(seen.recipes[method], device="cpu", progress=False)
         for threads in measured_by:
             torch.set_num_threads(threads)
             # what an attack is transferred from

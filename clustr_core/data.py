@@ -1,6 +1,7 @@
 """Datasets as uint8 tensors in memory; batches and augmentation as whole-tensor operations."""
 
 import hashlib
+import io
 import math
 import os
 import tempfile
@@ -400,9 +401,10 @@ def _decoding(path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with opened(path, limit=IMAGE_FILE_LIMIT) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+            content = read_bytes(path, limit=IMAGE_FILE_LIMIT)
+            with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
                 _check_sides(image.size)
-                _check_work(image, path)
+                _check_work(image, content)
                 image.load()
                 yield image
     except Exception as error:
@@ -420,14 +422,12 @@ def _check_sides(size: tuple[int, int]) -> None:
         raise _NotUsable(f"an image of at most {MOST_PIXELS_A_SIDE:,} pixels a side, got {size[0]:,} x {size[1]:,},")
 
 
-def _check_work(image: Image.Image, path: Path) -> None:
+def _check_work(image: Image.Image, content: bytes) -> None:
     """What would be decoded beside the pixels that the header promises, or over and over."""
-    if image.format in ("PPM", "JPEG"):
-        content = read_bytes(path, limit=IMAGE_FILE_LIMIT)
-        if content[:2] in _IN_TEXT:
-            raise _NotUsable("a portable bitmap in bytes, got one in text,")
-        if image.format == "JPEG" and content.count(b"\xff\xda") > MOST_SCANS:
-            raise _NotUsable(f"a JPEG of at most {MOST_SCANS} scans, got more")
+    if content[:2] in _IN_TEXT:
+        raise _NotUsable("a portable bitmap in bytes, got one in text,")
+    if image.format == "JPEG" and content.count(b"\xff\xda") > MOST_SCANS:
+        raise _NotUsable(f"a JPEG of at most {MOST_SCANS} scans, got more")
     tags = getattr(image, "tag_v2", {})
     for name, side in zip(("TileWidth", "TileLength"), image.size, strict=True):
         tile = tags.get(_TILES[name], 0)

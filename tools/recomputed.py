@@ -50,6 +50,11 @@ class Tally:
     verdicts: int = 0
     elsewhere: set[str] = field(default_factory=set)
 
+    def add(self, rows: int, digits: int, verdicts: int, elsewhere: Sequence[str] = ()) -> None:
+        """Add the rows of a table; ``elsewhere`` as the function of that name gives it."""
+        self.rows, self.digits, self.verdicts = self.rows + rows, self.digits + digits, self.verdicts + verdicts
+        self.elsewhere |= set(elsewhere)
+
     def words(self) -> str:
         """Which of the three holds."""
         where = f"on another machine ({'; '.join(sorted(self.elsewhere))})" if self.elsewhere else "on this machine"
@@ -194,23 +199,21 @@ def compared(path: Path, again: pd.DataFrame, tally: Tally | None = None) -> lis
         again: some of its rows, computed again, as `read_table` reads them.
         tally: to which these rows are added.
     """
+    tally = tally or Tally()
     published, other = read_table(path), elsewhere(check_sidecar(path)["made"])
     keys = [name for name in KEYS if name in again and (name == "eps" or again[name].dtype.kind != "f")]
     both = published.merge(again, on=keys, suffixes=("", "_again"))
     if len(both) != len(again):
-        if tally is not None:
-            tally.rows, tally.digits = tally.rows + len(again), tally.digits + len(again)
-            tally.verdicts += len(again)
+        tally.add(len(again), len(again), len(again))
         return [f"{path.name}: {len(again)} rows were computed again, and {len(both)} of them are published"]
     columns = [name for name in again if name not in keys and (not other or name in VERDICTS + NUMBERS)]
     changed = pd.DataFrame({name: ~_same(both, name, exact=not other) for name in columns})
     wrong = changed.to_numpy().any(axis=1)
     count = int(wrong.sum())
-    if tally is not None:
-        exact = [_same(both, name, exact=True) for name in again if name not in keys]
-        tally.rows, tally.verdicts = tally.rows + len(both), tally.verdicts + _turned(both)
-        tally.digits += int((~pd.DataFrame(exact)).any().sum())
-        tally.elsewhere |= set(other)
+    other_digits = pd.DataFrame({name: ~_same(both, name, exact=True) for name in again if name not in keys})
+    other_verdicts = other_digits[[name for name in VERDICTS if name in other_digits]]
+    digits, verdicts = (int(part.to_numpy().any(axis=1).sum()) for part in (other_digits, other_verdicts))
+    tally.add(len(both), digits, verdicts, other)
     where = f"on another machine ({'; '.join(other)})" if other else "on this machine"
     print(f"  {path.name}: {len(both)} rows computed again {where}, {count} differ", flush=True)
     if not count:
@@ -221,12 +224,6 @@ def compared(path: Path, again: pd.DataFrame, tally: Tally | None = None) -> lis
         print("\n".join(f"    {line}" for line in lines), flush=True)
         return []
     return [f"{path.name}: {count} of {len(both)} rows differ", *(f"  {line}" for line in lines)]
-
-
-def _turned(both: pd.DataFrame) -> int:
-    """In how many rows a verdict is another."""
-    named = [name for name in VERDICTS if f"{name}_again" in both]
-    return int((~pd.DataFrame([_same(both, name, exact=True) for name in named])).any().sum()) if named else 0
 
 
 def _same(both: pd.DataFrame, name: str, *, exact: bool) -> pd.Series:

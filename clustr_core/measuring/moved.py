@@ -20,9 +20,9 @@ def moved_by(table: pd.DataFrame) -> pd.DataFrame:
         that are furthest apart. All checks of a model are one row, "checks": how many there are, and how many verdicts
         turned.
     """
-    first = table["trained_by"].min()
-    base = table.query("trained_by == @first and measured_by == @first")
-    others = table.query("not (trained_by == @first and measured_by == @first)")
+    first, table = table["trained_by"].min(), table.reset_index(drop=True)
+    base = _of_fewest(table)
+    others = table.drop(base.index)
     both = others.merge(base, on=[*KEYS, "seed"], suffixes=("", "_of_first"))
     both["apart"] = (both["value"] - both["value_of_first"]).abs()
     both["by"] = ["by_measuring" if threads == first else "by_training" for threads in both["trained_by"]]
@@ -38,6 +38,12 @@ def moved_by(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([shares, _checks(pd.DataFrame(numbers.loc[is_check]))], ignore_index=True).sort_values(
         KEYS, ignore_index=True, kind="stable"
     )
+
+
+def _of_fewest(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that the smallest number of threads trained and measured."""
+    fewest = table["trained_by"].min()
+    return pd.DataFrame(table[(table["trained_by"] == fewest) & (table["measured_by"] == fewest)])
 
 
 def _checks(numbers: pd.DataFrame) -> pd.DataFrame:
@@ -69,9 +75,7 @@ def gap_table(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: as `moved_by` takes it; what the fewest threads trained and measured is taken.
     """
-    fewest = table["trained_by"].min()
-    base = table[(table["trained_by"] == fewest) & (table["measured_by"] == fewest)]
-    wide = base.pivot_table(index=["model", "seed"], columns="number", values="value").reset_index()
+    wide = _of_fewest(table).pivot_table(index=["model", "seed"], columns="number", values="value").reset_index()
     wide["gap"] = 100 * (wide["paper's protocol"] - wide["correct attacks"])
     wide["seed"] = [f"seed {seed}" for seed in wide["seed"]]
     return wide.pivot_table(index="model", columns="seed", values="gap").rename_axis("method").reset_index()

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import warnings
 from pathlib import Path
 
@@ -77,7 +76,7 @@ def _columns(content: bytes) -> int:
     """Of the first row that is not blank, as far as its first megabyte says; its cells may hold ends of lines."""
     head = content[:MB].decode("utf-8", "replace")
     try:
-        return max(len(row) for row in itertools.islice(filter(None, csv.reader(io.StringIO(head))), 1))
-    except (csv.Error, ValueError):
+        return len(next(filter(None, csv.reader(io.StringIO(head))), []))
+    except csv.Error:
         # one that pandas will name
         return head.count(",")

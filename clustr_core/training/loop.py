@@ -158,8 +158,8 @@ def _fit(
     record = recorder if captured and can_be_captured(recipe) else None
     state = new_state(recipe, dataset, images, labels, start, processes, record)
     check_smallest_batch(recipe, state.network.encoder, images, processes)
-    note_place(state)
     if not resumed:
+        note_place(state)
         save_progress(folder, recipe, state)
         processes.wait()
     if resumed or processes.count > 1:
