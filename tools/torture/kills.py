@@ -76,9 +76,8 @@ def tried(folder: Path, count: int) -> Killed:
         status = _forked(place)
         contents = contents_of(place)
         found.leftovers += sum(name.endswith(".tmp") for name in contents)
-        kept = {name: each for name, each in contents.items() if not name.endswith(".tmp")}
-        if status != 0 or kept != expected:
-            differing = sorted(name for name in kept.keys() | expected.keys() if kept.get(name) != expected.get(name))
+        differing = lost(contents, expected)
+        if status != 0 or differing:
             found.lost.append(f"{how}: status {status}, {differing[:3]}")
     return found
 
@@ -91,6 +90,12 @@ def _undisturbed(place: Path) -> tuple[dict[str, str], int, float]:
         raise RuntimeError("kills: expected a run that nobody kills to end well")
     seconds = time.monotonic() - start
     return contents_of(place), int(count.read_text(encoding="utf-8")), seconds
+
+
+def lost(contents: dict[str, str], expected: dict[str, str]) -> list[str]:
+    """The files, temporary ones left out, that are not what they should be."""
+    kept = {name: each for name, each in contents.items() if not name.endswith(".tmp")}
+    return sorted(name for name in kept.keys() | expected.keys() if kept.get(name) != expected.get(name))
 
 
 def contents_of(place: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ import tqdm
 
 from clustr_core import cli
 from clustr_core.storage.gate import MB
-from tools.torture.kills import COMMANDS, WORDS, book_at, commands, contents_of
+from tools.torture.kills import COMMANDS, WORDS, book_at, commands, contents_of, lost
 
 NOBODY = 65534
 # a century either way
@@ -72,7 +72,7 @@ def tried(folder: Path, count: int) -> Troubled:
     # once here, so that no fork has anything left to import
     commands(folder / "warm")
     start = time.monotonic()
-    if _Ran(folder / "whole").child().status():
+    if _begun(folder / "whole").status():
         raise RuntimeError("trouble: expected a run without trouble to end well")
     seconds, expected = time.monotonic() - start, contents_of(folder / "whole")
     found, drawn = Troubled(), random.Random(0)
@@ -85,53 +85,46 @@ def tried(folder: Path, count: int) -> Troubled:
             wrong, struck = trouble(place, drawn, seconds)
             found.reached[kind] += struck
             found.wrong += [f"{name}: {each}" for each in wrong]
-            last = _Ran(place).child()
+            last = _begun(place)
             if (status := last.status()) != 0:
                 found.wrong.append(f"{name}: status {status} without trouble: {last.lines()[-1:]}")
-            kept = {path: each for path, each in contents_of(place).items() if not path.endswith(".tmp")}
-            if kept != expected:
-                differing = [path for path in kept.keys() | expected.keys() if kept.get(path) != expected.get(path)]
-                found.wrong.append(f"{name}: differs in {sorted(differing)[:3]}")
+            if differing := lost(contents_of(place), expected):
+                found.wrong.append(f"{name}: differs in {differing[:3]}")
     return found
 
 
-@dataclass
-class _Ran:
-    """All commands, in a book at a place."""
+def _begun(place: Path, before: Callable[[], object] = lambda: None) -> _Child:
+    """A fork that runs all commands in a book at a place, after a call of ``before`` in it."""
+    book_at(place)
+    # not a file, which a full disk would end; with room for all that is said, since it is read at the end
+    said, end = os.pipe()
+    fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, MB)
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            status = _work(place, end, before)
+        except KeyboardInterrupt as asked:
+            status = 128 + (asked.args[0] if asked.args else signal.SIGINT)
+        finally:
+            os._exit(status)
+    os.close(end)
+    return _Child(pid, said)
 
-    place: Path
 
-    def child(self, before: Callable[[], object] = lambda: None) -> _Child:
-        """Run them in a fork, after a call of ``before`` in it."""
-        book_at(self.place)
-        # not a file, which a full disk would end; with room for all that is said, since it is read at the end
-        said, end = os.pipe()
-        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, MB)
-        pid = os.fork()
-        if pid == 0:
-            status = 99
-            try:
-                status = self._work(end, before)
-            except KeyboardInterrupt as asked:
-                status = 128 + (asked.args[0] if asked.args else signal.SIGINT)
-            finally:
-                os._exit(status)
-        os.close(end)
-        return _Child(pid, said)
-
-    def _work(self, said: int, before: Callable[[], object]) -> int:
-        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
-        os.dup2(said, 2)
-        sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
-        tqdm.tqdm.set_lock(threading.RLock())
-        os.environ["CLUSTR_HOME"] = str(self.place)
-        os.chdir(self.place)
-        before()
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-            for command in COMMANDS:
-                if status := cli.main([command, *WORDS]):
-                    return status
-        return 0
+def _work(place: Path, said: int, before: Callable[[], object]) -> int:
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+    os.dup2(said, 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
+    tqdm.tqdm.set_lock(threading.RLock())
+    os.environ["CLUSTR_HOME"] = str(place)
+    os.chdir(place)
+    before()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        for command in COMMANDS:
+            if status := cli.main([command, *WORDS]):
+                return status
+    return 0
 
 
 _Answer = tuple[list[str], bool]
@@ -147,7 +140,7 @@ def _unexplained(child: _Child, status: int, allowed: Sequence[int]) -> list[str
 
 def _asked(number: signal.Signals) -> Callable[[Path, random.Random, float], _Answer]:
     def trouble(place: Path, drawn: random.Random, seconds: float) -> _Answer:
-        child = _Ran(place).child()
+        child = _begun(place)
         time.sleep(drawn.uniform(0.02, seconds))
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, number)
@@ -159,7 +152,7 @@ def _asked(number: signal.Signals) -> Callable[[Path, random.Random, float], _An
 
 def _cannot_grow(place: Path, drawn: random.Random, seconds: float) -> _Answer:
     size = drawn.choice((0, 10, 500, 2000, 10_000, 30_000))
-    child = _Ran(place).child(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    child = _begun(place, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
     status = child.status()
     half = [path for path in contents_of(place) if path.endswith(".tmp")]
     return [*_unexplained(child, status, (2,)), *half], status != 0
@@ -181,7 +174,7 @@ def _locked(place: Path, drawn: random.Random, seconds: float) -> _Answer:
             os.setgid(NOBODY)
             os.setuid(NOBODY)
 
-    child = _Ran(place).child(as_somebody)
+    child = _begun(place, as_somebody)
     status = child.status()
     wrong = _unexplained(child, status, (2,))
     if locked == place / "runs" and contents_of(place) != before:
@@ -193,7 +186,7 @@ def _locked(place: Path, drawn: random.Random, seconds: float) -> _Answer:
 
 def _dated(place: Path, drawn: random.Random, seconds: float) -> _Answer:
     """Kill it, and let its files be fifty years older or younger, as after a clock was set."""
-    child = _Ran(place).child()
+    child = _begun(place)
     time.sleep(drawn.uniform(0.02, seconds))
     os.kill(child.pid, signal.SIGKILL)
     status, then = child.status(), time.time() + drawn.choice((-1, 1)) * CENTURY / 2
@@ -206,7 +199,7 @@ def _together(count: int) -> Callable[[Path, random.Random, float], _Answer]:
     def trouble(place: Path, drawn: random.Random, seconds: float) -> _Answer:
         children = []
         for _ in range(count):
-            children.append(_Ran(place).child())
+            children.append(_begun(place))
             time.sleep(drawn.uniform(0, seconds / 4))
         ends = [(child, child.status()) for child in children]
         return [wrong for child, status in ends for wrong in _unexplained(child, status, ())], True
