@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.torture import kills, trouble
-from tools.torture.__main__ import GROUPS, hostile, summary
+from tools.torture import fuzz, kills, trouble
+from tools.torture.__main__ import GROUPS, faults, hostile, summary, unthought_of
 from tools.torture.forks import Case, attempt
 
 AT_SOME_TIME = ("Ctrl-C", "SIGTERM", "files dated fifty years off")
@@ -28,11 +28,46 @@ def places(tmp_path, monkeypatch):
 def test_every_tenth_hostile_input(tmp_path, monkeypatch, as_installed, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
-    outcomes = hostile([name], tmp_path / "torture", every=10, loud=False)
-    assert [(each.case.name, each.faults, each.message[:300]) for each in outcomes if each.faults] == []
+    outcomes = hostile([name], tmp_path / "torture", every=10)
+    assert faults(outcomes) == []
     assert len(outcomes) >= 15
     assert summary(outcomes)[-1] == "faults: none"
     assert {each.answer for each in outcomes} == {"refused", "accepted"} or name == "released"
+
+
+def test_inputs_that_nobody_thought_of(tmp_path, monkeypatch, as_installed):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
+    outcomes = unthought_of(tmp_path / "torture", each=12, keep=tmp_path / "kept")
+    assert faults(outcomes) == []
+    assert len(outcomes) == 12 * len(fuzz.LOADERS)
+    assert {each.answer for each in outcomes} == {"refused", "accepted"}
+    assert not (tmp_path / "kept").exists()
+
+
+def reads_all_but_long_lists(folder):
+    """A loader with a fault, for the search to find."""
+
+    def made(drawn, value):
+        def call():
+            (folder / "input").write_text(repr(value), encoding="utf-8")
+            if isinstance(value, list) and len(value) > 1:
+                raise KeyError(value)
+
+        return call
+
+    return made
+
+
+def test_what_breaks_a_loader_is_found_and_kept_as_small_as_can_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
+    monkeypatch.setattr(fuzz, "LOADERS", {"faulty": reads_all_but_long_lists})
+    outcomes = unthought_of(tmp_path / "torture", keep=tmp_path / "kept")
+    assert any("unexplained: KeyError" in line for line in faults(outcomes))
+    smallest = (tmp_path / "kept/fuzz-faulty/input").read_text(encoding="utf-8")
+    assert len(eval(smallest)) == 2
+    assert len(smallest) < 20
 
 
 def test_kills_at_writes_and_at_random_times(tmp_path, monkeypatch):

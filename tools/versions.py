@@ -7,7 +7,8 @@ two prove. Both files are made by
     uv pip compile pyproject.toml --extra dev --resolution lowest-direct --python-version 3.11.7 \\
       --python-platform x86_64-manylinux_2_28 --no-header --no-annotate -o constraints/oldest.txt
 
-(newest: without --resolution), and requirements.lock with -c constraints.txt --generate-hashes.
+(newest: without --resolution, and with `-c` a file that says torch<=2.14.1, the newest that was tried), and
+requirements.lock with -c constraints.txt --generate-hashes.
 """
 
 import argparse

@@ -1,8 +1,11 @@
-"""Inputs that nobody thought of: good ones, changed at random, for each loader.
+"""Inputs that nobody thought of, for each loader: what it does with them is a property that Hypothesis tries to break.
 
-What has a structure is changed in it and sealed again, so that the change comes to the checks behind the digests: words
-of a profile, values of `run.json` and of a checkpoint, instructions of a released pickle, headers of tensors. Another
-``--seed`` gives other inputs.
+The property: a file is read, or refused in a short line, within the limits of `tools.torture.forks`, and nothing else
+happens. The inputs are good ones with something in them changed. What has a structure is changed in it and sealed
+again, so that the change comes to the checks behind the digests: words and values of a profile, values of `run.json`
+and of a checkpoint, instructions of a released pickle, headers of tensors. The search climbs towards inputs that take
+long or much memory (Hypothesis's targets), and one that breaks the property is made as small as it can be. Another
+``--seed`` begins elsewhere.
 """
 
 import copy
@@ -18,6 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings, target
+from hypothesis import seed as seeded
+from hypothesis import strategies as st
+
 from clustr_core import data
 from clustr_core.measuring.profile import load_profile
 from clustr_core.models.official import load_official
@@ -27,7 +35,7 @@ from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training.loop import fit
 from clustr_core.training.run import CHECKPOINT, DONE, HISTORY, WEIGHTS, load_run
 from tools.torture import images, profiles, released, runs
-from tools.torture.forks import Case
+from tools.torture.forks import Case, Outcome, attempt
 
 EACH = 100
 _ODD: tuple[Any, ...] = (
@@ -40,12 +48,48 @@ _BITS_OF_YAML = (
 )  # fmt: skip
 
 
-def cases(folder: Path, canaries: Path, seed: int = 0) -> Iterator[Case]:
-    """So many for each loader."""
-    drawn = random.Random(seed)
-    for name, make in LOADERS.items():
-        for number, call in zip(range(EACH), make(folder, drawn), strict=False):
-            yield Case("fuzz", f"{name} {number} of seed {seed}", call, "either")
+_LEAVES = st.sampled_from(_ODD) | st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40)
+VALUES = st.recursive(
+    _LEAVES, lambda inside: st.lists(inside, max_size=4) | st.dictionaries(st.text(max_size=8), inside, max_size=4)
+)
+# what is done with an input that is made of chance and of a strange value
+Made = Callable[[random.Random, Any], Callable[[], object]]
+
+
+def searched(name: str, folder: Path, canaries: Path, *, inputs: int = EACH, seed: int = 0) -> list[Outcome]:
+    """What came of so many inputs for one loader, and of the smaller ones that were made of one that broke it.
+
+    Args:
+        name: of `LOADERS`.
+        folder: the book of the inputs; if one broke the loader, the smallest that did lies there in the end.
+    """
+    outcomes: list[Outcome] = []
+    made = LOADERS[name](folder)
+
+    @seeded(seed)
+    @settings(
+        max_examples=inputs,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.target, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(drawn=st.randoms(use_true_random=False), value=VALUES)
+    def read_or_refused(drawn: random.Random, value: Any) -> None:
+        case = Case("fuzz", f"{name} {len(outcomes)} of seed {seed}", made(drawn, value), "either")
+        outcomes.append(outcome := attempt(case, folder, canaries))
+        target(outcome.seconds, label="seconds")
+        target(outcome.megabytes, label="megabytes")
+        if outcome.faults:
+            raise AssertionError(outcome.faults)
+
+    try:
+        read_or_refused()
+    # what Hypothesis raises once it has the smallest: that, or that it broke once and not again
+    except Exception:
+        if not any(outcome.faults for outcome in outcomes):
+            raise
+    return outcomes
 
 
 def bytes_changed(content: bytes, drawn: random.Random) -> bytes:
@@ -70,8 +114,8 @@ def bytes_changed(content: bytes, drawn: random.Random) -> bytes:
     return bytes(changed)
 
 
-def value_changed(content: Any, drawn: random.Random) -> Any:
-    """JSON with one or a few of its values, anywhere in it, replaced, gone, doubled, or put into each other."""
+def value_changed(content: Any, drawn: random.Random, value: Any) -> Any:
+    """JSON with one or a few of its values, anywhere in it, replaced by ``value``, gone, doubled, or put elsewhere."""
     changed = {"": copy.deepcopy(content)}
     for _ in range(drawn.choice((1, 1, 1, 2, 3))):
         places = list(_places(changed))
@@ -85,7 +129,7 @@ def value_changed(content: Any, drawn: random.Random) -> Any:
         elif kind == 2 and isinstance(inside, dict):
             inside[drawn.choice(("evil", "", "x" * 2000, str(key) + " "))] = copy.deepcopy(inside[key])
         else:
-            inside[key] = copy.deepcopy(drawn.choice(_ODD))
+            inside[key] = copy.deepcopy(value)
     return changed.get("")
 
 
@@ -98,47 +142,59 @@ def _places(inside: Any) -> Iterator[tuple[Any, Any]]:
             yield from _places(inside[key])
 
 
-def _profiles(folder: Path, drawn: random.Random) -> Iterator[Callable[[], object]]:
+def _profiles(folder: Path) -> Made:
     path = folder / "profiles" / "fuzz.yaml"
     words = re.findall(r"\w+|\s+|[^\w\s]", profiles.GOOD)
-    while True:
+    said = yaml.safe_load(profiles.GOOD)
+
+    def text(drawn: random.Random, value: Any) -> str:
+        if drawn.randrange(2):
+            return yaml.safe_dump(value_changed(said, drawn, value), allow_unicode=bool(drawn.randrange(2)))
         changed = list(words)
         for _ in range(drawn.choice((1, 1, 2, 3, 8))):
             here = drawn.randrange(len(changed))
             new = drawn.choice((drawn.choice(_BITS_OF_YAML), drawn.choice(words), *profiles.VALUES.values()))
             changed[here : here + drawn.randrange(2)] = [new] * drawn.choice((0, 1, 1, 1, 50))
-        text = "".join(changed)
-        content = bytes_changed(text.encode(), drawn) if drawn.randrange(4) == 0 else text.encode()
+        return "".join(changed)
 
-        def call(content: bytes = content) -> object:
-            path.write_bytes(content)
-            return load_profile("fuzz").sha256
+    def made(drawn: random.Random, value: Any) -> Callable[[], object]:
+        content = text(drawn, value).encode(errors="surrogatepass")
+        return _reading(
+            path, content if drawn.randrange(4) else bytes_changed(content, drawn), lambda: load_profile("fuzz").sha256
+        )
 
-        yield call
+    return made
 
 
-def _images(folder: Path, drawn: random.Random) -> Iterator[Callable[[], object]]:
+def _reading(path: Path, content: bytes, read: Callable[[], object]) -> Callable[[], object]:
+    """Write a file, and read it."""
+
+    def call() -> object:
+        path.write_bytes(content)
+        return read()
+
+    return call
+
+
+def _images(folder: Path) -> Made:
     good = [images.good(kind) for kind in data.IMAGE_FORMATS]
-    while True:
+
+    def made(drawn: random.Random, value: Any) -> Callable[[], object]:
         content = bytes_changed(drawn.choice(good), drawn)
+        return lambda: images.read_after(folder, lambda place: (place / images.FIRST).write_bytes(content))
 
-        def change(place: Path, content: bytes = content) -> None:
-            (place / images.FIRST).write_bytes(content)
-
-        yield partial(images.read_after, folder, change)
+    return made
 
 
-def _released(folder: Path, drawn: random.Random) -> Iterator[Callable[[], object]]:
+def _released(folder: Path) -> Made:
     path = folder / "released.pth"
     new, old = released.good(), released.good(_use_new_zipfile_serialization=False)
-    while True:
+
+    def made(drawn: random.Random, value: Any) -> Callable[[], object]:
         content = bytes_changed(old, drawn) if drawn.randrange(3) == 0 else _archive_changed(new, drawn)
+        return _reading(path, content, lambda: load_official(path, dataset="cifar10").training)
 
-        def call(content: bytes = content) -> object:
-            path.write_bytes(content)
-            return load_official(path, dataset="cifar10").training
-
-        yield call
+    return made
 
 
 def _archive_changed(archive: bytes, drawn: random.Random) -> bytes:
@@ -153,7 +209,7 @@ def _archive_changed(archive: bytes, drawn: random.Random) -> bytes:
     return written.getvalue()
 
 
-def _runs(folder: Path, drawn: random.Random) -> Iterator[Callable[[], object]]:
+def _runs(folder: Path) -> Made:
     runs.prepared(folder)
     good = next((folder / "good-runs").glob("digits-clustr-*"))
     place, recipe = folder / "runs" / good.name, load_profile("runs").recipes["clustr"]
@@ -190,41 +246,42 @@ def _runs(folder: Path, drawn: random.Random) -> Iterator[Callable[[], object]]:
         runs.sealed(place, facts | {"history_sha256": digest(content)})
 
     history = (good / HISTORY).read_bytes()
-    while True:
-        kind, changed = drawn.randrange(5), value_changed(facts, drawn)
+
+    def made(drawn: random.Random, value: Any) -> Callable[[], object]:
+        kind = drawn.randrange(5)
         if kind == 0:
-            progress = value_changed(said, drawn)
-            yield resumed(progress if isinstance(progress, dict) else said)
-        elif kind == 1:
-            yield used(partial(with_weights, _header_changed(weights, drawn)))
-        elif kind == 2:
-            yield used(partial(with_weights, bytes_changed(weights, drawn)))
-        elif kind == 3:
-            yield used(partial(with_history, bytes_changed(history, drawn)))
-        else:
-            yield used(partial(runs.sealed, place, changed if isinstance(changed, dict) else {}))
+            progress = value_changed(said, drawn, value)
+            return resumed(progress if isinstance(progress, dict) else said)
+        if kind == 1:
+            return used(partial(with_weights, _header_changed(weights, drawn, value)))
+        if kind == 2:
+            return used(partial(with_weights, bytes_changed(weights, drawn)))
+        if kind == 3:
+            return used(partial(with_history, bytes_changed(history, drawn)))
+        changed = value_changed(facts, drawn, value)
+        return used(partial(runs.sealed, place, changed if isinstance(changed, dict) else {}))
+
+    return made
 
 
-def _header_changed(weights: bytes, drawn: random.Random) -> bytes:
+def _header_changed(weights: bytes, drawn: random.Random, value: Any) -> bytes:
     """Tensors as safetensors, with what the header says of them changed."""
     (length,) = struct.unpack("<Q", weights[:8])
-    header = json.dumps(value_changed(json.loads(weights[8 : 8 + length]), drawn)).encode()
+    header = json.dumps(value_changed(json.loads(weights[8 : 8 + length]), drawn, value)).encode()
     return struct.pack("<Q", len(header)) + header + weights[8 + length :]
 
 
-def _tables(folder: Path, drawn: random.Random) -> Iterator[Callable[[], object]]:
+def _tables(folder: Path) -> Made:
+    path = folder / "table.csv"
     good = b"method,index,robust,eps,loss\n" + b"".join(b"ce,%d,True,0.1,\xc3\xa9\n" % n for n in range(20))
-    while True:
-        content = bytes_changed(good, drawn)
 
-        def call(content: bytes = content) -> object:
-            (path := folder / "table.csv").write_bytes(content)
-            return len(read_table(path))
+    def made(drawn: random.Random, value: Any) -> Callable[[], object]:
+        return _reading(path, bytes_changed(good, drawn), lambda: len(read_table(path)))
 
-        yield call
+    return made
 
 
-LOADERS: dict[str, Callable[[Path, random.Random], Iterator[Callable[[], object]]]] = {
+LOADERS: dict[str, Callable[[Path], Made]] = {
     "profile": _profiles,
     "image": _images,
     "released file": _released,
