@@ -248,7 +248,8 @@ def test_of_several_processes_at_the_command_line_one_speaks_and_writes(tmp_path
         assert done.returncode == 0, done.stderr[-4000:]
         spoken.append(done.stdout)
         tables.append((home / "results/tiny/attacks-ce.csv").read_bytes())
-    assert spoken[0] == spoken[1]
+    # before it, Gloo of older versions of PyTorch says that it is connected
+    assert spoken[0].endswith(spoken[1])
     assert spoken[0].count("wrote results/tiny/attacks-ce.csv (80 rows)") == 1
     assert tables[0] == tables[1]
 

@@ -28,8 +28,8 @@ from torch import Tensor
 CHOICES = ("auto", "reference", "triton")
 VARIABLE = "CLUSTR_KERNELS"
 _KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
-# the first one with all that the kernels use; of torch 2.9
-OLDEST_TRITON = (3, 5)
+# the first one with all that the kernels use; of torch 2.10
+OLDEST_TRITON = (3, 6)
 # the compute capability of the oldest GPU for which they are compiled, and looked at
 OLDEST_CAPABILITY = (8, 0)
 _TRITON_MODULES = ("cluster_logits", "pairwise_radius")
