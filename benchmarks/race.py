@@ -82,7 +82,8 @@ def race(dataset: str, minutes: Sequence[float], keep: Sequence[int], seeds: int
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             waiting = [pool.submit(raced, name, dataset, given, seed, last) for name, given, seed, _ in missing]
             for done in as_completed(waiting):
-                known = pd.concat([known.reset_index(), pd.DataFrame([done.result()])]).set_index(KEY)
+                row = pd.DataFrame([done.result()])
+                known = (pd.concat([known.reset_index(), row]) if len(known) else row).set_index(KEY)
                 write_table(path, known.reset_index())
         if not last:
             of_round = known.loc[asked]

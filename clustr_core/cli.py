@@ -36,6 +36,7 @@ from clustr_core.models.official import NUM_CLASSES, load_official
 from clustr_core.storage.files import digest, expanded, home, write_string
 from clustr_core.storage.gate import RELEASED_LIMIT, VALUE_LIMIT, brief, is_stream, read_bytes, shortened, target_of
 from clustr_core.storage.pack import Bounds, parse_size
+from clustr_core.storage.provenance import is_sidecar, sidecar_of
 from clustr_core.training.fields import read_yaml
 from clustr_core.training.loop import fit
 from clustr_core.training.processes import count, device_here, is_first
@@ -106,8 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(what: str) -> None:
     """One line for the user, if anybody listens: a pipe may have ended before."""
+    # what a terminal would act on is told by its number: it may come from a stranger's file
+    printable = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in what)
     with contextlib.suppress(OSError):
-        print("clustr:", what, file=sys.stderr, flush=True)
+        print("clustr:", printable, file=sys.stderr, flush=True)
 
 
 _WAITS = "clustr: {}: the epoch or piece under way is finished first; once more ends at once"
@@ -126,6 +129,8 @@ def _check_output(options: argparse.Namespace) -> None:
     target_of(Path(given))
     if Path(given).suffix != ".csv":
         raise ValueError(f"--output: expected a file name that ends in .csv, since X.json lies beside it, got {given}")
+    if (beside := sidecar_of(Path(given))).exists() and not is_sidecar(beside):
+        raise ValueError(f"--output: expected at {beside} no file but a table's sidecar, got one that would be lost")
 
 
 def _train(options: argparse.Namespace) -> None:

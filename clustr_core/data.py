@@ -293,6 +293,10 @@ def _load_folder(name: str, given: Path, root: Path) -> Dataset:
         # said before the images are decoded, which may take long
         kept = _can_be_written(cache)
         tensors = _decode(files)
+        if fingerprint != _fingerprint(folder, [path for part in files.values() for path, _ in part]):
+            raise ValueError(
+                f"folder: expected images that nobody changes while they are read, got another of {folder}"
+            )
         if kept:
             write_tensors(cache, IMAGES, tensors, {"fingerprint": fingerprint})
     return Dataset(name, **tensors, class_names=names)  # pyright: ignore[reportArgumentType]

@@ -1,6 +1,6 @@
 """Hold the GPU kernels to every compiler that the project declares: no GPU is needed, but some gigabytes of packages.
 
-    python -m tools.compilers [--only triton-3.6.0 torch-2.10.0 ...]
+    python -m tools.compilers [--only triton-3.6.0 torch-2.11.0 ...]
 
 Under each Triton every kernel is compiled for every architecture, as `benchmarks.kernels --compile` does for two of
 them; under the oldest and the newest torch the kernels run in Triton's interpreter, held to the float64 references.
@@ -18,11 +18,11 @@ from pathlib import Path
 from benchmarks.kernels import SHARED
 from clustr_core.storage.files import home
 
-# of torch 2.10 and 2.11, 2.12 and 2.13, 2.14, 2.15; of the last there is no torchvision yet
+# of torch 2.11, 2.12 and 2.13, 2.14, 2.15; of the last there is no torchvision yet
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 # and what else they need: the interpreter of Triton 3.6 makes Python numbers of arrays as NumPy 2.4 no longer does, and
 # older ones warn of
-TORCHES = {"2.10.0": ("numpy<2.4",), "2.14.1": ()}
+TORCHES = {"2.11.0": ("numpy<2.4",), "2.14.1": ()}
 OLD_NUMPY = "Conversion of an array"
 NAMES = (*(f"triton-{each}" for each in TRITONS), *(f"torch-{each}" for each in TORCHES))
 

@@ -139,8 +139,9 @@ def save_figure(figure: Figure, label: str, table: pd.DataFrame, *, profile: str
         with written_whole(stem.with_suffix(suffix)) as temporary, mpl.rc_context({"svg.hashsalt": label}):
             figure.savefig(temporary, format=suffix[1:], metadata=undated, bbox_inches="tight")
     drawn_from = stem.with_suffix(".csv")
-    write_table(drawn_from, table)
-    write_sidecar(drawn_from, environment() | {"profile": profile, "methods": _methods(table, profile)})
+    written = write_table(drawn_from, table)
+    made = environment() | {"profile": profile, "methods": _methods(table, profile)}
+    write_sidecar(drawn_from, made, written=written)
     return drawn_from
 
 

@@ -47,9 +47,9 @@ def made_of(method: str, run: Run | None) -> dict[str, Any]:
 
 def write_rows(path: Path, table: pd.DataFrame, made: dict[str, Any]) -> None:
     """Write a table and, beside it, the sidecar that says how it was made; to a device or a FIFO the table alone."""
-    write_table(path, table)
+    written = write_table(path, table)
     if not is_stream(path):
-        write_sidecar(path, made)
+        write_sidecar(path, made, written=written)
 
 
 def is_written(folder: Path, profile: Profile, kind: str, method: str) -> bool:

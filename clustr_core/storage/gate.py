@@ -14,7 +14,7 @@ GB = 2**30
 # the largest of each kind that is read. Nothing of the book's is a tenth as large; what is larger is another file by
 # mistake, or was made to fill the memory
 PROFILE_LIMIT = MB
-JSON_LIMIT = 64 * MB
+JSON_LIMIT = 8 * MB
 TABLE_LIMIT = 2 * GB
 # a ResNet-18 of width 64 has 45 MB; its checkpoint, with the optimiser's state, three times as many
 RELEASED_LIMIT = GB
@@ -67,10 +67,12 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
     """
     parts, total = [], 0
     with opened(path, limit=limit) as file, named(path):
-        # in blocks, since a reader makes room for all that it is asked for
-        while total <= limit and (block := file.read(_BLOCK)):
+        # what it says that it holds at once, so that there is one copy of it; what comes beyond that in blocks
+        asked = min(os.fstat(file.fileno()).st_size, limit) or _BLOCK
+        while total <= limit and (block := file.read(asked)):
             parts.append(block)
             total += len(block)
+            asked = _BLOCK
     content = b"".join(parts)
     if total > limit:
         raise ValueError(f"{shown(path)}: expected at most {size_in_words(limit)}, got more")

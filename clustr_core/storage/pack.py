@@ -26,6 +26,10 @@ _PART_LINE, _REST = 200, 6_000
 # of a zip archive: its end, and what a file's two headers take beside its name
 _ZIP_END, _ZIP_HEADERS = 98, 160
 _BLOCK = 2**20
+# of a member, before its name
+_HEADER = 30
+# a table shrinks to a tenth or a twentieth
+_TEXT = 100
 
 
 @dataclass(frozen=True)
@@ -193,9 +197,13 @@ def unpack(folder: Path, into: Path) -> None:
 
 
 def _check_members(archive: zipfile.ZipFile) -> None:
-    """No member inside another, and all of a size that a leg can have."""
+    """No member inside another, none that grows beyond what text can, and all of a size that a leg can have."""
     members = archive.infolist()
-    if sum(member.compress_size for member in members) > archive.start_dir:
+    if bombs := [each.filename for each in members if each.file_size > _TEXT * each.compress_size + _BLOCK]:
+        raise zipfile.BadZipFile(f"members that grow more than {_TEXT} times: {listed(bombs)}")
+    # each has a header of its own, an empty one too
+    headers = sum(_HEADER + len(member.orig_filename.encode()) for member in members)
+    if headers + sum(member.compress_size for member in members) > archive.start_dir:
         raise zipfile.BadZipFile("members that overlap")
     if (total := sum(member.file_size for member in members)) > TENSORS_LIMIT:
         raise zipfile.BadZipFile(f"{total:,} bytes, where {size_in_words(TENSORS_LIMIT)} are the most")

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from clustr_core.storage.files import digest, read_json, seal_of, write_json
-from clustr_core.storage.gate import TABLE_LIMIT, decoded, read_bytes
+from clustr_core.storage.gate import TABLE_LIMIT, brief, decoded, read_bytes
 from clustr_core.storage.tables import parsed_table
 
 VERSIONED = ("torch", "torchvision", "numpy", "scikit-learn", "umap-learn")
@@ -103,7 +103,15 @@ def sidecar_of(table: Path) -> Path:
     return table.with_suffix(".json")
 
 
-def write_sidecar(table: Path, made: Mapping[str, Any], *, note: str = "") -> None:
+def is_sidecar(path: Path) -> bool:
+    """Whether a file is one that `write_sidecar` wrote, or damaged since."""
+    try:
+        return {"table", "made", "note"} <= read_json(path).keys()
+    except (ValueError, OSError):
+        return False
+
+
+def write_sidecar(table: Path, made: Mapping[str, Any], *, note: str = "", written: bytes | None = None) -> None:
     """Say beside a table what it holds and how it was made.
 
     Args:
@@ -111,8 +119,10 @@ def write_sidecar(table: Path, made: Mapping[str, Any], *, note: str = "") -> No
         made: `environment` and what else decides the rows: seed, profile, run, weights, protocol, version. What is
             not known is None.
         note: in words, what a reader must know beyond that.
+        written: what `write_table` wrote: another process may have put its table there since. Else what is there.
     """
-    content = {"table": _contents(table, read_bytes(table, limit=TABLE_LIMIT)), "made": dict(made), "note": note}
+    written = read_bytes(table, limit=TABLE_LIMIT) if written is None else written
+    content = {"table": _contents(table, written), "made": dict(made), "note": note}
     write_json(sidecar_of(table), content | {"sha256": seal_of(content)})
 
 
@@ -150,7 +160,7 @@ def _held(table: Path, written: bytes) -> dict[str, Any]:
     if not isinstance(said, dict) or not isinstance(content.get("made"), dict):
         raise ValueError(f"{path}: expected the keys table and made, got {sorted(content)}")
     if wrong := sorted(key for key in found if said.get(key) != found[key]):
-        differing = ", ".join(f"{key} {said.get(key)!r}, found {found[key]!r}" for key in wrong)
+        differing = ", ".join(f"{key} {brief(said.get(key))}, found {brief(found[key])}" for key in wrong)
         raise ValueError(f"{table}: expected the table that its sidecar describes: {differing}")
     if content.pop("sha256", None) != seal_of(content):
         raise ValueError(

@@ -47,13 +47,15 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         header = json.loads(written[_LENGTH : _LENGTH + int.from_bytes(written[:_LENGTH], "little")])
         content = json.loads(header[_SAID][ENTRY])
         found, facts, said = content["kind"], content["facts"], content["sha256"]
+        if not isinstance(found, str) or not isinstance(facts, dict):
+            raise TypeError("something else")
+        # in here: what is nested as deep as can just be read may be too deep to be written
+        computed = _digest_of(found, tensors, facts)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path}: expected {kind}, got a truncated or damaged file ({shortened(str(error))})"
         ) from error
-    if not isinstance(found, str) or not isinstance(facts, dict):
-        raise ValueError(f"{path}: expected {kind}, got something else")
-    if said != _digest_of(found, tensors, facts):
+    if said != computed:
         raise ValueError(f"{path}: expected {kind}, got a damaged file (its sha256 is another)")
     if found != kind:
         raise ValueError(f"{path}: expected {kind}, got {shortened(str(found))}")

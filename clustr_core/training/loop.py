@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from clustr_core import data
 from clustr_core.models.clusters import Clusters
-from clustr_core.storage.files import digest, seal_of, write_json, written_whole
+from clustr_core.storage.files import alone, digest, seal_of, write_json, written_whole
 from clustr_core.storage.provenance import environment
 from clustr_core.storage.tables import write_table
 from clustr_core.training.captured import (
@@ -291,7 +291,9 @@ def replays(recipe: Recipe, state: State, pixels: Tensor) -> Iterator[Tensor]:
     perturbation = state.perturbation[: len(pixels)]
     for _ in range(recipe.replays):
         leaf = perturbation.clone().requires_grad_()
-        yield (pixels + leaf).clamp(0, 1)
+        moved = pixels + leaf
+        # not by clamp's gradient: at 0 and 1 it is 1 before PyTorch 2.14, and 0 from then on
+        yield torch.where((moved > 0) & (moved < 1), moved, moved.detach().clamp(0, 1))
         assert leaf.grad is not None
         # each process has the gradient of its own rows, and zeros
         state.processes.add_up([leaf.grad])
@@ -323,16 +325,11 @@ def finish(
     tensors = {f"network.{name}": tensor for name, tensor in stored_tensors(state.network, dtype).items()}
     parts = {"centroids": clusters.centroids, "labels": clusters.labels, "variance": clusters.variance}
     tensors |= {f"clusters.{name}": tensor.contiguous() for name, tensor in parts.items()}
-    with written_whole(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary)
-    write_table(folder / HISTORY, pd.DataFrame(state.history))
     content: dict[str, Any] = {
         "recipe": recipe_to_dict(recipe),
         "module": type(recipe).__module__,
         "version": training_version(recipe),
         "seed": recipe.seed,
-        "weights_sha256": digest((folder / WEIGHTS).read_bytes()),
-        "history_sha256": digest((folder / HISTORY).read_bytes()),
         "weights_dtype": dtype,
         "train_examples": len(labels),
         "num_classes": dataset.num_classes,
@@ -343,4 +340,12 @@ def finish(
         "trained_on": state.trained_on,
         **environment(str(images.device)),
     }
-    write_json(folder / DONE, content | {"sha256": seal_of(content)})
+    with alone(folder):
+        # another process may have finished the same run meanwhile: its files belong together
+        if (folder / DONE).exists():
+            return
+        with written_whole(folder / WEIGHTS) as temporary:
+            save_file(tensors, temporary)
+            content["weights_sha256"] = digest(temporary.read_bytes())
+        content["history_sha256"] = digest(write_table(folder / HISTORY, pd.DataFrame(state.history)))
+        write_json(folder / DONE, content | {"sha256": seal_of(content)})

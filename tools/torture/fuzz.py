@@ -72,7 +72,7 @@ def searched(name: str, folder: Path, canaries: Path, *, inputs: int = EACH, see
         deadline=None,
         database=None,
         phases=(Phase.generate, Phase.target, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(drawn=st.randoms(use_true_random=False), value=VALUES)
     def read_or_refused(drawn: random.Random, value: Any) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 CHOICES = ("auto", "reference", "triton")
 VARIABLE = "CLUSTR_KERNELS"
 _KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
-# the first one with all that the kernels use; of torch 2.10
+# the first one with all that the kernels use; of torch 2.11
 OLDEST_TRITON = (3, 6)
 # the compute capability of the oldest GPU for which they are compiled, and looked at
 OLDEST_CAPABILITY = (8, 0)
