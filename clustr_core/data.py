@@ -294,9 +294,7 @@ def _load_folder(name: str, given: Path, root: Path) -> Dataset:
         kept = _can_be_written(cache)
         tensors = _decode(files)
         if fingerprint != _fingerprint(folder, [path for part in files.values() for path, _ in part]):
-            raise ValueError(
-                f"folder: expected images that nobody changes while they are read, got another of {folder}"
-            )
+            raise ValueError(f"folder: expected images that do not change while they are read, got others in {folder}")
         if kept:
             write_tensors(cache, IMAGES, tensors, {"fingerprint": fingerprint})
     return Dataset(name, **tensors, class_names=names)  # pyright: ignore[reportArgumentType]

@@ -359,6 +359,21 @@ def test_an_output_that_its_sidecar_would_overwrite_is_refused_before_any_work(h
     assert contents(home / "runs") == {}
 
 
+def test_an_output_beside_somebody_elses_json_is_refused_before_any_work(home, capsys):
+    (home / "package.json").write_text('{"name": "mine"}', encoding="utf-8")
+    message = refused(capsys, "--output", "package.csv", command="certify")
+    expected = "--output: expected at package.json no file but a table's sidecar, got one that would be lost"
+    assert message == f"clustr: {expected}\n"
+    assert (home / "package.json").read_text(encoding="utf-8") == '{"name": "mine"}'
+    assert contents(home / "runs") == {}
+
+
+def test_what_a_terminal_would_act_on_is_told_by_its_number(capsys):
+    message = refused(capsys, "--output", "\x1b]0;pwned\x07.txt", command="certify")
+    assert "\\x1b]0;pwned\\x07" in message
+    assert message.removesuffix("\n").isprintable()
+
+
 def test_a_released_model_has_a_table_with_a_sidecar(home, monkeypatch):
     profile = "attacks:\n  linf: {eps: [0.05], steps: 1, examples: 9, losses: [ce]}\n"
     (home / "profiles/one.yaml").write_text(profile, encoding="utf-8")

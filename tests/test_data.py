@@ -409,6 +409,19 @@ def test_a_cache_that_cannot_be_read_is_as_good_as_none(folder, root, monkeypatc
     assert torch.equal(load(folder).test_labels, first.test_labels)
 
 
+def test_a_folder_that_changes_while_it_is_decoded_is_refused(folder, root, monkeypatch):
+    decode = data._decode
+
+    def meanwhile(files):
+        save(folder / "train/cat/b.png", picture(20))
+        return decode(files)
+
+    monkeypatch.setattr(data, "_decode", meanwhile)
+    with pytest.raises(ValueError, match="folder: expected images that do not change while they are read"):
+        load(folder)
+    assert caches(root) == []
+
+
 def test_images_that_no_memory_can_hold_are_named(folder, monkeypatch):
     def full(shape, dtype):
         raise MemoryError

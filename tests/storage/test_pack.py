@@ -1,5 +1,6 @@
 """Packs: the same bytes come back, every file is of bounded size, and what is missing or damaged is named."""
 
+import hashlib
 import json
 import subprocess
 import zipfile
@@ -9,6 +10,7 @@ import pytest
 from disk import contents, files_of_at_most
 
 from clustr_core.storage import pack as pack_module
+from clustr_core.storage.files import read_json, write_json
 from clustr_core.storage.pack import INDEX, SMALLEST_PART, Bounds, Member, pack, parse_size, read_index, unpack
 
 # without a pattern that compression would find
@@ -148,6 +150,27 @@ def test_a_part_that_is_missing_or_damaged_is_named_before_anything_is_written(m
     with pytest.raises(ValueError, match=message):
         unpack(folder, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("kind", ["one that grows", "many that are empty"])
+def test_an_archive_that_would_fill_the_disk_is_refused(tmp_path, kind):
+    (folder := tmp_path / "pack").mkdir()
+    with zipfile.ZipFile(folder / "archive", "w", zipfile.ZIP_DEFLATED) as archive:
+        if kind == "one that grows":
+            archive.writestr("runs/a/model.safetensors", bytes(10 << 20))
+        else:
+            archive.writestr("a", b"")
+            archive.filelist *= 5000
+    content = (folder / "archive").read_bytes()
+    name = f"0001-{hashlib.sha256(content).hexdigest()[:16]}.part"
+    (folder / "archive").rename(folder / name)
+    pack(tmp_path / "good", [], BOUNDS, {})
+    index = read_json(tmp_path / "good" / INDEX)
+    index["parts"] = [{"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}]
+    write_json(folder / INDEX, index)
+    message = "members that grow more than 100 times" if kind == "one that grows" else "members that overlap"
+    with pytest.raises(ValueError, match=message):
+        unpack(folder, tmp_path / "again")
 
 
 def test_an_index_that_is_missing_or_damaged_is_named(members, tmp_path):

@@ -300,6 +300,21 @@ def test_a_run_killed_while_it_was_written_is_finished_without_training(train, m
     assert len(train(CE).history) == 2
 
 
+def test_two_processes_that_finish_one_run_at_once_leave_that_of_the_first(train, monkeypatch):
+    """The other one finishes while this one asks what machine it is on."""
+    environment, finished = loop.environment, {}
+
+    def meanwhile(device):
+        monkeypatch.setattr(loop, "environment", environment)
+        finished.update(contents(train(CE).path))
+        return environment(device) | {"machine": "another"}
+
+    monkeypatch.setattr(loop, "environment", meanwhile)
+    run = train(CE)
+    assert finished
+    assert contents(run.path) == finished
+
+
 def test_what_a_run_knows(train, digits):
     recipe = RECIPES["clustr, warm start"]
     run = train(recipe)
