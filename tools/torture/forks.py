@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import tqdm
+from tqdm.auto import tqdm
 
 SECONDS = 5.0
 MEGABYTES = 512
@@ -123,7 +123,7 @@ def _child(case: Case, scratch: Path, write: int) -> None:
         # what is written to the standard output, past Python, goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         # a lock of a fork that is killed would stop all others
-        tqdm.tqdm.set_lock(threading.RLock())
+        tqdm.set_lock(threading.RLock())
         held = _resident()
         space = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (space + _ADDRESS_SPACE, space + _ADDRESS_SPACE))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tqdm
+from tqdm.auto import tqdm
 
 from clustr_core import cli
 from clustr_core.storage.files import digest
@@ -123,7 +123,7 @@ def _forked(
 
 
 def _work(place: Path, kill_at: int | None, counted: Path | None) -> int:
-    tqdm.tqdm.set_lock(threading.RLock())
+    tqdm.set_lock(threading.RLock())
     seen = [0]
     sys.addaudithook(_counter(place, seen, kill_at))
     status = commands(place)

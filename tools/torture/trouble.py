@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tqdm
+from tqdm.auto import tqdm
 
 from clustr_core import cli
 from clustr_core.storage.gate import MB
@@ -116,7 +116,7 @@ def _work(place: Path, said: int, before: Callable[[], object]) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     os.dup2(said, 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
-    tqdm.tqdm.set_lock(threading.RLock())
+    tqdm.set_lock(threading.RLock())
     os.environ["CLUSTR_HOME"] = str(place)
     os.chdir(place)
     before()
