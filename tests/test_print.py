@@ -66,7 +66,7 @@ def test_no_directive_and_no_role_is_printed_as_it_is_written(book: tuple[Path, 
 
 
 def test_every_letter_of_it_is_in_a_font_that_lies_with_the_tools(book: tuple[Path, typeset.Writer]) -> None:
-    known = set(FT2Font(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")).get_charmap())
+    known = set(FT2Font(str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"))).get_charmap())
     assert {letter for letter in source_of(book[0]) if ord(letter) not in known} <= {"\n"}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from clustr_core.storage.files import digest, seal_of, written_whole
@@ -31,7 +31,8 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: M
     # one entry, since safetensors writes several in any order
     content = {"kind": kind, "facts": said, "sha256": _digest_of(kind, kept, said)}
     with written_whole(path) as temporary:
-        save_file(kept, temporary, metadata={ENTRY: json.dumps(content)})
+        # not by save_file, which begins a file of its own beside it, and leaves it there if it is killed
+        temporary.write_bytes(save(kept, metadata={ENTRY: json.dumps(content)}))
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

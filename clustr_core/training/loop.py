@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -345,7 +345,7 @@ def finish(
         if (folder / DONE).exists():
             return
         with written_whole(folder / WEIGHTS) as temporary:
-            save_file(tensors, temporary)
-            content["weights_sha256"] = digest(temporary.read_bytes())
+            temporary.write_bytes(weights := save(tensors))
+        content["weights_sha256"] = digest(weights)
         content["history_sha256"] = digest(write_table(folder / HISTORY, pd.DataFrame(state.history)))
         write_json(folder / DONE, content | {"sha256": seal_of(content)})

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from clustr_core import cli
-from clustr_core.storage.files import digest
+from clustr_core.storage.files import digest, write_string
 from tools.torture.forks import written
 
 PROFILE = """\
@@ -147,7 +147,7 @@ def book_at(place: Path) -> None:
     (place / "myst.yml").touch()
     # once: another one may be reading it
     if not (profile := place / "profiles" / "killed.yaml").exists():
-        profile.write_text(PROFILE, encoding="utf-8")
+        write_string(profile, PROFILE)
 
 
 def _counter(place: Path, seen: list[int], kill_at: int | None) -> Callable[[str, tuple], None]:
