@@ -34,7 +34,16 @@ from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.written import made_by, made_of, write_rows
 from clustr_core.models.official import NUM_CLASSES, load_official
 from clustr_core.storage.files import digest, expanded, home, write_string
-from clustr_core.storage.gate import RELEASED_LIMIT, VALUE_LIMIT, brief, is_stream, read_bytes, shortened, target_of
+from clustr_core.storage.gate import (
+    RELEASED_LIMIT,
+    VALUE_LIMIT,
+    brief,
+    is_stream,
+    printable,
+    read_bytes,
+    shortened,
+    target_of,
+)
 from clustr_core.storage.pack import Bounds, parse_size
 from clustr_core.storage.provenance import is_sidecar, sidecar_of
 from clustr_core.training.fields import read_yaml
@@ -107,10 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(what: str) -> None:
     """One line for the user, if anybody listens: a pipe may have ended before."""
-    # what a terminal would act on is told by its number: it may come from a stranger's file
-    printable = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in what)
     with contextlib.suppress(OSError):
-        print("clustr:", printable, file=sys.stderr, flush=True)
+        # it may come from a stranger's file
+        print("clustr:", printable(what), file=sys.stderr, flush=True)
 
 
 _WAITS = "clustr: {}: the epoch or piece under way is finished first; once more ends at once"

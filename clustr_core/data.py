@@ -286,14 +286,15 @@ def _load_folder(name: str, given: Path, root: Path) -> Dataset:
         folder = given if given.is_dir() or given.is_absolute() else home() / given
     names = _class_folders(folder)
     files = {part: _image_files(folder / part, names) for part in ("train", "test")}
-    fingerprint = _fingerprint(folder, [path for part in files.values() for path, _ in part])
+    paths = [path for part in files.values() for path, _ in part]
+    fingerprint = _fingerprint(folder, paths)
     cache = root / CACHE_FOLDER / f"images-{digest(os.fsencode(folder.resolve()))[:16]}.safetensors"
     tensors = _read_cache(cache, fingerprint)
     if tensors is None:
         # said before the images are decoded, which may take long
         kept = _can_be_written(cache)
         tensors = _decode(files)
-        if fingerprint != _fingerprint(folder, [path for part in files.values() for path, _ in part]):
+        if fingerprint != _fingerprint(folder, paths):
             raise ValueError(f"folder: expected images that do not change while they are read, got others in {folder}")
         if kept:
             write_tensors(cache, IMAGES, tensors, {"fingerprint": fingerprint})

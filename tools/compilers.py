@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.kernels import SHARED
 from clustr_core.storage.files import home
 
-# of torch 2.11, 2.12 and 2.13, 2.14, 2.15; of the last there is no torchvision yet
+# of torch 2.11, 2.12 and 2.13, 2.14, 2.15
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 # and what else they need: the interpreter of Triton 3.6 makes Python numbers of arrays as NumPy 2.4 no longer does, and
 # older ones warn of

@@ -32,10 +32,10 @@ from clustr_core.measuring.pieces import drawn_order
 from clustr_core.measuring.profile import Protocol
 from clustr_core.measuring.study import full_width
 from clustr_core.measuring.targets import AttackTarget
+from clustr_core.measuring.written import write_rows
 from clustr_core.models.official import load_official
 from clustr_core.storage.files import digest, home, read_json
-from clustr_core.storage.provenance import environment, write_sidecar
-from clustr_core.storage.tables import write_table
+from clustr_core.storage.provenance import environment
 from clustr_core.training.recipes import Recipe, recipe_from_dict, recipe_to_dict
 from clustr_core.training.run import cluster_network
 
@@ -93,10 +93,9 @@ def _measured(options: argparse.Namespace) -> int:
         parts.append(measure(target, asked, source=source if name == "transfer" else None))
         print(parts[-1].groupby("loss")["robust"].mean().rename(name), flush=True)
     table = pd.concat(parts, ignore_index=True).assign(method=recipe.method)
-    write_table(options.into, table)
     facts = {"weights_sha256": sha256, "source_sha256": other, "recipe": recipe_to_dict(recipe)}
     made = environment(options.device) | {"profile": {"name": None, "sha256": None}} | facts
-    write_sidecar(options.into, made, note="Attacks on given weights, by python -m tools.given_weights.")
+    write_rows(options.into, table, made, note="Attacks on given weights, by python -m tools.given_weights.")
     return 0
 
 
@@ -117,9 +116,10 @@ def _battery(
         for judged in power.evaluations_of({recipe.method: network}, images, labels, **size)
     ]
     about = {"data": dataset.name, "width": recipe.width, "seed": recipe.seed}
-    write_table(options.into, pd.DataFrame({**about, **pd.concat(tables, ignore_index=True)}))
+    table = pd.DataFrame({**about, **pd.concat(tables, ignore_index=True)})
     made = environment(options.device) | {"profile": {"name": None, "sha256": None}, "recipe": recipe_to_dict(recipe)}
-    write_sidecar(options.into, made, note="The battery on given weights, by python -m tools.given_weights --battery.")
+    note = "The battery on given weights, by python -m tools.given_weights --battery."
+    write_rows(options.into, table, made, note=note)
     return 0
 
 

@@ -26,10 +26,10 @@ from clustr_core.measuring.diagnostics import asked_with
 from clustr_core.measuring.pieces import CachedRows, drawn_order
 from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.measuring.versions import VERSIONS
+from clustr_core.measuring.written import write_rows
 from clustr_core.numerics.checks import check_positive
 from clustr_core.storage.files import digest, home
-from clustr_core.storage.provenance import environment, write_sidecar
-from clustr_core.storage.tables import write_table
+from clustr_core.storage.provenance import environment
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import Recipe
 from clustr_core.training.run import Run
@@ -152,9 +152,8 @@ def _measured(options: argparse.Namespace) -> int:
     asked = {name: str(value) for name, value in vars(options).items() if name != "into"}
     made = environment("cpu") | {"profile": {"name": options.profile, "sha256": None}, "asked": asked}
     for name, rows in tables.items():
-        path = options.into / f"{name}.csv"
-        write_table(path, pd.concat(rows, ignore_index=True))
-        write_sidecar(path, made, note="The battery measured, by python -m tools.power.")
+        note = "The battery measured, by python -m tools.power."
+        write_rows(options.into / f"{name}.csv", pd.concat(rows, ignore_index=True), made, note=note)
     return 0
 
 

@@ -24,10 +24,10 @@ from clustr_core import data
 from clustr_core.measuring.attacked import measure
 from clustr_core.measuring.profile import Protocol
 from clustr_core.measuring.targets import AttackTarget
+from clustr_core.measuring.written import write_rows
 from clustr_core.models.official import load_official
 from clustr_core.storage.files import digest, home
-from clustr_core.storage.provenance import environment, write_sidecar
-from clustr_core.storage.tables import write_table
+from clustr_core.storage.provenance import environment
 
 NOTE = "Networks that others trained, by python -m tools.strangers."
 
@@ -101,9 +101,8 @@ def _measure(options: argparse.Namespace, name: str, dataset: str, eps: float, p
     rows = [measure(target, each) for each in protocols(eps, options.examples)]
     table = pd.concat(rows, ignore_index=True).assign(method=name)
     print(name, table.groupby(["attack", "loss"], sort=False)["robust"].mean(), sep="\n", flush=True)
-    write_table(options.into / f"attacks-{name}.csv", table)
     facts = {"weights_sha256": sha256, "dataset": dataset, "profile": {"name": None, "sha256": None}, "run": None}
-    write_sidecar(options.into / f"attacks-{name}.csv", environment(options.device) | facts, note=NOTE)
+    write_rows(options.into / f"attacks-{name}.csv", table, environment(options.device) | facts, note=NOTE)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from clustr_core.measuring.written import write_rows
 from clustr_core.storage.files import home, written_whole
-from clustr_core.storage.provenance import environment, write_sidecar
-from clustr_core.storage.tables import write_table
+from clustr_core.storage.provenance import environment
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,7 @@ def save_figure(figure: Figure, label: str, table: pd.DataFrame, *, profile: str
         with written_whole(stem.with_suffix(suffix)) as temporary, mpl.rc_context({"svg.hashsalt": label}):
             figure.savefig(temporary, format=suffix[1:], metadata=undated, bbox_inches="tight")
     drawn_from = stem.with_suffix(".csv")
-    written = write_table(drawn_from, table)
-    made = environment() | {"profile": profile, "methods": _methods(table, profile)}
-    write_sidecar(drawn_from, made, written=written)
+    write_rows(drawn_from, table, environment() | {"profile": profile, "methods": _methods(table, profile)})
     return drawn_from
 
 

@@ -45,11 +45,11 @@ def made_of(method: str, run: Run | None) -> dict[str, Any]:
     }
 
 
-def write_rows(path: Path, table: pd.DataFrame, made: dict[str, Any]) -> None:
+def write_rows(path: Path, table: pd.DataFrame, made: dict[str, Any], *, note: str = "") -> None:
     """Write a table and, beside it, the sidecar that says how it was made; to a device or a FIFO the table alone."""
     written = write_table(path, table)
     if not is_stream(path):
-        write_sidecar(path, made, written=written)
+        write_sidecar(path, made, note=note, written=written)
 
 
 def is_written(folder: Path, profile: Profile, kind: str, method: str) -> bool:

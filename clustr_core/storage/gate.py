@@ -165,10 +165,14 @@ def brief(value: object) -> str:
     return shortened(_BRIEF.repr(value), VALUE_LIMIT)
 
 
+def printable(text: str) -> str:
+    """A text without characters that a terminal would act on: each is told by its number."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def shown(path: str | os.PathLike[str]) -> str:
     """A path in a message: in full unless it is very long, without characters that a terminal would act on."""
-    text = os.fspath(path)
-    return shortened(text if text.isprintable() else ascii(text)[1:-1], 2 * VALUE_LIMIT)
+    return shortened(printable(os.fspath(path)), 2 * VALUE_LIMIT)
 
 
 def listed(names: Sequence[object], most: int = 4) -> str:

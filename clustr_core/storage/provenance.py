@@ -104,7 +104,7 @@ def sidecar_of(table: Path) -> Path:
 
 
 def is_sidecar(path: Path) -> bool:
-    """Whether a file is one that `write_sidecar` wrote, or damaged since."""
+    """Whether a file says what `write_sidecar` says; one that cannot be read does not."""
     try:
         return {"table", "made", "note"} <= read_json(path).keys()
     except (ValueError, OSError):

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.kernels import faults_of
 from clustr_core.numerics import kernels
 from clustr_core.numerics.kernels import dispatch, register
+from tools.compilers import OLD_NUMPY
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,8 +185,7 @@ def test_nothing_of_triton_is_imported_before_it_is_wanted():
 
 
 def test_the_kernels_under_the_interpreter():
-    # older interpreters make Python numbers of arrays, which NumPy warns of
-    quiet = ("-W", "ignore:Conversion of an array:DeprecationWarning")
+    quiet = ("-W", f"ignore:{OLD_NUMPY}:DeprecationWarning")
     done = python("-m", "pytest", "-q", *quiet, "tests/numerics/interpreted_kernels.py", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout
     assert re.search(r"^\d{3,} passed in", done.stdout, re.MULTILINE), done.stdout

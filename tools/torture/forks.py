@@ -122,8 +122,7 @@ def _child(case: Case, scratch: Path, write: int) -> None:
         os.setsid()
         # what is written to the standard output, past Python, goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        # a lock of a fork that is killed would stop all others
-        tqdm.set_lock(threading.RLock())
+        own_locks()
         held = _resident()
         space = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (space + _ADDRESS_SPACE, space + _ADDRESS_SPACE))
@@ -141,6 +140,11 @@ def _child(case: Case, scratch: Path, write: int) -> None:
         report["message"] = str(report.get("message", ""))[: 4 * LONGEST]
         os.write(write, json.dumps(report, default=str).encode())
     os._exit(0)
+
+
+def own_locks() -> None:
+    """In a fork: a lock of its own for progress bars. One that all share, held by a fork that is killed, stops all."""
+    tqdm.set_lock(threading.RLock())
 
 
 def _answered(case: Case) -> dict[str, Any]:

@@ -12,17 +12,14 @@ import random
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from clustr_core import cli
 from clustr_core.storage.files import digest, write_string
-from tools.torture.forks import written
+from tools.torture.forks import own_locks, written
 
 PROFILE = """\
 shared: {dataset: digits, width: 2, train_examples: 40, seed: 111}
@@ -123,7 +120,7 @@ def _forked(
 
 
 def _work(place: Path, kill_at: int | None, counted: Path | None) -> int:
-    tqdm.set_lock(threading.RLock())
+    own_locks()
     seen = [0]
     sys.addaudithook(_counter(place, seen, kill_at))
     status = commands(place)

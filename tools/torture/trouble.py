@@ -13,17 +13,15 @@ import shutil
 import signal
 import stat
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from clustr_core import cli
 from clustr_core.storage.gate import MB
+from tools.torture.forks import own_locks
 from tools.torture.kills import COMMANDS, WORDS, book_at, commands, contents_of, lost
 
 NOBODY = 65534
@@ -116,7 +114,7 @@ def _work(place: Path, said: int, before: Callable[[], object]) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     os.dup2(said, 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
-    tqdm.set_lock(threading.RLock())
+    own_locks()
     os.environ["CLUSTR_HOME"] = str(place)
     os.chdir(place)
     before()
