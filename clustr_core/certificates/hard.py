@@ -111,12 +111,15 @@ def hard_feature_radius(
     else:
         predicted = clusters.labels[halves.min(dim=1).indices]
     own = _own_clusters(clusters, predicted)
+    up = halves.gather(1, own)
+    # before what is rounded up may overflow
+    closest = up.argmin(dim=1, keepdim=True)
     # own clusters rounded up, rivals down, so that every difference is at most (d_j^2 - d_i^2) / 2
-    up = halves.gather(1, own) + frame.slack * (size + frame.norms[own]) ** 2 + frame.underflow
+    up = up + frame.slack * (size + frame.norms[own]) ** 2 + frame.underflow
     taken_off = frame.slack * frame.norms.square() + frame.correction + frame.underflow
     down = halves.addr_(size.squeeze(1), frame.norms, alpha=-2 * frame.slack).sub_(taken_off)
     down = down.sub_(frame.slack * size.square()).scatter_(1, own, torch.inf)
-    nearest, highest = own.gather(1, up.argmin(dim=1, keepdim=True)), up.amin(dim=1, keepdim=True)
+    nearest, highest = own.gather(1, closest), up.gather(1, closest)
     if bound == "triangle":
         # nothing cancels in a sum of distances, and there is no product to be had for it
         lengths = squared_distances(embeddings, clusters.centroids).sqrt()

@@ -106,6 +106,18 @@ def test_a_radius_is_never_larger_than_the_real_one(dtype, bound):
     check()
 
 
+@pytest.mark.parametrize("bound", ["triangle", "nearest", "pairwise"])
+def test_the_nearest_cluster_is_the_nearest_where_its_rounding_overflows(bound):
+    """In float32 the square of 2e19 is infinite: another own cluster had taken the nearest one's place."""
+    z = torch.tensor([[1.6033e18, 1.8303e19]])
+    own = [[-7.2418e18, 1.3547e19], [-2.3599e18, 6.7014e18]]
+    others = [[9.7998e18, 1.0268e18], [1.2340e18, 4.6477e18], [-6.7734e18, 7.6741e18], [1.2970e19, 6.4852e18]]
+    clusters = Clusters(torch.tensor(own + others), torch.tensor([0, 0, 1, 1, 2, 2]), torch.full((6,), 1e30))
+    radius = certified_radius(z, clusters, bound=bound)
+    ((point, label, r),), exact, labels = exactly(z, clusters, radius)
+    assert Fraction(r) ** 2 <= largest_square(point, exact, labels, label, "nearest" if bound == "triangle" else bound)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_ladder_holds_and_ends_below_the_nearest_rival(dtype):
     @given(problems(dtype))
