@@ -65,7 +65,7 @@ def _inverse_lengths(clusters: Clusters) -> Float[Tensor, "cluster cluster"]:
     for part, square, norm, label, out in zip(*parts, strict=True):
         reach = (norms + norm[:, None]) ** 2
         longest = torch.addmm(squares, part, wide.T, alpha=-2) + square[:, None] + 2 * relative * reach
-        near = (longest < 1e-6 * reach) & (label[:, None] != clusters.labels)
+        near = (longest < 1e-3 * reach) & (label[:, None] != clusters.labels)
         if near.any():
             longest = longest.where(~near, squared_distances(part, wide) * (1 + 2 * relative))
         out.copy_(longest.clamp_min(0).rsqrt())

@@ -31,11 +31,9 @@ def tf32(device: torch.device) -> Iterator[None]:
     """
     backends: Any = torch.backends
     with full_precision(device), _fp32_kept():
-        of_cuda = [switch for switch, parents in _fp32_switches() if backends.cudnn in parents]
-        for switch in of_cuda:
-            switch.fp32_precision = "tf32"
-        if not of_cuda:  # before PyTorch 2.9
-            backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = True
+        for switch, parents in _fp32_switches():
+            if backends.cudnn in parents:
+                switch.fp32_precision = "tf32"
         yield
 
 
@@ -104,8 +102,6 @@ def _fp32_switches() -> list[tuple[Any, tuple[Any, ...]]]:
     """The new switch of each operation, and those that it follows while it has no value of its own."""
     everything: Any = torch.backends
     cuda, mkldnn = everything.cudnn, everything.mkldnn
-    if not hasattr(everything, "fp32_precision"):  # before PyTorch 2.9 there are the old ones alone
-        return []
     of_cuda = [(switch, (everything, cuda)) for switch in (everything.cuda.matmul, cuda.conv, cuda.rnn)]
     return of_cuda + [(switch, (everything,)) for switch in (mkldnn.matmul, mkldnn.conv, mkldnn.rnn)]
 

@@ -137,30 +137,39 @@ def test_the_ladder_holds_and_ends_below_the_nearest_rival(dtype):
     check()
 
 
+def check_what_rounding_costs(z, clusters):
+    """The documented slack: some thousand roundings of numbers as large as the distances."""
+    # bfloat16 is computed in float32, and rounded down
+    eps = torch.finfo(torch.float32 if z.dtype is torch.bfloat16 else z.dtype).eps
+    radius = certified_radius(z, clusters, bound="nearest").double()
+    rows, centroids, labels = exactly(z, clusters, radius)
+    for point, label, r in rows:
+        real = largest_square(point, centroids, labels, label, "nearest")
+        farthest = max(float(squared(point, mu)) for mu in centroids) ** 0.5
+        nearest = (
+            min((float(squared(a, b)) for i, a in enumerate(centroids) for b in centroids[:i] if a != b), default=1)
+            ** 0.5
+        )
+        lost = 1e3 * eps * farthest * max(1.0, farthest / nearest)
+        rounded = 2.0**-7 if z.dtype is torch.bfloat16 else 0.0
+        assert real is None or r >= float(real) ** 0.5 * (1 - rounded) - lost
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_rounding_costs_where_numbers_are_ordinary(dtype):
-    """The documented slack: some thousand roundings of numbers as large as the distances."""
-
     @given(problems(dtype, narrow=True))
     @settings(max_examples=100, deadline=None)
     def check(problem):
-        z, clusters = problem
-        # bfloat16 is computed in float32, and rounded down
-        eps = torch.finfo(torch.float32 if dtype is torch.bfloat16 else dtype).eps
-        radius = certified_radius(z, clusters, bound="nearest").double()
-        rows, centroids, labels = exactly(z, clusters, radius)
-        for point, label, r in rows:
-            real = largest_square(point, centroids, labels, label, "nearest")
-            farthest = max(float(squared(point, mu)) for mu in centroids) ** 0.5
-            nearest = (
-                min((float(squared(a, b)) for i, a in enumerate(centroids) for b in centroids[:i] if a != b), default=1)
-                ** 0.5
-            )
-            lost = 1e3 * eps * farthest * max(1.0, farthest / nearest)
-            rounded = 2.0**-7 if dtype is torch.bfloat16 else 0.0
-            assert real is None or r >= float(real) ** 0.5 * (1 - rounded) - lost
+        check_what_rounding_costs(*problem)
 
     check()
+
+
+@pytest.mark.parametrize("apart", [0.1, 0.03, 0.01, 0.0042, 0.002, 0.001, 1e-4, 1e-6])
+def test_what_rounding_costs_between_centroids_that_are_near(apart):
+    centroids = torch.tensor([[0.5491], [0.5491], [-1.1907], [-1.1907 - apart]], dtype=torch.float64)
+    clusters = Clusters(centroids, torch.tensor([0, 1, 0, 1]), torch.ones(4, dtype=torch.float64))
+    check_what_rounding_costs(torch.linspace(-1.2, 0.6, 40, dtype=torch.float64)[:, None], clusters)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
