@@ -292,8 +292,8 @@ def replays(recipe: Recipe, state: State, pixels: Tensor) -> Iterator[Tensor]:
     for _ in range(recipe.replays):
         leaf = perturbation.clone().requires_grad_()
         moved = pixels + leaf
-        # not by clamp's gradient: at 0 and 1 it is 1 before PyTorch 2.14, and 0 from then on
-        yield torch.where((moved > 0) & (moved < 1), moved, moved.detach().clamp(0, 1))
+        # as clamp's gradient before PyTorch 2.14; from then on it is 0 at 0 and 1, where most of a digit's pixels are
+        yield torch.where((moved >= 0) & (moved <= 1), moved, moved.detach().clamp(0, 1))
         assert leaf.grad is not None
         # each process has the gradient of its own rows, and zeros
         state.processes.add_up([leaf.grad])

@@ -195,12 +195,12 @@ class FreeAdversarialTraining(Recipe):
     Args:
         replays: updates on each batch (the paper's m). An epoch is a pass over the data, so it costs that many.
         eps, step_size: the ball of the perturbation, and its step.
-    Source: Shafahi et al. 2019, algorithm 1 (CIFAR-10: eps 8/255, steps of eps, m = 8, epochs divided by m).
-    Deviation: the gradient of a pixel at 0 or 1 is taken to be 0, as PyTorch's clamp does from 2.14 on, so that what is
-    black or white in an image stays so; the authors' PyTorch let it pass.
+    Source: Shafahi et al. 2019, algorithm 1 (CIFAR-10: eps 8/255, steps of eps, m = 8, epochs divided by m). Clipping
+    to [0, 1] passes the gradient of a pixel at 0 or 1, as the authors' PyTorch did, and clamp does not from 2.14 on.
     """
 
     method: ClassVar[str] = "free-at"
+    version: ClassVar[int] = 2
     persistent_perturbation: ClassVar[bool] = True
 
     eps: float = 8 / 255
@@ -255,11 +255,11 @@ class FreeClustr(Clustr):
 
     Args:
         replays, eps, step_size: as in `FreeAdversarialTraining`.
-    Source: the released code of Alfarra et al. 2021; the perturbation is Shafahi et al. 2019's. Deviation: as in
-        `FreeAdversarialTraining`.
+    Source: the released code of Alfarra et al. 2021; the perturbation is Shafahi et al. 2019's.
     """
 
     method: ClassVar[str] = "free-clustr"
+    version: ClassVar[int] = 2
     persistent_perturbation: ClassVar[bool] = True
 
     eps: float = 8 / 255
