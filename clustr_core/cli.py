@@ -28,7 +28,7 @@ from clustr_core.measuring.evaluation import random_state_kept
 from clustr_core.measuring.examination import examined
 from clustr_core.measuring.leg import Clock, run_leg
 from clustr_core.measuring.pieces import CachedRows, Share, fill_cache
-from clustr_core.measuring.profile import Examination, Profile, load_profile
+from clustr_core.measuring.profile import MOST, Examination, Profile, load_profile
 from clustr_core.measuring.sandwiched import sandwich_of, sandwich_pieces
 from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.written import made_by, made_of, write_rows
@@ -48,9 +48,10 @@ from clustr_core.storage.pack import Bounds, parse_size
 from clustr_core.storage.provenance import is_sidecar, sidecar_of
 from clustr_core.training.fields import read_yaml
 from clustr_core.training.loop import fit
+from clustr_core.training.names import DONE
 from clustr_core.training.processes import count, device_here, is_first
 from clustr_core.training.recipes import CERTIFIABLE, METHODS, Precision, Recipe, override, run_folder
-from clustr_core.training.run import DONE, Run
+from clustr_core.training.run import Run
 from clustr_core.training.stopping import NAMES, deferred
 
 EPILOG = """\
@@ -243,6 +244,9 @@ def _diagnose_stranger(options: argparse.Namespace) -> None:
     size = {name: getattr(options, name) for name in ("examples", "steps", "restarts")}
     size = {name: STRANGERS[name] if given is None else given for name, given in size.items()}
     check_counts(**size)
+    for name, given in size.items():
+        if given > MOST[name]:
+            raise ValueError(f"--{name}: expected at most {MOST[name]:,}, got {brief(given)}")
     if not 0 < options.eps <= 1:
         raise ValueError(f"--eps: expected a number above 0 and at most 1, in pixels of [0, 1], got {options.eps}")
     html = None if options.html is None else Path(options.html)

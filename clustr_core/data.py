@@ -6,12 +6,11 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -233,8 +232,24 @@ def _split(name: str, images: np.ndarray, labels: np.ndarray) -> Dataset:
     return Dataset(name, train_images, train_labels.long(), test_images, test_labels.long(), names)
 
 
-def _load_torchvision(name: str, class_name: str, splits: tuple[dict, dict]) -> Callable[[Path], Dataset]:
-    """A loader of torchvision's archives, downloaded (with progress) and verified on first use."""
+# MD5 of MNIST's four files as they are without compression; torchvision holds only what it downloads against any, and
+# other data sets have files of the same names
+_MNIST_MD5 = {
+    "train_images": "6bbc9ace898e44ae57da46a324031adb",
+    "train_labels": "a25bea736e30d166cdddb491f175f624",
+    "test_images": "2646ac647ad5339dbf082846283269ea",
+    "test_labels": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def _load_torchvision(
+    name: str, class_name: str, splits: tuple[dict, dict], md5: Mapping[str, str] | None = None
+) -> Callable[[Path], Dataset]:
+    """A loader of torchvision's archives, downloaded (with progress) on first use, and verified.
+
+    Args:
+        md5: of the data in the format of MNIST's files, where torchvision does not verify what lies there already.
+    """
 
     def load_from(root: Path) -> Dataset:
         from torchvision import datasets
@@ -244,15 +259,28 @@ def _load_torchvision(name: str, class_name: str, splits: tuple[dict, dict]) -> 
             warnings.filterwarnings("ignore", "dtype.*: align should be", np.exceptions.VisibleDeprecationWarning)
             try:
                 train, test = (getattr(datasets, class_name)(str(root), download=True, **split) for split in splits)
-            except (RuntimeError, URLError) as error:
+            except Exception as error:  # of torch, NumPy, pickle and the network; assertions, too
+                why = shortened(str(error)) or type(error).__name__
                 raise OSError(
-                    f"{name}: expected torchvision's archive in {root} or from the internet; {error}"
+                    f"{name}: expected torchvision's archive in {root} or from the internet; {why}"
                 ) from error
         names = tuple(getattr(train, "classes", [str(c) for c in range(10)]))
         parts = [*_pixels_and_labels(train), *_pixels_and_labels(test)]
+        for (part, expected), tensor in zip((md5 or {}).items(), parts, strict=False):
+            if hashlib.md5(_as_idx(tensor), usedforsecurity=False).hexdigest() != expected:
+                raise OSError(
+                    f"{name}: expected the published {part.replace('_', ' ')} in {root}, got others (its MD5)"
+                )
         return Dataset(name, parts[0], parts[1], parts[2], parts[3], names)
 
     return load_from
+
+
+def _as_idx(tensor: Tensor) -> bytes:
+    """Bytes of images without their one channel, or labels, as a file of MNIST's holds them."""
+    content = tensor.squeeze(1) if tensor.dim() == 4 else tensor
+    header = bytes((0, 0, 8, content.dim())) + b"".join(size.to_bytes(4, "big") for size in content.shape)
+    return header + content.to(torch.uint8).numpy().tobytes()
 
 
 def _pixels_and_labels(part) -> tuple[ImageBytes, Int[Tensor, " batch"]]:
@@ -269,7 +297,7 @@ _TRAIN_TEST = ({"train": True}, {"train": False})
 _LOADERS: dict[str, Callable[[Path], Dataset]] = {
     "digits": _load_digits,
     "mnist5k": _load_mnist5k,
-    "mnist": _load_torchvision("mnist", "MNIST", _TRAIN_TEST),
+    "mnist": _load_torchvision("mnist", "MNIST", _TRAIN_TEST, _MNIST_MD5),
     "cifar10": _load_torchvision("cifar10", "CIFAR10", _TRAIN_TEST),
     "cifar100": _load_torchvision("cifar100", "CIFAR100", _TRAIN_TEST),
     "svhn": _load_torchvision("svhn", "SVHN", ({"split": "train"}, {"split": "test"})),

@@ -14,6 +14,7 @@ import pytest
 import scipy.io
 from torchvision import datasets
 
+from clustr_core import data
 from tools.browser import served as served
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -60,6 +61,8 @@ def mnist(folder: Path, url: str, patch: pytest.MonkeyPatch) -> Splits:
         for name, content in contents.items():
             (folder / name).write_bytes(gzip.compress(content))
             resources.append((name, md5(folder / name)))
+            part = f"{'train' if prefix == 'train' else 'test'}_{name.split('-')[1]}"
+            patch.setitem(data._MNIST_MD5, part, hashlib.md5(content).hexdigest())
     patch.setattr(datasets.MNIST, "mirrors", [f"{url}/"])
     patch.setattr(datasets.MNIST, "resources", resources)
     return splits

@@ -38,6 +38,7 @@ import pandas as pd
 
 from clustr_core.measuring.accuracy import best_bound, certified_accuracy
 from clustr_core.measuring.study import Study, as_far_as_published, certified_lines, protocol_lines, summary
+from clustr_core.measuring.versions import MEASUREMENT_OF
 from clustr_core.storage.files import home
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.storage.tables import read_table
@@ -202,9 +203,14 @@ def sidecar_faults(root: Path) -> Iterator[str]:
     for table in sorted(path for folder in published for path in folder.rglob("*.csv")):
         if table.parent.parent.name != "weights":
             try:
-                check_sidecar(table)
+                made = check_sidecar(table)["made"]
             except (ValueError, OSError) as error:
                 yield str(error).replace(f"{root}/", "")
+                continue
+            # what the first tables did not say is taken to be so
+            kind, method = table.stem.partition("-")[::2]
+            if kind in MEASUREMENT_OF and made.get("method") not in (None, method):
+                yield f"{table.relative_to(root)}: expected the rows of {method}, got those of {made['method']}"
     for sidecar in sorted(path for folder in published for path in folder.glob("*/*.json")):
         if not sidecar.with_suffix(".csv").exists():
             yield f"{sidecar.relative_to(root)}: expected the table {sidecar.stem}.csv beside its sidecar, got none"

@@ -29,13 +29,15 @@ from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.measuring.written import is_written, made_by, made_of, write_rows
 from clustr_core.numerics.rounding import full_precision
-from clustr_core.storage.files import copy_whole, home
+from clustr_core.storage.files import alone, copy_whole, home
 from clustr_core.storage.pack import Bounds, Member, Packed, pack, read_index, unpack
-from clustr_core.storage.provenance import sidecar_of
+from clustr_core.storage.provenance import check_sidecar, sidecar_of
+from clustr_core.storage.tables import read_sealed
 from clustr_core.training.captured import check_captured
 from clustr_core.training.loop import fit
+from clustr_core.training.names import CHECKPOINT, DONE, HISTORY, WEIGHTS
 from clustr_core.training.recipes import CrossEntropy, Recipe, run_folder, training_version
-from clustr_core.training.run import CHECKPOINT, DONE, HISTORY, WEIGHTS, Run, check_stored_dtype, load_run
+from clustr_core.training.run import Run, check_stored_dtype, load_run
 from clustr_core.training.state import epochs_kept
 
 log = logging.getLogger(__name__)
@@ -301,8 +303,17 @@ def run_leg(
     """
     if captured:
         check_captured(torch.device(device), 1)
-    _prepare(profile, folder, bounds, half=half, captured=captured)
-    work = _Work(profile, folder, clock, bounds, half, captured, torch.device(device), progress)
+    # so that nothing is made where the leg is refused
+    _check_leg(profile, folder, half=half, captured=captured)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder, busy=f"--into: expected a folder in which no other leg is at work, got {folder}"):
+        _prepare(profile, folder, bounds, half=half, captured=captured)
+        return _go_on(_Work(profile, folder, clock, bounds, half, captured, torch.device(device), progress))
+
+
+def _go_on(work: "_Work") -> Leg:
+    """As `run_leg`, from what is there."""
+    profile = work.profile
     failed: dict[str, str] = {}
     try:
         for step in steps_left(profile):
@@ -313,7 +324,7 @@ def run_leg(
             except (ValueError, RuntimeError) as error:
                 failed[step.method] = str(error)
                 log.error("%s: %s; the other methods go on", step.method, error)
-            clock.end()
+            work.clock.end()
             work.pack_if_due()
     except TimeIsUp:
         log.info("the time is up")
@@ -349,6 +360,7 @@ class _Work:
 
     def __post_init__(self) -> None:
         self.packed_at = self.clock.now()
+        self.index = read_index(self.folder)
 
     def take(self, step: Step) -> None:
         """Do one step."""
@@ -469,12 +481,19 @@ class _Work:
         begun = self.clock.now()
         for step in list(self.partial.values()):
             self._write_attacks(step)
+        # where two machines share a folder, and no locks
+        if read_index(self.folder) not in (None, self.index):
+            raise ValueError(
+                f"--into: expected the pack that this leg began from, got one that another leg has written since in "
+                f"{self.folder}; what this leg did lies in {home() / 'runs'} and {_results(self.profile)}: begin again"
+            )
         packed = pack(
             self.folder,
             _groups(self.profile),
             self.bounds,
             _facts(self.profile, half=self.half, captured=self.captured),
         )
+        self.index = read_index(self.folder)
         self.packed_at = self.clock.now()
         self.packing = self.packed_at - begun
         self.clock.reserve = max(self.clock.reserve, 1.5 * self.packing)
@@ -559,25 +578,31 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _take_published(profile: Profile) -> None:
-    """Put published tables that are what the profile would make into ``results/<profile>``, where none is there."""
+    """Put published tables that are what the profile would make into ``results/<profile>``, where none such is."""
     published = home() / "results/published" / profile.name
     for kind, methods in profile.measured.items():
         for method in methods:
-            mine = _results(profile) / f"{kind}-{method}.csv"
-            if is_written(published, profile, kind, method) and not mine.exists():
-                for path in (published / mine.name, sidecar_of(published / mine.name)):
-                    copy_whole(path, mine.parent / path.name)
+            table = published / f"{kind}-{method}.csv"
+            mine, theirs = (is_written(folder, profile, kind, method) for folder in (_results(profile), published))
+            if theirs and not mine:
+                for path in (table, sidecar_of(table)):
+                    copy_whole(path, _results(profile) / path.name)
 
 
-def _prepare(profile: Profile, folder: Path, bounds: Bounds, *, half: bool, captured: bool) -> None:
-    """Check all that can be checked, and put what the folder holds where it belongs."""
+def _check_leg(profile: Profile, folder: Path, *, half: bool, captured: bool) -> bool:
+    """Check all that can be checked; whether the folder holds a pack."""
     index = read_index(folder)
     if index is not None:
         _check_facts(index, _facts(profile, half=half, captured=captured), folder)
     for recipe in profile.recipes.values():
         if (run_folder(recipe) / DONE).exists():
             check_stored_dtype(load_run(run_folder(recipe), expected=recipe), half=half)
-    if index is None:
+    return index is not None
+
+
+def _prepare(profile: Profile, folder: Path, bounds: Bounds, *, half: bool, captured: bool) -> None:
+    """Put what the folder holds where it belongs, if it is this leg's."""
+    if not _check_leg(profile, folder, half=half, captured=captured):
         # so that a folder whose index was lost is told from one whose first leg was killed
         pack(folder, [], bounds, _facts(profile, half=half, captured=captured))
         return
@@ -607,18 +632,21 @@ def _differing(value: Any, other: Any) -> str:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """An empty folder beside the runs; what a killed leg left in it is removed."""
-    folder = home() / "runs" / ".unpacked"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
+    """An empty folder beside the runs, for one leg at a time; what a killed one left in it is removed."""
+    runs = home() / "runs"
+    folder = runs / ".unpacked"
+    runs.mkdir(parents=True, exist_ok=True)
+    with alone(runs):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
 
 
 def _restore(unpacked: Path, root: Path, profile: Profile) -> None:
-    """Move what was unpacked to where it is missing, or has gone further; what is here otherwise stays.
+    """Move what was unpacked to where it is missing, damaged or behind; what is here otherwise stays.
 
     Raises:
         ValueError: before anything is moved, if a finished run is another here than there.
@@ -632,7 +660,7 @@ def _restore(unpacked: Path, root: Path, profile: Profile) -> None:
     results = Path("results") / profile.name
     for path in _files(unpacked / results):
         target = root / results / path.relative_to(unpacked / results)
-        if not target.exists():
+        if not _is_sound(target, partial(check_sidecar, target.with_suffix(".csv"))):
             _move(path, target)
     for path in _files(root / results / PARTIAL):
         if (root / results / path.name).exists():
@@ -655,8 +683,18 @@ def _restore_run(theirs: Path, mine: Path) -> None:
         target = mine / path.relative_to(theirs)
         # what a killed finish left here without run.json is not the finished run from there
         wanted = {CHECKPOINT: behind, WEIGHTS: not finished, HISTORY: not finished}
-        if wanted.get(path.name, not target.exists()):
+        read = partial(read_sealed, target) if path.parent.name == "tables" else target.stat
+        if wanted.get(path.name, not _is_sound(target, read)):
             _move(path, target)
+
+
+def _is_sound(path: Path, read: Callable[[], object]) -> bool:
+    """Whether a file is there and can be read as what it is; one that cannot gives way to the one that travelled."""
+    try:
+        read()
+    except (ValueError, OSError):
+        return False
+    return path.exists()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -2,6 +2,8 @@
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
 
@@ -18,8 +20,38 @@ from clustr_core.measuring.diagnostics import verdict
 from clustr_core.measuring.evaluation import Evaluation
 from clustr_core.measuring.pieces import drawn_order
 from clustr_core.measuring.study import with_interval
+from clustr_core.storage.gate import shortened
 
 WIDTH = 88
+
+
+class Stranger(nn.Module):
+    """A stranger's model, of which nothing is expected: what goes wrong in it is said in a line that names it, and it
+    works on copies, so that one which changes its images in place changes none of ours."""
+
+    def __init__(self, model: nn.Module, argument: str) -> None:
+        super().__init__()
+        self.model, self.argument = model, argument
+
+    def forward(self, images: Images) -> Tensor:
+        """What the model returns.
+
+        Raises:
+            ValueError: if it fails.
+        """
+        shape = ", ".join(map(str, images.shape[1:]))
+        with _named(f"{self.argument}: expected one that takes images of shape [batch, {shape}]"):
+            return self.model(images.clone())
+
+
+@contextmanager
+def _named(expected: str) -> Iterator[None]:
+    """Whatever a stranger's program does ends as a ValueError that says what was expected of it."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        said = shortened(" ".join(str(error).split()))
+        raise ValueError(f"{expected}, got {type(error).__name__}: {said}") from error
 
 
 def built(name: str, device: str | torch.device = "cpu", *, argument: str = "model") -> nn.Module:
@@ -39,15 +71,14 @@ def built(name: str, device: str | torch.device = "cpu", *, argument: str = "mod
     before = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))
     try:
-        model = getattr(importlib.import_module(module), function)()
-    except (Exception, SystemExit) as error:  # whatever a stranger's program does
-        said = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{argument}: expected {name} to build a network, got {said}") from error
+        with _named(f"{argument}: expected {name} to build a network"):
+            model = getattr(importlib.import_module(module), function)()
     finally:
         sys.path[:] = before
     if not isinstance(model, nn.Module):
         raise ValueError(f"{argument}: expected {name} to return a torch.nn.Module, got {type(model).__name__}")
-    return model.to(device).eval().requires_grad_(False)
+    with _named(f"{argument}: expected a network that can be put on {device} for evaluation"):
+        return Stranger(model, argument).to(device).eval().requires_grad_(False)
 
 
 def evaluation_of(
@@ -81,8 +112,8 @@ def evaluation_of(
                 f"{len(images)}: an attack on it says nothing of the model"
             )
     climbed = model if surface is None else surface
-    if not climbed(images[:1].clone().requires_grad_()).requires_grad:
-        name = "model" if surface is None else "surface"
+    name = "model" if surface is None else "surface"
+    if not _has_gradient(name, climbed, images):
         raise ValueError(
             f"{name}: expected outputs with a gradient in the image, got none: PGD has nothing to climb, and whatever "
             "it reports is no robustness"
@@ -92,17 +123,26 @@ def evaluation_of(
 
 def _asked(name: str, model: nn.Module, images: Images, dataset: data.Dataset) -> Tensor:
     """What a network says of the images, if it is what a classifier of these data would say."""
-    shape, count = ", ".join(map(str, dataset.image_shape)), dataset.num_classes
-    try:
-        with torch.no_grad():
-            outputs: object = model(images)
-    except Exception as error:  # whatever a stranger's program does
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name}: expected one that takes images of shape [batch, {shape}], got {said}") from error
+    count = dataset.num_classes
+    with torch.no_grad():
+        outputs: object = model(images)
     if not isinstance(outputs, Tensor) or outputs.shape != (len(images), count):
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"{name}: expected outputs of shape [{len(images)}, {count}] for {dataset.name}, got {got}")
+    if not outputs.is_floating_point():
+        raise ValueError(f"{name}: expected outputs that are real numbers, got {outputs.dtype}")
     return outputs
+
+
+def _has_gradient(name: str, model: nn.Module, images: Images) -> bool:
+    """Whether there is anything to climb: a first step is tried."""
+    leaf = images.clone().requires_grad_()
+    outputs = model(leaf)
+    if not outputs.requires_grad:
+        return False
+    with _named(f"{name}: expected outputs with a gradient in the image"):
+        (towards,) = torch.autograd.grad(outputs.sum(), leaf, allow_unused=True)
+    return towards is not None
 
 
 def page(title: str, evaluation: Evaluation, table: pd.DataFrame) -> list[str]:

@@ -29,8 +29,9 @@ from clustr_core.measuring.accuracy import (
     summary_table,
 )
 from clustr_core.measuring.profile import PARTIAL, Profile, Protocol, load_profile
+from clustr_core.measuring.written import is_current
 from clustr_core.storage.files import home
-from clustr_core.storage.provenance import check_sidecar, read_checked
+from clustr_core.storage.provenance import check_sidecar, read_checked, sidecar_of
 from clustr_core.training.fields import build
 from clustr_core.training.recipes import run_folder
 
@@ -265,7 +266,8 @@ class Study:
 def read_study(
     profile: str | Path | Profile, *, published: bool = False, radii: Sequence[float] | None = None
 ) -> Study:
-    """A profile with its rows: regenerated if all of its tables are, else published, else measured when asked for.
+    """A profile with its rows: regenerated if all of its tables are, as it would make them today; else published, else
+    measured when asked for.
 
     Args:
         profile: as `load_profile` takes it, or a profile.
@@ -282,9 +284,11 @@ def read_study(
     }
     for source, folder in folders.items():
         missing = _missing(profile, folder)
-        if not missing and not (published and source == "regenerated"):
+        if source == "regenerated" and (published or missing or _is_outdated(profile, folder)):
+            continue
+        if not missing:
             return Study(profile, source, folder, shown)
-        if published and source == "published":
+        if published:
             command = f"make publish PROFILE={profile.name}"
             raise FileNotFoundError(f"{missing[0]}: expected a published table, got none: {command} makes it")
     log.warning(
@@ -828,6 +832,21 @@ def _claimed_of(study: Study, method: str) -> str:
 def _missing(profile: Profile, folder: Path) -> list[Path]:
     names = (f"{kind}-{method}.csv" for kind, methods in profile.measured.items() for method in methods)
     return [folder / name for name in names if not (folder / name).exists()]
+
+
+def _is_outdated(profile: Profile, folder: Path) -> bool:
+    """Whether a table was made by another protocol, version or run than the profile's today; it is named."""
+    for kind, methods in profile.measured.items():
+        for method in methods:
+            table = folder / f"{kind}-{method}.csv"
+            if sidecar_of(table).exists() and not is_current(check_sidecar(table)["made"], profile, kind, method):
+                log.warning(
+                    "%s: expected rows as the profile would measure them today, got those of another protocol, version "
+                    "or run: none in this folder are shown; make figures PROFILE=%s makes them anew",
+                    table, profile.name,
+                )  # fmt: skip
+                return True
+    return False
 
 
 def _measured(profile: Profile, kind: str, method: str) -> pd.DataFrame:

@@ -1,9 +1,10 @@
 """Tables of a profile as files, each with the sidecar that says how it was made; and whether one is there already."""
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -13,8 +14,11 @@ from clustr_core.storage.files import digest
 from clustr_core.storage.gate import is_stream
 from clustr_core.storage.provenance import check_sidecar, environment, write_sidecar
 from clustr_core.storage.tables import write_table
+from clustr_core.training.names import DONE, WEIGHTS
 from clustr_core.training.recipes import run_folder, run_key
-from clustr_core.training.run import DONE, WEIGHTS, Run
+
+if TYPE_CHECKING:
+    from clustr_core.training.run import Run
 
 
 def made_by(profile: Profile, kind: str, device: str) -> dict[str, Any]:
@@ -31,7 +35,7 @@ def made_by(profile: Profile, kind: str, device: str) -> dict[str, Any]:
     }
 
 
-def made_of(method: str, run: Run | None) -> dict[str, Any]:
+def made_of(method: str, run: "Run | None") -> dict[str, Any]:
     """Which model the rows are of; None for what needs no run."""
     if run is None:
         return {"method": method} | dict.fromkeys(("run", "weights_sha256", "weights_dtype", "seed", "trained_on"))
@@ -55,16 +59,23 @@ def write_rows(path: Path, table: pd.DataFrame, made: dict[str, Any], *, note: s
 def is_written(folder: Path, profile: Profile, kind: str, method: str) -> bool:
     """Whether a folder holds a method's table of a kind, as the profile and the package would make it today.
 
-    What its sidecar leaves open, as those of the first tables do, is taken to be so. A table that is not the one of its
-    sidecar, as when its writer was killed between the two, counts as missing.
+    A table that is not the one of its sidecar, as when its writer was killed between the two, counts as missing.
     """
-    path = folder / f"{kind}-{method}.csv"
     try:
-        made = check_sidecar(path)["made"]
+        made = check_sidecar(folder / f"{kind}-{method}.csv")["made"]
     except (FileNotFoundError, ValueError):
         return False
+    return is_current(made, profile, kind, method)
+
+
+def is_current(made: Mapping[str, Any], profile: Profile, kind: str, method: str) -> bool:
+    """Whether what a sidecar says is what the profile and the package would make today of a method.
+
+    What it leaves open, as those of the first tables do, is taken to be so.
+    """
     recipe = profile.recipes.get(method)
     wanted = {
+        "method": method,
         "protocol": json.loads(json.dumps(profile.protocol(kind))),
         "version": VERSIONS[MEASUREMENT_OF[kind]],
         "run": recipe and run_key(recipe),

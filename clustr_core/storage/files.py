@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,15 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, *, busy: str = "") -> Iterator[None]:
     """A block that one process at a time runs for a folder; the others wait.
 
     Where a file system or an operating system knows no such locks, nobody waits.
+
+    Args:
+        busy: what an error says at once, instead of waiting.
+    Raises:
+        ValueError: with the words of ``busy``, if another process is there.
     """
     try:
         import fcntl
@@ -96,8 +101,12 @@ def alone(folder: Path) -> Iterator[None]:
         return
     opened = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            fcntl.flock(opened, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError as error:
+            raise ValueError(busy) from error
+        except OSError:
+            pass
         yield
     finally:
         os.close(opened)

@@ -191,14 +191,18 @@ def unpack(folder: Path, into: Path) -> None:
             with zipfile.ZipFile(archive) as members:
                 _check_members(members)
                 members.extractall(into)
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
             why = shortened(str(error))
             raise ValueError(f"--into: expected a pack in {folder}, got a damaged one ({why})") from error
 
 
 def _check_members(archive: zipfile.ZipFile) -> None:
-    """No member inside another, none that grows beyond what text can, and all of a size that a leg can have."""
+    """Members as `pack` writes them, none inside another, none that grows beyond what text can, and all of a size that
+    a leg can have."""
     members = archive.infolist()
+    kinds = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if others := [each.filename for each in members if not each.filename or each.compress_type not in kinds]:
+        raise zipfile.BadZipFile(f"members without a name, or compressed otherwise than by deflate: {listed(others)}")
     if bombs := [each.filename for each in members if each.file_size > _TEXT * each.compress_size + _BLOCK]:
         raise zipfile.BadZipFile(f"members that grow more than {_TEXT} times: {listed(bombs)}")
     # each has a header of its own, an empty one too

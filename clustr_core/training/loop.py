@@ -38,6 +38,7 @@ from clustr_core.training.checks import (
     naming_epoch,
 )
 from clustr_core.training.losses import Slots, slots_of
+from clustr_core.training.names import CHECKPOINT, DONE, HISTORY, WEIGHTS
 from clustr_core.training.objectives import objective
 from clustr_core.training.processes import Processes, join
 from clustr_core.training.recipes import (
@@ -50,10 +51,6 @@ from clustr_core.training.recipes import (
 )
 from clustr_core.training.refresh import clusters_and_sampler, final_clusters
 from clustr_core.training.run import (
-    CHECKPOINT,
-    DONE,
-    HISTORY,
-    WEIGHTS,
     Run,
     check_stored_dtype,
     load_run,

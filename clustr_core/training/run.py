@@ -22,6 +22,7 @@ from clustr_core.storage.files import digest, read_json, seal_of
 from clustr_core.storage.gate import TENSORS_LIMIT, VALUE_LIMIT, brief, listed, read_bytes, shortened
 from clustr_core.storage.tables import read_table
 from clustr_core.storage.tensors import read_tensors
+from clustr_core.training.names import DONE, HISTORY, WEIGHTS
 from clustr_core.training.recipes import (
     Recipe,
     UnknownMethod,
@@ -32,7 +33,6 @@ from clustr_core.training.recipes import (
 
 _Network = TypeVar("_Network", bound=nn.Module)
 WeightsDtype = Literal["float32", "float16"]
-CHECKPOINT, WEIGHTS, HISTORY, DONE = "checkpoint.safetensors", "model.safetensors", "history.csv", "run.json"
 SNAPSHOT = "a snapshot"
 # in an entry of `Run.trained_on`: after how many epochs it begins
 AFTER = "after_epoch"

@@ -14,6 +14,7 @@ from clustr_core.storage.provenance import order_of_sums
 from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training.captured import Recorder
 from clustr_core.training.checks import images_in_a_batch
+from clustr_core.training.names import CHECKPOINT, WEIGHTS
 from clustr_core.training.processes import ALONE, Processes
 from clustr_core.training.recipes import (
     Recipe,
@@ -23,9 +24,7 @@ from clustr_core.training.recipes import (
 from clustr_core.training.refresh import clustered, embedded
 from clustr_core.training.run import (
     AFTER,
-    CHECKPOINT,
     SNAPSHOT,
-    WEIGHTS,
     Run,
     check_digest,
     check_places,

@@ -133,7 +133,7 @@ def test_what_the_attack_climbs_may_be_another_network(here, capsys):
         (["--model", "{}:build", *ASKED, "--html", "no/page.html"], "in a folder that is there, got no/page.html"),
         (["--model", "{}:build", *ASKED, "--precision", "tf32"], "--precision: expected none with --model"),
         (["--model", "{}:leaves", *ASKED], "to build a network, got SystemExit: 3"),
-        (["--model", "{}:one", *ASKED], "takes images of shape [batch, 1, 8, 8], got one at a time"),
+        (["--model", "{}:one", *ASKED], "takes images of shape [batch, 1, 8, 8], got AssertionError: one at a time"),
         (["--model", "{}:cut", *ASKED], "model: expected outputs with a gradient in the image, got none"),
         (["--model", "{}:build", "--surface", "{}:other", *ASKED], "surface: expected one that takes images of shape"),
         (["--model", "{}:build", "--surface", "{}:backwards", *ASKED], "surface: expected the classes that the model"),

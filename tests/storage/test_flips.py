@@ -22,8 +22,9 @@ from clustr_core.measuring.study import Study
 from clustr_core.storage.provenance import sidecar_of, write_sidecar
 from clustr_core.storage.tables import write_table
 from clustr_core.training.loop import fit
+from clustr_core.training.names import CHECKPOINT, DONE, HISTORY, WEIGHTS
 from clustr_core.training.recipes import Clustr
-from clustr_core.training.run import CHECKPOINT, DONE, HISTORY, WEIGHTS, load_run, snapshot_path
+from clustr_core.training.run import load_run, snapshot_path
 from clustr_core.training.state import checkpoint_facts, load_checkpoint, new_state
 
 FLIPS = 80

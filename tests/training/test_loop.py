@@ -36,6 +36,7 @@ from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training import loop
 from clustr_core.training.loop import fit, train_epoch
 from clustr_core.training.losses import certificate_loss, full_magnet_loss, magnet_loss, margin_cross_entropy
+from clustr_core.training.names import CHECKPOINT
 from clustr_core.training.objectives import objective
 from clustr_core.training.recipes import (
     METHODS,
@@ -55,7 +56,7 @@ from clustr_core.training.recipes import (
     run_folder,
 )
 from clustr_core.training.refresh import clusters_and_sampler
-from clustr_core.training.run import CHECKPOINT, load_run, new_network, prefixed, training_digest, training_part
+from clustr_core.training.run import load_run, new_network, prefixed, training_digest, training_part
 from clustr_core.training.sampling import ShuffledBatches
 from clustr_core.training.state import epochs_kept, new_state
 from clustr_core.training.step import Step, learning_rate

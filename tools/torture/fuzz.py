@@ -33,7 +33,8 @@ from clustr_core.storage.files import digest
 from clustr_core.storage.tables import read_table
 from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training.loop import fit
-from clustr_core.training.run import CHECKPOINT, DONE, HISTORY, WEIGHTS, load_run
+from clustr_core.training.names import CHECKPOINT, DONE, HISTORY, WEIGHTS
+from clustr_core.training.run import load_run
 from tools.torture import images, profiles, released, runs
 from tools.torture.forks import Case, Outcome, attempt
 

@@ -19,8 +19,9 @@ from clustr_core.storage.files import digest, seal_of
 from clustr_core.storage.tables import read_table
 from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training.loop import fit
+from clustr_core.training.names import CHECKPOINT, DONE, HISTORY, WEIGHTS
 from clustr_core.training.recipes import Recipe
-from clustr_core.training.run import CHECKPOINT, DONE, HISTORY, WEIGHTS, load_run
+from clustr_core.training.run import load_run
 from tools.torture.forks import Case, Expected
 
 PROFILE = """\
