@@ -32,8 +32,8 @@ from clustr_core.measuring.profile import MOST, Examination, Profile, load_profi
 from clustr_core.measuring.sandwiched import sandwich_of, sandwich_pieces
 from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.written import made_by, made_of, write_rows
-from clustr_core.models.official import NUM_CLASSES, load_official
-from clustr_core.storage.files import digest, expanded, home, write_string
+from clustr_core.models.official import NUM_CLASSES, official_model
+from clustr_core.storage.files import LONGEST_NAME, digest, expanded, home, write_string
 from clustr_core.storage.gate import (
     RELEASED_LIMIT,
     VALUE_LIMIT,
@@ -45,7 +45,7 @@ from clustr_core.storage.gate import (
     target_of,
 )
 from clustr_core.storage.pack import Bounds, parse_size
-from clustr_core.storage.provenance import is_sidecar, sidecar_of
+from clustr_core.storage.provenance import check_sidecar, is_sidecar, sidecar_of
 from clustr_core.training.fields import read_yaml
 from clustr_core.training.loop import fit
 from clustr_core.training.names import DONE
@@ -86,6 +86,7 @@ Figures come from the notebooks alone: make figures PROFILE=quick.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; bad input ends with one clear line and status 2, Ctrl-C and SIGTERM with one and 130 or 143."""
+    _open_streams()
     options = _parser().parse_args(arguments)
     if options.precision is not None:
         options.set.append(f"precision={options.precision}")
@@ -106,13 +107,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, CertificateBroken) as error:
         _say(shortened(" ".join(str(error).split())))
         return 2
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not memory:
             raise
-        first = str(error).partition(". ")[0]
+        first = str(error).partition(". ")[0] or "out of memory"
         _say(f"{first}; take a device with more memory")
         return 2
     return 0
+
+
+def _open_streams() -> None:
+    """Give the null device to standard streams that are closed, as under some schedulers: else the next file that is
+    opened takes their place, and bars of progress have nothing to write to."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 def _say(what: str) -> None:
@@ -138,8 +153,25 @@ def _check_output(options: argparse.Namespace) -> None:
     target_of(Path(given))
     if Path(given).suffix != ".csv":
         raise ValueError(f"--output: expected a file name that ends in .csv, since X.json lies beside it, got {given}")
+    if len(os.fsencode(Path(given).name)) > LONGEST_NAME:
+        raise ValueError(f"--output: expected a file name of at most {LONGEST_NAME} bytes, got {brief(given)}")
     if (beside := sidecar_of(Path(given))).exists() and not is_sidecar(beside):
         raise ValueError(f"--output: expected at {beside} no file but a table's sidecar, got one that would be lost")
+    # a run's history is a CSV, too, and so is what somebody wrote by hand
+    if Path(given).exists():
+        try:
+            check_sidecar(Path(given))
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"--output: expected no file, or a table with its sidecar, got another that would be lost ({error})"
+            ) from error
+
+
+def _profile(options: argparse.Namespace, usual: str = "quick") -> str:
+    """Which profile is asked for; an empty name, as of a variable that is not set, is none that anybody means."""
+    if options.profile == "":
+        raise ValueError("--profile: expected a name or the path of a YAML file, got an empty one")
+    return options.profile or usual
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -157,7 +189,7 @@ def _attack(options: argparse.Namespace) -> None:
     for name in ("dataset", "examples"):
         if (given := getattr(options, name)) is not None:
             raise ValueError(f"--{name}: expected only with --official, since the profile says it, got {given}")
-    profile, run, device = load_profile(options.profile or "quick"), _run(options), _device(options)
+    profile, run, device = load_profile(_profile(options)), _run(options), _device(options)
     if options.shard is not None:
         _compute_share(attack_pieces(run, profile, device=device), options, device)
         return
@@ -175,8 +207,10 @@ def _attack_official(options: argparse.Namespace) -> None:
     if options.examples is not None and options.examples < 1:
         raise ValueError(f"--examples: expected a positive number, got {options.examples}")
     device, path = _device(options), Path(options.official)
-    target = _official_target(path, options.dataset, device)
-    profile = load_profile(options.profile or "paper")
+    # once: a training that goes on may write the file again meanwhile
+    written = read_bytes(path, limit=RELEASED_LIMIT)
+    target = _official_target(written, path, options.dataset, device)
+    profile = load_profile(_profile(options, "paper"))
     protocols = {
         name: replace(each, examples=options.examples or each.examples)
         for name, each in profile.attacks.items()
@@ -192,15 +226,15 @@ def _attack_official(options: argparse.Namespace) -> None:
         **made_by(profile, "attacks", str(device)),
         "protocol": {name: asdict(each) for name, each in protocols.items()},
         "method": target.name, "dataset": options.dataset, "run": None, "seed": None,
-        "weights_sha256": digest(read_bytes(path, limit=RELEASED_LIMIT)),
-    })  # fmt: skip
+        "weights_sha256": digest(written),
+    }, asked_for=options.output is not None)  # fmt: skip
     _print_protocols(table)
 
 
-def _official_target(path: Path, dataset: str, device: torch.device) -> AttackTarget:
+def _official_target(written: bytes, path: Path, dataset: str, device: torch.device) -> AttackTarget:
     """The file's model; its rows are kept under a digest of the file."""
-    model = load_official(path, dataset=dataset).to(device)
-    identity = digest(read_bytes(path, limit=RELEASED_LIMIT), dataset)
+    model = official_model(written, path, dataset=dataset).to(device)
+    identity = digest(written, dataset)
     tables = home() / "runs" / f"official-{dataset}-{identity[:10]}" / "tables"
     return AttackTarget(path.stem, lambda: model, identity, tables, data.load_dataset(dataset), device)
 
@@ -220,7 +254,7 @@ def _diagnose(options: argparse.Namespace) -> None:
     for name in STRANGERS:
         if (given := getattr(options, name)) is not None:
             raise ValueError(f"--{name}: expected only with --model, since the profile says it, got {given}")
-    profile, run = load_profile(options.profile or "quick"), _run(options)
+    profile, run = load_profile(_profile(options)), _run(options)
     found = examined(run, profile, device=_device(options))
     table = found.diagnostics()
     _write(table, profile, options, "diagnostics", run)
@@ -266,7 +300,7 @@ def _diagnose_stranger(options: argparse.Namespace) -> None:
         if html is not None:
             from clustr_core.drawing.verdict import verdict_page
 
-            write_string(html, verdict_page(title, lines, evaluation, table))
+            write_string(html, verdict_page(title, lines, evaluation, table), asked_for=True)
             print(f"\n{html}: the same with pictures, and the source of each check")
 
 
@@ -287,7 +321,7 @@ def _print_protocols(table: pd.DataFrame) -> None:
 
 
 def _certify(options: argparse.Namespace) -> None:
-    profile = load_profile(options.profile or "quick")
+    profile = load_profile(_profile(options))
     if options.method == "prototypes":
         if options.set:
             raise ValueError(f"--set: expected none with prototypes, which have no recipe, got {options.set}")
@@ -309,7 +343,7 @@ def _certify(options: argparse.Namespace) -> None:
 
 
 def _sandwich(options: argparse.Namespace) -> None:
-    profile, recipe = load_profile(options.profile or "quick"), _recipe(options)
+    profile, recipe = load_profile(_profile(options)), _recipe(options)
     if recipe.guarantee != "lipschitz":
         raise ValueError(
             f"--method: expected one of {', '.join(profile.lipschitz)}, which certify, got {recipe.method}"
@@ -338,7 +372,7 @@ def _leg(options: argparse.Namespace) -> None:
     if not 0 < options.minutes < math.inf:
         raise ValueError(f"--minutes: expected a positive number, got {options.minutes:g}")
     bounds = Bounds(parse_size(options.pack), options.files)
-    profile, device = load_profile(options.profile or "quick"), _device(options)
+    profile, device = load_profile(_profile(options)), _device(options)
     folder = home() / "legs" / profile.name if options.into is None else expanded(options.into)
     how = {"half": options.half, "captured": options.captured, "device": device}
     leg = run_leg(profile, folder, Clock(60 * options.minutes), bounds, **how)
@@ -374,7 +408,7 @@ def _run(options: argparse.Namespace) -> Run:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    profile = load_profile(options.profile or "quick")
+    profile = load_profile(_profile(options))
     if options.method not in profile.recipes:
         raise ValueError(
             f"method: expected one of {sorted(profile.recipes)} in {profile.name}, got {brief(options.method)}"
@@ -426,13 +460,14 @@ def _write(table: pd.DataFrame, profile: Profile, options: argparse.Namespace, k
     """A table of the profile; with --set it is another run's, and lies beside that run."""
     folder = run.path if run is not None and options.set else home() / "results" / profile.name
     path = Path(getattr(options, "output", None) or folder / f"{kind}-{options.method}.csv")
-    _write_at(path, table, made_by(profile, kind, str(_device(options))) | made_of(options.method, run))
+    made = made_by(profile, kind, str(_device(options))) | made_of(options.method, run)
+    _write_at(path, table, made, asked_for=getattr(options, "output", None) is not None)
 
 
-def _write_at(path: Path, table: pd.DataFrame, made: dict[str, Any]) -> None:
-    """Write a table and, beside it, the sidecar that says how it was made."""
+def _write_at(path: Path, table: pd.DataFrame, made: dict[str, Any], *, asked_for: bool) -> None:
+    """Write a table and, beside it, the sidecar that says how it was made; ``asked_for`` as in `written_whole`."""
     if is_first():
-        write_rows(path, table, made)
+        write_rows(path, table, made, asked_for=asked_for)
     print(f"wrote {os.path.relpath(path)} ({len(table)} rows)")
 
 

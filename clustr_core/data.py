@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clustr_core.storage.files import digest, expanded, home
-from clustr_core.storage.gate import MB, brief, listed, named, opened, read_bytes, shortened
+from clustr_core.storage.gate import MB, brief, listed, named, named_place, opened, read_bytes, shortened
 from clustr_core.storage.tensors import read_tensors, write_tensors
 
 ImageBytes = UInt8[Tensor, "batch channel height width"]
@@ -384,9 +384,10 @@ def _can_be_written(cache: Path) -> bool:
     """Whether decoded images can be kept; where not they are decoded each time, with a warning."""
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
+        named_place(cache)
         with tempfile.TemporaryFile(dir=cache.parent):
             return True
-    except OSError as error:
+    except (ValueError, OSError) as error:
         warnings.warn(f"folder: decoded images are not kept, {cache} cannot be written ({error})", stacklevel=3)
         return False
 

@@ -144,6 +144,15 @@ def test_claims_of_others_are_read_from_their_table(page: Path) -> None:
     assert any("the table 74.04" in fault for fault in said_of(page, "% cell: 74.05 = claim(eps=8/255)\n74.05\n"))
 
 
+def test_rows_of_another_method_under_a_methods_name_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "results/published/quick"
+    folder.mkdir(parents=True)
+    for kind in ("csv", "json"):
+        shutil.copy(ROOT / f"results/published/quick/diagnostics-trades.{kind}", folder / f"diagnostics-pgd-at.{kind}")
+    fault = "results/published/quick/diagnostics-pgd-at.csv: expected the rows of pgd-at, got those of trades"
+    assert list(claims.sidecar_faults(tmp_path)) == [fault]
+
+
 def test_the_check_needs_no_torch() -> None:
     code = "import sys; from tools import verify; verify.main(['--level', 'claims']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 import pytest
@@ -14,15 +15,18 @@ import torch
 from disk import contents, files_of_at_most
 
 from clustr_core import cli, data
+from clustr_core.__main__ import main as command_line
 from clustr_core.cli import main
 from clustr_core.measuring import certified as certified_module
 from clustr_core.measuring import pieces as pieces_module
 from clustr_core.measuring.certified import certificate_rows
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS
-from clustr_core.storage.files import digest
+from clustr_core.storage.files import LONGEST_NAME, digest, write_string
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.training import loop
+from clustr_core.training.names import DONE
+from clustr_core.training.processes import TORCHRUN
 from clustr_core.training.recipes import CERTIFIABLE, METHODS, override, run_folder
 from clustr_core.training.run import load_run
 from clustr_core.training.state import epochs_kept
@@ -368,6 +372,58 @@ def test_an_output_beside_somebody_elses_json_is_refused_before_any_work(home, c
     assert contents(home / "runs") == {}
 
 
+def test_an_output_over_a_table_that_is_no_such_output_is_refused_before_any_work(home, capsys):
+    """A run's history, a kept piece and what somebody wrote by hand are CSV files, too."""
+    (home / "history.csv").write_text("epoch,loss\n1,2\n", encoding="utf-8")
+    message = refused(capsys, "--output", "history.csv", command="certify")
+    expected = "--output: expected no file, or a table with its sidecar, got another that would be lost (history.json: "
+    assert message.startswith(f"clustr: {expected}")
+    assert (home / "history.csv").read_text(encoding="utf-8") == "epoch,loss\n1,2\n"
+    assert contents(home / "runs") == {}
+
+
+def test_an_output_of_too_long_a_name_is_refused_before_any_work(home, capsys):
+    message = refused(capsys, "--output", "x" * 240 + ".csv", command="certify")
+    assert message.startswith("clustr: --output: expected a file name of at most ")
+    assert contents(home / "runs") == {}
+    path = home / ("x" * (LONGEST_NAME - 4) + ".csv")
+    write_string(path, "fits")
+    assert path.read_text(encoding="utf-8") == "fits"
+
+
+def test_a_profile_of_no_name_is_not_the_usual_one(home, capsys):
+    assert main(["certify", "--profile", "", "--method", "ce"]) == 2
+    assert "--profile: expected a name or the path of a YAML file, got an empty one" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_is_one_line(home, capsys, monkeypatch):
+    def full(options):
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "_train", full)
+    assert refused(capsys) == "clustr: out of memory; take a device with more memory\n"
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_a_standard_stream_that_is_closed_is_no_trouble(home, closed):
+    command = f"{sys.executable} -m clustr_core train --profile tiny --method ce --device cpu {closed}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, shell=True, env=environment, check=False).returncode == 0
+    assert (run_folder(recipe("ce")) / DONE).exists()
+
+
+def test_ctrl_c_before_anything_has_begun_is_one_line(monkeypatch, capsys):
+    class Loading(ModuleType):
+        """Is asked to end before it is there."""
+
+        def __getattr__(self, name: str) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "clustr_core.cli", Loading("clustr_core.cli"))
+    assert command_line() == 130
+    assert capsys.readouterr().err == "clustr: ended by Ctrl-C; nothing was begun\n"
+
+
 def test_what_a_terminal_would_act_on_is_told_by_its_number(capsys):
     message = refused(capsys, "--output", "\x1b]0;pwned\x07.txt", command="certify")
     assert "\\x1b]0;pwned\\x07" in message
@@ -380,7 +436,13 @@ def test_a_released_model_has_a_table_with_a_sidecar(home, monkeypatch):
     (home / "model_best.pth").write_bytes(b"released")
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
     digits = data.load_dataset("digits")
-    monkeypatch.setattr(cli, "load_official", lambda path, dataset: network)
+
+    def read_once(written, path, *, dataset):
+        # as a training that goes on would
+        path.write_bytes(b"another")
+        return network
+
+    monkeypatch.setattr(cli, "official_model", read_once)
     monkeypatch.setattr(data, "load_dataset", lambda name: digits)
     given = ["--official", "model_best.pth", "--dataset", "cifar10", "--examples", "4", "--device", "cpu"]
     assert main(["attack", *given, "--profile", "one"]) == 0
@@ -399,6 +461,11 @@ def test_variables_of_torchrun_that_were_left_behind_are_one_line_of_every_comma
     monkeypatch.setenv("RANK", "1")
     message = refused(capsys, command=command)
     assert message.startswith("clustr: environment: expected all that torchrun sets, got WORLD_SIZE=2 without LOCAL_")
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "0")
+    assert refused(capsys, command=command).startswith(
+        "clustr: environment: expected LOCAL_RANK in 0..LOCAL_WORLD_SIZE-1"
+    )
     assert contents(home / "runs") == contents(home / "results") == {}
 
 

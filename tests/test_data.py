@@ -195,6 +195,28 @@ def test_a_damaged_archive_is_not_read(tmp_path, monkeypatch):
             data.load_dataset("cifar10", tmp_path / "root")
 
 
+@pytest.mark.parametrize("how", ["others", "cut", "foreign"])
+def test_files_that_are_not_mnists_are_not_taken_for_it(how, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    source, root = tmp_path / "source", tmp_path / "root"
+    source.mkdir()
+    with archives.served(source) as url:
+        archives.MAKERS["mnist"](source, url, monkeypatch)
+        data.load_dataset("mnist", root)
+    path = root / "MNIST/raw/train-images-idx3-ubyte"
+    content = path.read_bytes()
+    path.write_bytes({"others": content[:-1] + bytes([content[-1] ^ 1]), "cut": content[:3], "foreign": b"?" * 99}[how])
+    with pytest.raises(OSError, match=r"^mnist: expected "):
+        data.load_dataset("mnist", root)
+
+
+def test_mnist_is_known_by_its_files_and_not_by_tensors():
+    images, labels = torch.ones(1, 1, 2, 1, dtype=torch.uint8), torch.tensor([7, 9])
+    sizes = [size.to_bytes(4, "big") for size in (1, 2, 1)]
+    assert data._as_idx(images) == b"".join([bytes([0, 0, 8, 3]), *sizes, bytes([1, 1])])
+    assert data._as_idx(labels) == b"".join([bytes([0, 0, 8, 1]), sizes[1], bytes([7, 9])])
+
+
 def test_without_the_internet_the_error_says_what_was_tried(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise URLError("no route to host")

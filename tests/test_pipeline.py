@@ -13,6 +13,7 @@ from clustr_core.measuring.profile import load_profile
 from clustr_core.training.recipes import run_key
 from tools import notebooks, publish
 from tools.execute import chosen_parameters, given_parameters
+from tools.execute import execute as run_chapter
 
 SOURCES = notebooks.sources(ROOT)
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
@@ -134,6 +135,32 @@ def test_a_failing_cell_leaves_its_traceback_and_nothing_in_place(one_chapter: P
     assert "name 'nothing' is not defined" in done.stderr
     assert not (one_chapter / "_build/smoke/01-test.ipynb").exists()
     assert (one_chapter / "_build/smoke/failed/01-test.ipynb").exists()
+
+
+def test_what_an_earlier_run_left_stays_until_the_next_is_whole(one_chapter: Path) -> None:
+    assert execute(one_chapter, "01-test").returncode == 0
+    before = (one_chapter / "_build/smoke/01-test.ipynb").read_bytes()
+    source = one_chapter / "notebooks/01-test.md"
+    source.write_text(CHAPTER.replace("range(rows))", "range(rows + nothing))", 1))
+    assert execute(one_chapter, "01-test").returncode == 1
+    assert (one_chapter / "_build/smoke/01-test.ipynb").read_bytes() == before
+
+
+def test_a_chapter_is_not_executed_into_its_source(one_chapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = one_chapter / "notebooks/01-test.md"
+    monkeypatch.setenv("CLUSTR_HOME", str(one_chapter))
+    with pytest.raises(ValueError, match=r"--output: expected a file name that ends in \.ipynb, got .*01-test\.md"):
+        run_chapter(source, "smoke", source)
+    assert source.read_text() == CHAPTER
+
+
+def test_nothing_is_published_of_a_profile_whose_tables_are_not_there(one_chapter: Path) -> None:
+    profile = one_chapter / "profiles/smoke.yaml"
+    profile.write_text(profile.read_text() + "methods:\n  ce: {epochs: 1}\nattacks:\n  linf: {eps: [0.1]}\n")
+    assert execute(one_chapter, "01-test").returncode == 0
+    done = called(publish.main, one_chapter, "--profile", "smoke")
+    assert done.returncode == 1
+    assert "results/smoke/attacks-ce.csv: expected the table that the profile makes today, got none" in done.stderr
 
 
 def test_two_runs_publish_the_same_bytes(one_chapter: Path) -> None:

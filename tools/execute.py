@@ -95,9 +95,11 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
         given: parameters as NAME=VALUE, over those of the profile.
 
     Raises:
-        ValueError: for a profile key that the notebook does not declare.
+        ValueError: for a profile key that the notebook does not declare, or an output that is no notebook.
         PapermillExecutionError: if a cell raises.
     """
+    if output.suffix != ".ipynb":
+        raise ValueError(f"--output: expected a file name that ends in .ipynb, got {output}")
     root, source = home().resolve(), source.resolve()
     profile = load_profile(profile_name)
     notebook = notebooks.read_source(source)
@@ -109,7 +111,6 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
     notebook.metadata["clustr"] = made_from | {"made": made}
     running = output.parent / "failed" / output.name
     running.parent.mkdir(parents=True, exist_ok=True)
-    output.unlink(missing_ok=True)
     _run(notebook, running, parameters, folder=source.parent, profile=profile.name)
     running.replace(output)
 

@@ -93,6 +93,8 @@ def _assignments(code: str) -> Iterator[tuple[str, Any]]:
 
 # kinds of tables that a chapter's code names where it reads them
 NAMED_WHERE_READ = {"diagnostics": "diagnostics", "ablations": "ablation"}
+# code with one of these may go through all methods; other code reads the rows of those that it names
+ALL_METHODS = re.compile(r"read_study|studies_|published|\.ordinary|(\.lipschitz|\brecipes)\b(?!\[| import)")
 
 
 def uses_tables(notebook: NotebookNode) -> bool:
@@ -171,18 +173,23 @@ def provenance(root: Path, source: Path, profile: Profile, *, results: str = "re
     """Hashes of what makes a twin stale: its source, its profile, and that profile's rows, under ``results``.
 
     The package is not among them: a mended docstring makes no picture stale, and a change of behaviour is another
-    `TRAINING_VERSION`, other `VERSIONS`, and so other rows. Nor are the rows of the battery, where no code names them.
+    `TRAINING_VERSION`, other `VERSIONS`, and so other rows. Nor are the rows of the battery, where no code names them,
+    or those of methods that are not named, where code names methods one by one.
 
     Args:
         results: the folder of folders of rows: "results" after a run, "results/published" of what is committed.
     """
     name, notebook = profile.name, read_source(source)
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    unread = {kind for kind, word in NAMED_WHERE_READ.items() if word not in code}
+    everything = bool(ALL_METHODS.search(code))
+
+    def is_read(table: Path) -> bool:
+        kind, method = table.stem.partition("-")[::2]
+        return NAMED_WHERE_READ.get(kind, "") in code and (everything or f'"{method}"' in code)
+
     tables = sorted((root / results / name).glob("*.csv")) if uses_tables(notebook) else []
-    read = [path for path in tables if path.name.partition("-")[0] not in unread]
     return {
         "profile": {"name": name, "sha256": profile.sha256},
         "source": digest(source.read_bytes()),
-        "tables": {path.name: digest(path.read_bytes()) for path in read},
+        "tables": {path.name: digest(path.read_bytes()) for path in tables if is_read(path)},
     }

@@ -18,6 +18,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.written import is_written
 from clustr_core.storage.files import copy_whole, home, written_whole
 from clustr_core.storage.provenance import check_sidecar, sidecar_of
 from clustr_core.training.recipes import run_key
@@ -120,9 +121,18 @@ def publish(root: Path, profile: str) -> list[Path]:
     Everything is checked before anything is written.
 
     Raises:
-        ValueError: if a chapter was not executed, or not from what is there now, or a table is not its sidecar's.
+        ValueError: if a chapter was not executed, or not from what is there now, or a table of the profile is missing,
+            made otherwise, or not its sidecar's.
         FileNotFoundError: if a table has no sidecar.
     """
+    asked = load_profile(root / "profiles" / f"{profile}.yaml")
+    for kind, methods in asked.measured.items():
+        for method in methods:
+            if not is_written(root / "results" / profile, asked, kind, method):
+                raise ValueError(
+                    f"results/{profile}/{kind}-{method}.csv: expected the table that the profile makes today, got none "
+                    "or another: make figures first"
+                )
     twins = _twins(root, profile)
     tables = sorted((root / "results" / profile).glob("*.csv"))
     figures = sorted((root / "figures" / profile).glob("*"))

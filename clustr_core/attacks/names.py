@@ -16,3 +16,5 @@ ATTACKS: dict[str, tuple[str, ...]] = {
     "square": ("margin",),
     "autoattack": ("standard",),
 }
+# what PGD can climb by name
+LOSSES = ("ce", "margin", "dlr")

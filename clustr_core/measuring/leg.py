@@ -560,7 +560,7 @@ def _groups(profile: Profile) -> list[list[Member]]:
     tables = [
         path
         for path in sorted(_results(profile).rglob("*.csv"))
-        if sidecar_of(path).exists() and path.read_bytes() != everywhere.get(path.name)
+        if path.is_file() and sidecar_of(path).is_file() and path.read_bytes() != everywhere.get(path.name)
     ]
     groups = [[table, sidecar_of(table)] for table in tables]
     groups += [[path] for run in runs for kind in ("tables", "counterexamples") for path in _visible(run / kind)]
@@ -573,8 +573,9 @@ def _groups(profile: Profile) -> list[list[Member]]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """The whole files of a folder: what is being written is hidden."""
-    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+    """The whole files of a folder: what is being written is hidden, and what is no file does not travel."""
+    found = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+    return [path for path in found if path.is_file() and not path.is_symlink()]
 
 
 def _take_published(profile: Profile) -> None:
@@ -585,7 +586,8 @@ def _take_published(profile: Profile) -> None:
             table = published / f"{kind}-{method}.csv"
             mine, theirs = (is_written(folder, profile, kind, method) for folder in (_results(profile), published))
             if theirs and not mine:
-                for path in (table, sidecar_of(table)):
+                # a table alone would be taken at its word
+                for path in (sidecar_of(table), table):
                     copy_whole(path, _results(profile) / path.name)
 
 
@@ -663,7 +665,8 @@ def _restore(unpacked: Path, root: Path, profile: Profile) -> None:
         if not _is_sound(target, partial(check_sidecar, target.with_suffix(".csv"))):
             _move(path, target)
     for path in _files(root / results / PARTIAL):
-        if (root / results / path.name).exists():
+        whole = root / results / path.name
+        if _is_sound(whole, partial(check_sidecar, whole.with_suffix(".csv"))):
             path.unlink()
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from clustr_core.attacks.names import ATTACKS, PAPER_STEP_SIZE, Norm
+from clustr_core.attacks.names import ATTACKS, LOSSES, PAPER_STEP_SIZE, Norm
 from clustr_core.storage.files import digest, expanded, home
 from clustr_core.storage.gate import PROFILE_LIMIT, brief, check_file, read_text, shortened, shown
 from clustr_core.training.fields import build, field_value, mapping, read_yaml
@@ -71,6 +71,10 @@ class Protocol:
             raise ValueError(f"eps: expected at least one, got {self.eps}")
         if self.losses and self.attack not in ("pgd", "paper", "transfer"):
             raise ValueError(f"losses: expected none for attack {self.attack!r}, got {self.losses}")
+        if unknown := [loss for loss in self.losses if loss not in LOSSES]:
+            raise ValueError(f"losses: expected some of {LOSSES}, got {brief(unknown[0])}")
+        if (longest := self.step_size_at(max(self.eps))) > MOST["step_size"]:
+            raise ValueError(f"eps: expected steps of at most {MOST['step_size']:,}, 2.5 eps / steps, got {longest:,}")
 
     @property
     def climbed(self) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ published ones, ``results/published/<profile>/``, else they are measured now. Py
 is measured.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from clustr_core.measuring.accuracy import (
 )
 from clustr_core.measuring.profile import PARTIAL, Profile, Protocol, load_profile
 from clustr_core.measuring.written import is_current
-from clustr_core.storage.files import home
+from clustr_core.storage.files import home, read_json
 from clustr_core.storage.provenance import check_sidecar, read_checked, sidecar_of
 from clustr_core.training.fields import build
 from clustr_core.training.recipes import run_folder
@@ -167,7 +166,7 @@ class Study:
             return SHAPES[self.dataset]
         for recipe in self.profile.recipes.values():
             if (record := run_folder(recipe) / "run.json").exists():
-                return tuple(json.loads(record.read_text(encoding="utf-8"))["image_shape"])
+                return tuple(read_json(record)["image_shape"])
         raise ValueError(f"dataset: expected one of {sorted(SHAPES)} or a finished run on it, got {self.dataset!r}")
 
     @property

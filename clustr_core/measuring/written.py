@@ -11,7 +11,7 @@ import pandas as pd
 from clustr_core.measuring.profile import Profile
 from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS
 from clustr_core.storage.files import digest
-from clustr_core.storage.gate import is_stream
+from clustr_core.storage.gate import TENSORS_LIMIT, is_stream, read_bytes
 from clustr_core.storage.provenance import check_sidecar, environment, write_sidecar
 from clustr_core.storage.tables import write_table
 from clustr_core.training.names import DONE, WEIGHTS
@@ -49,10 +49,16 @@ def made_of(method: str, run: "Run | None") -> dict[str, Any]:
     }
 
 
-def write_rows(path: Path, table: pd.DataFrame, made: dict[str, Any], *, note: str = "") -> None:
-    """Write a table and, beside it, the sidecar that says how it was made; to a device or a FIFO the table alone."""
-    written = write_table(path, table)
-    if not is_stream(path):
+def write_rows(
+    path: Path, table: pd.DataFrame, made: dict[str, Any], *, note: str = "", asked_for: bool = False
+) -> None:
+    """Write a table and, beside it, the sidecar that says how it was made; to a device or a FIFO the table alone.
+
+    Args:
+        asked_for: as in `written_whole`.
+    """
+    written = write_table(path, table, asked_for=asked_for)
+    if not (asked_for and is_stream(path)):
         write_sidecar(path, made, note=note, written=written)
 
 
@@ -90,4 +96,4 @@ def is_current(made: Mapping[str, Any], profile: Profile, kind: str, method: str
 @cache
 def _digest_of(path: Path, written: int) -> str:
     """SHA-256 of a file as it was written then: asked for often, and weights are large."""
-    return digest(path.read_bytes())
+    return digest(read_bytes(path, limit=TENSORS_LIMIT))

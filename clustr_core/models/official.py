@@ -70,9 +70,18 @@ def load_official(path: str | Path, *, dataset: str) -> ClusterClassifier | Line
         variances differ between clusters, which the released training never writes, the L voters are the nearest
         centroids, not those of the highest scores.
     """
+    return official_model(read_bytes(Path(path), limit=RELEASED_LIMIT), Path(path), dataset=dataset)
+
+
+def official_model(written: bytes, path: Path, *, dataset: str) -> ClusterClassifier | LinearClassifier:
+    """As `load_official`, from the bytes of a file: who tells the file by them tells what was loaded.
+
+    Args:
+        path: what the file is called in a message.
+    """
     if dataset not in NUM_CLASSES:
         raise ValueError(f"dataset: expected one of {sorted(NUM_CLASSES)}, got {dataset!r}")
-    content = _read(Path(path))
+    content = _content(written, path)
     try:
         return _model(content, dataset).eval()
     except ValueError as error:
@@ -112,7 +121,7 @@ def save_official(path: str | Path, model: ClusterClassifier, *, dataset: str) -
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with written_whole(Path(path)) as temporary:
+    with written_whole(Path(path), asked_for=True) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
 
@@ -139,12 +148,11 @@ def _check_savable(model: ClusterClassifier, dataset: str) -> tuple[ResNet18, in
     return encoder, counts[0]
 
 
-def _read(path: Path) -> object:
-    """The content of a file of tensors and plain values, in either format of torch.save.
+def _content(data: bytes, path: Path) -> object:
+    """What a file of tensors and plain values says, in either format of torch.save.
 
     NumPy scalars and arrays are refused with all other classes: the format as it is described needs none.
     """
-    data = read_bytes(path, limit=RELEASED_LIMIT)
     try:
         is_archive = data.startswith(b"PK\x03\x04")
         # the older format: a magic number, a version, sizes of this machine, the content, the keys of its storages

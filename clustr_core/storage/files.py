@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clustr_core.storage.gate import JSON_LIMIT, is_stream, pour, read_text, shortened, target_of
+from clustr_core.storage.gate import JSON_LIMIT, is_stream, named_place, pour, read_text, shortened, target_of
 
 
 def _pid_space() -> str:
@@ -27,6 +27,8 @@ def _pid_space() -> str:
 HOST = re.sub(r"\W", "_", platform.node()) + _pid_space()
 # no file of the book takes an hour to write: a week leaves room for clocks that differ
 ABANDONED = 7 * 24 * 3600
+# with what a temporary's name has beside it, a name is at most 255 bytes
+LONGEST_NAME = 255 - len(f"..{HOST}-{2**22}.tmp".encode())
 _TEMPORARY = re.compile(r"\..+\.(?P<host>\w*)-(?P<pid>\d+)\.tmp", re.DOTALL)
 
 
@@ -51,22 +53,25 @@ def expanded(path: str | Path) -> Path:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, *, asked_for: bool = False) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name at the end, and vanishes on any error.
 
-    What killed writers left behind in the same folder is removed first. Where ``path`` is a link, what it leads to is
-    replaced; a device, a FIFO or the standard output is written to.
+    What killed writers left behind in the same folder is removed first. A link that has the name is replaced, and what
+    it leads to stays: it may have come with somebody else's run.
 
+    Args:
+        asked_for: the user gave the path, as any program's output: what a link leads to is replaced, and a device, a
+            FIFO or the standard output written to.
     Raises:
-        ValueError: if a folder or a socket is there.
+        ValueError: if anything else than a file is there.
         OSError: as the file system says (no space, no permission), with nothing left behind.
     """
-    if is_stream(path):
+    if asked_for and is_stream(path):
         with tempfile.TemporaryDirectory() as folder:
             yield (temporary := Path(folder, "content"))
             pour(temporary, path)
         return
-    target = target_of(path)
+    target = target_of(path) if asked_for else named_place(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target.parent)
     temporary = target.with_name(f".{target.name}.{HOST}-{os.getpid()}.tmp")
@@ -125,7 +130,7 @@ def _remove_stale(folder: Path) -> None:
     abandoned once nothing was written to it for `ABANDONED` seconds.
     """
     for entry in folder.iterdir():
-        found = _TEMPORARY.fullmatch(entry.name)
+        found = _TEMPORARY.fullmatch(entry.name) if entry.is_symlink() or entry.is_file() else None
         if found and ((found["host"] == HOST and not _is_alive(int(found["pid"]))) or _is_abandoned(entry)):
             entry.unlink(missing_ok=True)
 
@@ -157,9 +162,9 @@ def _os_error(error: Exception, path: Path) -> OSError | None:
     return OSError(number, os.strerror(number), str(path))
 
 
-def write_string(path: Path, text: str) -> None:
-    """Write a text, whole or not at all."""
-    with written_whole(path) as temporary:
+def write_string(path: Path, text: str, *, asked_for: bool = False) -> None:
+    """Write a text, whole or not at all; ``asked_for`` as in `written_whole`."""
+    with written_whole(path, asked_for=asked_for) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -160,6 +160,17 @@ def target_of(path: Path) -> Path:
     return target
 
 
+def named_place(path: Path) -> Path:
+    """The path itself, if there is nothing, a link or a regular file: whatever has the name is replaced.
+
+    Raises:
+        ValueError: if something else is there.
+    """
+    if not path.is_symlink() and os.path.lexists(path):
+        check_regular(path, path.lstat())
+    return path
+
+
 def brief(value: object) -> str:
     """``repr`` of a value, of bounded length and in bounded time, whatever it is."""
     return shortened(_BRIEF.repr(value), VALUE_LIMIT)

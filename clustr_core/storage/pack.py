@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clustr_core.storage.files import read_json, write_json, written_whole
-from clustr_core.storage.gate import TENSORS_LIMIT, brief, listed, opened, shortened, size_in_words
+from clustr_core.storage.gate import TENSORS_LIMIT, brief, listed, opened, read_bytes, shortened, size_in_words
 
 INDEX = "pack.json"
 # an index of a few hundred parts fits into this
@@ -248,13 +248,14 @@ def _write_member(target: zipfile.ZipFile, member: Member) -> None:
     # without the time of the file, so that the same files are the same bytes
     info = zipfile.ZipInfo(member.name)
     info.compress_type = zipfile.ZIP_DEFLATED if member.compressed else zipfile.ZIP_STORED
-    target.writestr(info, member.path.read_bytes())
+    target.writestr(info, read_bytes(member.path, limit=TENSORS_LIMIT))
 
 
 def _cost(member: Member) -> int:
     """At most so many bytes a member takes of an archive."""
-    content = len(zlib.compress(member.path.read_bytes())) if member.compressed else member.path.stat().st_size
-    return content + 2 * len(member.name.encode()) + _ZIP_HEADERS
+    content = read_bytes(member.path, limit=TENSORS_LIMIT)
+    size = len(zlib.compress(content)) if member.compressed else len(content)
+    return size + 2 * len(member.name.encode()) + _ZIP_HEADERS
 
 
 def _cut(archive: IO[bytes], folder: Path, size: int) -> list[dict[str, Any]]:
@@ -265,11 +266,18 @@ def _cut(archive: IO[bytes], folder: Path, size: int) -> list[dict[str, Any]]:
         sha256 = hashlib.sha256(content).hexdigest()
         name = f"{len(parts) + 1:04d}-{sha256[:16]}.part"
         path = folder / name
-        if not (path.exists() and path.stat().st_size == len(content)):
+        if not _holds(path, content):
             with written_whole(path) as temporary:
                 temporary.write_bytes(content)
         parts.append({"name": name, "bytes": len(content), "sha256": sha256})
     return parts
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return read_bytes(path, limit=len(content)) == content
+    except (ValueError, OSError):
+        return False
 
 
 def _shortened(names: Sequence[str], most: int = 20) -> list[str]:

@@ -16,16 +16,19 @@ _SEAL = b"sha256,"
 MOST_COLUMNS = 1000
 
 
-def write_table(path: Path, table: pd.DataFrame, *, digits: int = 9, sealed: bool = False) -> bytes:
+def write_table(
+    path: Path, table: pd.DataFrame, *, digits: int = 9, sealed: bool = False, asked_for: bool = False
+) -> bytes:
     """Write a table as CSV with so many significant digits, whole or not at all.
 
     Args:
         sealed: end it with a digest of the file's name and of what stands before, for `read_sealed`.
+        asked_for: as in `written_whole`.
 
     Returns:
         What was written: by the time that the file is read again it may be another's.
     """
-    with written_whole(path) as temporary:
+    with written_whole(path, asked_for=asked_for) as temporary:
         text = table.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n", encoding="utf-8").encode()
         temporary.write_bytes(content := text + _seal(path, text) if sealed else text)
     return content

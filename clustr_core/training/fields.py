@@ -7,7 +7,7 @@ import math
 import numbers
 import re
 from dataclasses import fields
-from typing import Any, ClassVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 from yaml.composer import ComposerError
@@ -122,6 +122,8 @@ def mapping(value: Any, where: str) -> dict[str, Any]:
     """A mapping; nothing at all is an empty one."""
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{where}: expected keys with values, got {brief(value)}")
+    if others := [brief(key) for key in value or {} if not isinstance(key, str)]:
+        raise ValueError(f"{where}: expected keys that are text, got [{listed(others)}]")
     return value or {}
 
 
@@ -163,6 +165,8 @@ def field_value(value: Any, kind: Any, where: str) -> Any:
         return tuple(field_value(item, get_args(kind)[0], where) for item in value)
     if value is None and type(None) in get_args(kind):
         return value
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise ValueError(f"{where}: expected one of {get_args(kind)}, got {brief(value)}")
     if kind is str and not isinstance(value, str):
         raise ValueError(f"{where}: expected a name, got {brief(value)}")
     numeric = {float, int} & {kind, *get_args(kind)}

@@ -226,6 +226,10 @@ def _launched() -> tuple[int, int]:
     if processes > 1 and (missing := [name for name in TORCHRUN if name not in os.environ]):
         found = f"WORLD_SIZE={processes} without {', '.join(missing)}"
         raise ValueError(f"environment: expected all that torchrun sets, got {found}; unset WORLD_SIZE and RANK")
+    here = {name: os.environ.get(name, "") for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    numbers = [int(value) if value.isdecimal() else -1 for value in here.values()]
+    if processes > 1 and not 0 <= numbers[0] < numbers[1]:
+        raise ValueError(f"environment: expected LOCAL_RANK in 0..LOCAL_WORLD_SIZE-1, got {here}; use torchrun")
     return rank, processes
 
 

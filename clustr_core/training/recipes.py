@@ -359,9 +359,11 @@ _POSITIVE = {
 # what nobody trains with, and what would fill the memory or never end before it is noticed
 LARGEST = {
     "width": 8192, "epochs": 100_000, "batch_size": 1_000_000, "learning_rate": 1000.0, "weight_decay": 1000.0,
-    "crop_padding": 256, "per_class": 100_000, "kmeans_starts": 10_000, "kmeans_iterations": 100_000,
+    "crop_padding": 256, "per_class": 100_000, "kmeans_starts": 1000, "kmeans_iterations": 100_000,
     "neighbours": 10_000_000, "steps": 100_000, "replays": 10_000, "clusters_per_batch": 100_000,
-    "per_cluster": 1_000_000, "training_neighbours": 10_000_000, "annealing": 1000.0,
+    "per_cluster": 1_000_000, "training_neighbours": 10_000_000, "annealing": 1000.0, "eps": 1000.0,
+    "step_size": 1000.0, "margin": 1000.0, "temperature": 1000.0, "noise": 1000.0, "start_scale": 1000.0, "gap": 1e6,
+    "consistency_weight": 1e6, "trades_weight": 1e6,
 }  # fmt: skip
 LONGEST_CHAIN = 16
 # fields that are younger than runs' names, and at this value not part of them

@@ -23,6 +23,7 @@ from toy_models import (
     some_images,
 )
 
+from clustr_core.attacks import names
 from clustr_core.attacks.autoattack import autoattack
 from clustr_core.attacks.ball import pgd_path, random_point
 from clustr_core.attacks.cells import cell_walk
@@ -860,3 +861,7 @@ def test_other_attacks_say_that_their_ball_is_one_for_all(as_installed, attack):
     model, images = Linear(), some_images(4)
     with pytest.raises(ValueError, match=r"eps: expected one number for all images, got shape \[4\]"):
         attack(model, images, labelled(model, images), eps=torch.full((4,), 0.1))
+
+
+def test_losses_are_known_by_name_without_pytorch():
+    assert tuple(LOSSES) == names.LOSSES

@@ -21,8 +21,9 @@ from clustr_core.measuring import leg as leg_module
 from clustr_core.measuring.leg import Clock, TimeIsUp, early_attacks, plan, run_leg, steps_left, tables_left
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
-from clustr_core.storage.files import digest, read_json, seal_of, write_json
-from clustr_core.storage.pack import INDEX, Bounds, read_index
+from clustr_core.measuring.written import made_by, write_rows
+from clustr_core.storage.files import alone, digest, read_json, seal_of, write_json
+from clustr_core.storage.pack import INDEX, Bounds, read_index, unpack
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import run_folder
@@ -499,3 +500,89 @@ def test_rows_of_other_weights_than_those_here_are_not_done(home, tmp_path):
     weights = run_folder(profile.recipes["ce"]) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
     assert tables_left(profile) == ["certificates-ce"]
+
+
+# two legs at one time, and what is damaged or outdated
+
+
+def test_a_folder_in_which_another_leg_is_at_work_is_refused(carried, refused):
+    with alone(carried):
+        assert f"--into: expected a folder in which no other leg is at work, got {carried}" in refused()
+
+
+def test_a_pack_that_another_machine_has_written_meanwhile_is_not_replaced(home, tmp_path, monkeypatch):
+    place, folder = home("here"), tmp_path / "pack"
+    theirs = {"parts": [], "profile": {"name": "tiny"}}
+
+    def prepared(*args, **options):
+        real(*args, **options)
+        # as a leg elsewhere would, on a file system without locks
+        ends.append(lambda: write_json(folder / INDEX, theirs))
+
+    real, ends = leg_module._prepare, []
+    monkeypatch.setattr(leg_module, "_prepare", prepared)
+    monkeypatch.setattr(leg_module, "steps_left", lambda profile: [ends.pop()() for _ in list(ends)] and [])
+    with pytest.raises(ValueError, match="got one that another leg has written since in"):
+        leg(folder)
+    assert read_json(folder / INDEX) == theirs
+    assert not list(place.glob("runs/.unpacked"))
+
+
+@pytest.mark.parametrize("where", ["runs/*-ce-*/tables/attack-*.csv", "results/tiny/certificates-ce.csv"])
+def test_what_is_damaged_here_gives_way_to_what_travelled(whole, carried, home, where):
+    place = home("here")
+    shutil.copytree(whole / "runs", place / "runs")
+    shutil.copytree(whole / "results", place / "results")
+    path = min(place.glob(where))
+    good = path.read_bytes()
+    path.write_bytes(good[:60] + bytes([good[60] ^ 1]) + good[61:])
+    assert leg(carried).left == ()
+    assert path.read_bytes() == good
+
+
+def test_a_table_of_another_protocol_gives_way_to_the_published_one(whole, home, tmp_path):
+    place = home("here")
+    for folder in ("results/published/tiny", "results/tiny"):
+        shutil.copytree(whole / "results/tiny", place / folder)
+    for kind in ("csv", "json"):
+        (place / f"results/tiny/certificates-ce.{kind}").unlink()
+    profile = load_profile("tiny")
+    old = replace(profile, certified_examples=3)
+    write_rows(
+        place / "results/tiny/certificates-ce.csv", pd.DataFrame({"x": [1]}), made_by(old, "certificates", "cpu")
+    )
+    assert leg(tmp_path / "pack").left == ()
+    assert tables(place) == tables(whole)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
+def test_what_is_no_file_does_not_travel_and_holds_nothing_up(whole, home, tmp_path, kind):
+    place = home("here")
+    shutil.copytree(whole / "runs", place / "runs")
+    (tables_of_run,) = place.glob("runs/*-ce-*/tables")
+    odd = tables_of_run / "y.csv"
+    {"fifo": os.mkfifo, "folder": Path.mkdir, "link": lambda path: path.symlink_to("/none")}[kind](odd)
+    assert leg(tmp_path / "pack").left == ()
+    unpack(tmp_path / "pack", tmp_path / "again")
+    found = contents(tmp_path / "again")
+    assert not [name for name in found if name.endswith("/y.csv")]
+    assert len([name for name in found if "-ce-" in name]) > 5
+
+
+def test_a_published_table_is_never_taken_without_its_sidecar(whole, home, tmp_path, monkeypatch):
+    place = home("here")
+    shutil.copytree(whole / "results/tiny", place / "results/published/tiny")
+
+    def killed(source, path):
+        real(source, path)
+        raise KeyboardInterrupt
+
+    real = leg_module.copy_whole
+    monkeypatch.setattr(leg_module, "copy_whole", killed)
+    with pytest.raises(KeyboardInterrupt):
+        leg(tmp_path / "pack")
+    monkeypatch.undo()
+    home("here")
+    assert tables(place) == {}
+    leg(tmp_path / "pack")
+    assert tables(place) == tables(whole)

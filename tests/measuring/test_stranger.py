@@ -59,6 +59,71 @@ class One(Flat):
 def one():
     return One()
 
+class Round(Flat):
+    def forward(self, x):
+        return self.inner(x + (torch.round(3 * x) / 3 - x).detach())
+
+def out_of_place():
+    return Round()
+
+class InPlace(Round):
+    def forward(self, x):
+        x.data.mul_(3).round_().div_(3)
+        return self.inner(x)
+
+def in_place():
+    return InPlace()
+
+class Shifted(Flat):
+    def forward(self, x):
+        x -= 0.5
+        x *= 2
+        return self.inner(x)
+
+def shifted():
+    return Shifted()
+
+class Trained(Flat):
+    def forward(self, x):
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise self.error
+        return self.inner(x)
+
+def key():
+    model = Trained()
+    model.error = KeyError("weights")
+    return model
+
+def quits():
+    model = Trained()
+    model.error = SystemExit(0)
+    return model
+
+class Tires(Flat):
+    calls = 0
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 8:
+            raise RuntimeError("no more")
+        return self.inner(x)
+
+def tires():
+    return Tires()
+
+class Complex(Flat):
+    def forward(self, x):
+        return self.inner(x).to(torch.complex64)
+
+def complex_():
+    return Complex()
+
+class Elsewhere(Flat):
+    def forward(self, x):
+        return self.inner(x.detach()) + torch.zeros(10, requires_grad=True)
+
+def elsewhere():
+    return Elsewhere()
+
 def leaves():
     raise SystemExit(3)
 
@@ -135,6 +200,13 @@ def test_what_the_attack_climbs_may_be_another_network(here, capsys):
         (["--model", "{}:leaves", *ASKED], "to build a network, got SystemExit: 3"),
         (["--model", "{}:one", *ASKED], "takes images of shape [batch, 1, 8, 8], got AssertionError: one at a time"),
         (["--model", "{}:cut", *ASKED], "model: expected outputs with a gradient in the image, got none"),
+        (["--model", "{}:elsewhere", *ASKED], "model: expected outputs with a gradient in the image, got none"),
+        (["--model", "{}:key", *ASKED], "takes images of shape [batch, 1, 8, 8], got KeyError: 'weights'"),
+        (["--model", "{}:quits", *ASKED], "takes images of shape [batch, 1, 8, 8], got SystemExit: 0"),
+        (["--model", "{}:tires", *ASKED], "takes images of shape [batch, 1, 8, 8], got RuntimeError: no more"),
+        (["--model", "{}:complex_", *ASKED], "model: expected outputs that are real numbers, got torch.complex64"),
+        (["--model", "{}:build", *ASKED, "--steps", "9" * 400], "--steps: expected at most 1,000,000, got an integer"),
+        (["--model", "{}:build", *ASKED, "--restarts", "9" * 20], "--restarts: expected at most 100,000, got 999"),
         (["--model", "{}:build", "--surface", "{}:other", *ASKED], "surface: expected one that takes images of shape"),
         (["--model", "{}:build", "--surface", "{}:backwards", *ASKED], "surface: expected the classes that the model"),
     ],
@@ -184,3 +256,16 @@ def test_the_search_path_is_left_as_it_was(here):
     assert not model.training
     assert not any(weight.requires_grad for weight in model.parameters())
     assert torch.equal(model(torch.zeros(1, 1, 8, 8)), stranger.built(f"{here}:build")(torch.zeros(1, 1, 8, 8)))
+
+
+def printed(capsys, name):
+    assert main(["diagnose", "--model", name, *ASKED]) == 0
+    return capsys.readouterr().out.splitlines()[1:]
+
+
+def test_a_model_that_changes_its_images_changes_none_of_ours(here, capsys):
+    assert printed(capsys, f"{here}:in_place") == printed(capsys, f"{here}:out_of_place")
+
+
+def test_a_model_may_normalise_in_place(here, capsys):
+    assert "robust as reported" in "\n".join(printed(capsys, f"{here}:shifted"))

@@ -12,6 +12,7 @@ import pytest
 from clustr_core.measuring import study, timings
 from clustr_core.measuring.accuracy import certified_accuracy
 from clustr_core.measuring.profile import load_profile
+from clustr_core.storage.provenance import check_sidecar, write_sidecar
 from clustr_core.storage.tables import read_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +57,18 @@ def test_regenerated_rows_come_before_published_ones_and_all_or_none(home: Path)
     theirs = study.read_study("quick", published=True)
     assert theirs.source == "published"
     assert theirs.attacks.query("method == 'ce'")["robust"].any()
+
+
+def test_rows_of_another_protocol_are_not_those_of_the_profile(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As after the profile's attacks were changed; a table that says nothing of its protocol is taken at its word."""
+    shutil.copytree(home / "results/published/quick", home / "results/quick", ignore=shutil.ignore_patterns("weights"))
+    assert study.read_study("quick").source == "regenerated"
+    table = home / "results/quick/attacks-ce.csv"
+    made = check_sidecar(table)["made"]
+    made["protocol"]["linf"]["steps"] = 5
+    write_sidecar(table, made)
+    assert study.read_study("quick").source == "published"
+    assert f"{table}: expected rows as the profile would measure them today" in caplog.text
 
 
 def test_what_is_neither_is_measured_when_asked_for(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clustr_core.storage import gate
-from clustr_core.storage.files import read_json, write_string, written_whole
+from clustr_core.storage.files import HOST, read_json, write_string, written_whole
 from clustr_core.storage.tables import read_table, write_table
 
 
@@ -83,20 +83,24 @@ def test_names_that_are_none(tmp_path):
         gate.target_of(Path("a\0b"))
 
 
-def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+def test_what_a_link_leads_to_stays_unless_the_user_gave_the_path(tmp_path):
     target, link, further = tmp_path / "there" / "target.txt", tmp_path / "link", tmp_path / "further"
     target.parent.mkdir()
     target.write_text("before", encoding="utf-8")
     link.symlink_to(target)
     further.symlink_to(link)
-    write_string(further, "after")
+    write_string(further, "after", asked_for=True)
     assert target.read_text(encoding="utf-8") == "after"
     assert link.is_symlink()
     assert further.is_symlink()
     # to nothing yet
     target.unlink()
-    write_string(link, "new")
+    write_string(link, "new", asked_for=True)
     assert target.read_text(encoding="utf-8") == "new"
+    # one that came with somebody else's run
+    write_string(further, "mine")
+    assert not further.is_symlink()
+    assert (further.read_text(encoding="utf-8"), target.read_text(encoding="utf-8")) == ("mine", "new")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["further", "link", "target.txt", "there"]
 
 
@@ -111,28 +115,50 @@ def test_nothing_is_written_in_the_place_of_what_is_no_file(tmp_path, kind):
 def test_a_link_that_leads_to_itself_is_not_replaced(tmp_path):
     path = made("loop", tmp_path / "out")
     with pytest.raises(OSError, match="symbolic links"):
-        write_string(path, "x")
+        write_string(path, "x", asked_for=True)
     assert path.is_symlink()
 
 
-def test_a_fifo_and_a_device_are_written_to(tmp_path):
+@pytest.mark.parametrize("kind", ["fifo", "folder", "socket"])
+def test_what_is_no_file_is_not_written_to_unless_the_user_gave_the_path(tmp_path, kind):
+    path = made(kind, tmp_path / "out")
+    before = path.lstat().st_mode
+    with pytest.raises(ValueError, match="out: expected a regular file, got a "):
+        write_string(path, "x")
+    assert path.lstat().st_mode == before
+
+
+def test_a_link_to_a_device_takes_nothing_in(tmp_path):
+    """Weights that were written to /dev/null would be lost, and the run said to be whole."""
+    path = made("device", tmp_path / "out")
+    write_string(path, "x")
+    assert (path.is_symlink(), path.read_text(encoding="utf-8")) == (False, "x")
+
+
+def test_a_folder_of_a_temporarys_name_is_no_trouble(tmp_path):
+    (tmp_path / f".x.{HOST}-999999999.tmp").mkdir()
+    write_string(tmp_path / "a", "x")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "x"
+
+
+def test_a_fifo_and_a_device_are_written_to_if_the_user_gave_them(tmp_path):
     fifo, found = tmp_path / "fifo.csv", []
     os.mkfifo(fifo)
     reader = threading.Thread(target=lambda: found.append(fifo.read_bytes()))
     reader.start()
     import pandas as pd
 
-    write_table(fifo, pd.DataFrame({"a": range(100_000)}))
+    write_table(fifo, pd.DataFrame({"a": range(100_000)}), asked_for=True)
     reader.join(10)
     assert found[0].startswith(b"a\n0\n1\n")
     assert found[0].endswith(b"99999\n")
-    write_string(Path("/dev/null"), "x")
+    write_string(Path("/dev/null"), "x", asked_for=True)
     assert Path("/dev/null").is_char_device()
     assert [path.name for path in tmp_path.iterdir()] == ["fifo.csv"]
 
 
 def test_the_standard_output_is_written_to(capfdbinary):
-    write_string(Path("/dev/stdout"), "table\n")
+    write_string(Path("/dev/stdout"), "table\n", asked_for=True)
     assert capfdbinary.readouterr().out == b"table\n"
 
 

@@ -152,15 +152,39 @@ def test_a_part_that_is_missing_or_damaged_is_named_before_anything_is_written(m
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("kind", ["one that grows", "many that are empty"])
-def test_an_archive_that_would_fill_the_disk_is_refused(tmp_path, kind):
-    (folder := tmp_path / "pack").mkdir()
-    with zipfile.ZipFile(folder / "archive", "w", zipfile.ZIP_DEFLATED) as archive:
+def archive_of(kind: str, path: Path) -> None:
+    """An archive that `pack` would not write."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         if kind == "one that grows":
             archive.writestr("runs/a/model.safetensors", bytes(10 << 20))
-        else:
+        elif kind == "many that are empty":
             archive.writestr("a", b"")
             archive.filelist *= 5000
+        elif kind == "nameless":
+            archive.writestr(zipfile.ZipInfo(""), b"x")
+        else:
+            archive.writestr("a", NOISE[:999], {"lzma": zipfile.ZIP_LZMA, "bzip2": zipfile.ZIP_BZIP2}.get(kind, 0))
+    if kind == "longer than it is":
+        content = path.read_bytes()
+        size = (999).to_bytes(4, "little")
+        # before its first header there is room for what the directory claims
+        path.write_bytes(NOISE[:9000] + content.replace(size, (8000).to_bytes(4, "little")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("one that grows", "members that grow more than 100 times"),
+        ("many that are empty", "members that overlap"),
+        ("nameless", "members without a name, or compressed otherwise than by deflate"),
+        ("lzma", "members without a name, or compressed otherwise than by deflate"),
+        ("bzip2", "members without a name, or compressed otherwise than by deflate"),
+        ("longer than it is", "expected a pack in .*, got a damaged one"),
+    ],
+)
+def test_an_archive_that_pack_would_not_write_is_refused(tmp_path, kind, message):
+    (folder := tmp_path / "pack").mkdir()
+    archive_of(kind, folder / "archive")
     content = (folder / "archive").read_bytes()
     name = f"0001-{hashlib.sha256(content).hexdigest()[:16]}.part"
     (folder / "archive").rename(folder / name)
@@ -168,7 +192,6 @@ def test_an_archive_that_would_fill_the_disk_is_refused(tmp_path, kind):
     index = read_json(tmp_path / "good" / INDEX)
     index["parts"] = [{"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}]
     write_json(folder / INDEX, index)
-    message = "members that grow more than 100 times" if kind == "one that grows" else "members that overlap"
     with pytest.raises(ValueError, match=message):
         unpack(folder, tmp_path / "again")
 

@@ -36,7 +36,7 @@ from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training import loop
 from clustr_core.training.loop import fit, train_epoch
 from clustr_core.training.losses import certificate_loss, full_magnet_loss, magnet_loss, margin_cross_entropy
-from clustr_core.training.names import CHECKPOINT
+from clustr_core.training.names import CHECKPOINT, DONE, HISTORY, WEIGHTS
 from clustr_core.training.objectives import objective
 from clustr_core.training.recipes import (
     METHODS,
@@ -963,6 +963,18 @@ def test_the_perturbation_goes_on_where_the_last_batch_and_the_last_checkpoint_l
     # another perturbation in the checkpoint is another run
     write_tensors(path, "a checkpoint", kept | {"perturbation": -kept["perturbation"]}, facts)
     assert results(train(recipe, folder=home / "run"))["model.safetensors"] != whole["model.safetensors"]
+
+
+def test_links_in_a_run_of_somebody_elses_lead_nowhere(train, home):
+    """Only their names are written: a run that is carried about may hold links."""
+    (folder := home / "run").mkdir(parents=True)
+    outside = home / "diary.txt"
+    outside.write_text("mine", encoding="utf-8")
+    for name in (CHECKPOINT, WEIGHTS, HISTORY, DONE):
+        (folder / name).symlink_to(outside if name in (WEIGHTS, HISTORY) else home / "none")
+    train(RECIPES["ce, sgd, crop, milestones"], folder=folder)
+    assert outside.read_text(encoding="utf-8") == "mine"
+    assert load_run(folder).model() is not None
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
