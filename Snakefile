@@ -24,11 +24,11 @@ GIVEN = shlex.quote(str(PROFILE.path) if PROFILE.name != PROFILE.path.stem else 
 PYTHON = shlex.quote(sys.executable)
 # so many processes, on one machine, share each training and each measurement; a GPU each where GPUs are asked for
 PROCESSES = int(config.get("processes", 1))
-CLUSTR = f"{PYTHON} -m clustr_core.cli"
+CLUSTR = f"{PYTHON} -m clustr_core"
 if PROCESSES > 1:
     # one thread each, where Snakemake would give each as many as the job has
     THREADS = "env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1"
-    CLUSTR = f"{THREADS} {PYTHON} -m torch.distributed.run --standalone --nproc_per_node={PROCESSES} -m clustr_core.cli"
+    CLUSTR = f"{THREADS} {PYTHON} -m torch.distributed.run --standalone --nproc_per_node={PROCESSES} -m clustr_core"
 CORE = sorted(str(path) for path in [*Path("clustr_core").rglob("*.py"), *Path("proofs").glob("*.v")])
 TOOLS = ["tools/execute.py", "tools/notebooks.py"]
 
@@ -120,7 +120,7 @@ rule diagnose:
     resources:
         **needs(mem_mb=8000, runtime=480, processes=1),
     shell:
-        "{PYTHON} -m clustr_core.cli diagnose --profile {GIVEN} --method {wildcards.method}"
+        "{PYTHON} -m clustr_core diagnose --profile {GIVEN} --method {wildcards.method}"
 
 
 rule certify:

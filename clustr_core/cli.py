@@ -74,7 +74,7 @@ folder per run; its name is made of the recipe and the version of the training. 
 is killed, run it again: it resumes. Beside every table X.csv, X.json says how the table was made.
 
 Several processes, each with its own GPU or CPU, share a training, an attack, a certificate or a sandwich:
-  torchrun --nproc_per_node 8 -m clustr_core.cli train --profile paper --method clustr
+  torchrun --nproc_per_node 8 -m clustr_core train --profile paper --method clustr
 Independent jobs share a measurement of a finished run; a later call without --shard writes the table:
   clustr attack  --profile paper --method clustr --shard 3/20
 Minutes on any machine add up to a study: each leg goes on from what the last one left in the folder.
@@ -153,6 +153,9 @@ def _check_output(options: argparse.Namespace) -> None:
     target_of(Path(given))
     if Path(given).suffix != ".csv":
         raise ValueError(f"--output: expected a file name that ends in .csv, since X.json lies beside it, got {given}")
+    above = next(each for each in Path(given).absolute().parents if each.exists())
+    if not above.is_dir():
+        raise ValueError(f"--output: expected a file in a folder, got {given}, and {above} is none")
     if len(os.fsencode(Path(given).name)) > LONGEST_NAME:
         raise ValueError(f"--output: expected a file name of at most {LONGEST_NAME} bytes, got {brief(given)}")
     if (beside := sidecar_of(Path(given))).exists() and not is_sidecar(beside):
@@ -206,6 +209,8 @@ def _attack_official(options: argparse.Namespace) -> None:
         raise ValueError(f"--set: expected none with --official, which has no recipe, got {options.set}")
     if options.examples is not None and options.examples < 1:
         raise ValueError(f"--examples: expected a positive number, got {options.examples}")
+    if options.dataset not in NUM_CLASSES:
+        raise ValueError(f"dataset: expected one of {sorted(NUM_CLASSES)}, got {options.dataset!r}")
     device, path = _device(options), Path(options.official)
     # once: a training that goes on may write the file again meanwhile
     written = read_bytes(path, limit=RELEASED_LIMIT)
@@ -294,7 +299,9 @@ def _diagnose_stranger(options: argparse.Namespace) -> None:
         # for a network that draws
         torch.manual_seed(0)
         evaluation = stranger.evaluation_of(model, dataset, eps=options.eps, surface=surface, device=device, **size)
-        table = diagnostics.ask_all(evaluation)
+        # its backward passes are its own, too
+        with stranger.named_here("model: expected one that the battery can attack"):
+            table = diagnostics.ask_all(evaluation)
         lines = stranger.page(title, evaluation, table)
         print("\n".join(lines))
         if html is not None:

@@ -149,7 +149,10 @@ def test_rows_of_another_method_under_a_methods_name_are_named(tmp_path: Path) -
     folder.mkdir(parents=True)
     for kind in ("csv", "json"):
         shutil.copy(ROOT / f"results/published/quick/diagnostics-trades.{kind}", folder / f"diagnostics-pgd-at.{kind}")
-    fault = "results/published/quick/diagnostics-pgd-at.csv: expected the rows of pgd-at, got those of trades"
+    fault = "results/published/quick/diagnostics-pgd-at.csv: expected the rows of method pgd-at, got trades"
+    assert list(claims.sidecar_faults(tmp_path)) == [fault]
+    (folder.parent / "quick").rename(folder.parent / "cpu")
+    fault = fault.replace("/quick/", "/cpu/") + ", profile cpu, got quick"
     assert list(claims.sidecar_faults(tmp_path)) == [fault]
 
 

@@ -382,6 +382,14 @@ def test_an_output_over_a_table_that_is_no_such_output_is_refused_before_any_wor
     assert contents(home / "runs") == {}
 
 
+def test_an_output_below_a_file_is_refused_before_any_work(home, capsys):
+    (home / "file").write_text("mine", encoding="utf-8")
+    message = refused(capsys, "--output", "file/x/table.csv", command="certify")
+    there = home / "file"
+    assert message == f"clustr: --output: expected a file in a folder, got file/x/table.csv, and {there} is none\n"
+    assert contents(home / "runs") == {}
+
+
 def test_an_output_of_too_long_a_name_is_refused_before_any_work(home, capsys):
     message = refused(capsys, "--output", "x" * 240 + ".csv", command="certify")
     assert message.startswith("clustr: --output: expected a file name of at most ")

@@ -209,8 +209,12 @@ def sidecar_faults(root: Path) -> Iterator[str]:
                 continue
             # what the first tables did not say is taken to be so
             kind, method = table.stem.partition("-")[::2]
-            if kind in MEASUREMENT_OF and made.get("method") not in (None, method):
-                yield f"{table.relative_to(root)}: expected the rows of {method}, got those of {made['method']}"
+            if kind in MEASUREMENT_OF and published[0] in table.parents:
+                wanted = {"method": method, "profile": table.relative_to(published[0]).parts[0]}
+                said = {"method": made.get("method"), "profile": (made.get("profile") or {}).get("name")}
+                if wrong := [name for name in wanted if said[name] not in (None, wanted[name])]:
+                    rows = ", ".join(f"{name} {wanted[name]}, got {said[name]}" for name in wrong)
+                    yield f"{table.relative_to(root)}: expected the rows of {rows}"
     for sidecar in sorted(path for folder in published for path in folder.glob("*/*.json")):
         if not sidecar.with_suffix(".csv").exists():
             yield f"{sidecar.relative_to(root)}: expected the table {sidecar.stem}.csv beside its sidecar, got none"

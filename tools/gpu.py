@@ -65,7 +65,7 @@ def command(stage: str, seconds: float, into: Path, profile: str, flags: Sequenc
     device = "cpu" if toy else "cuda"
     minutes = max(seconds - ROOM, 0.5 * seconds) / 60
     leg = ["--profile", "smoke" if toy else profile, "--minutes", f"{minutes:.2f}", "--into", str(into / "leg")]
-    return ["-m", "clustr_core.cli", "leg", *leg, "--device", device, *flags]
+    return ["-m", "clustr_core", "leg", *leg, "--device", device, *flags]
 
 
 def marked_files() -> list[Path]:

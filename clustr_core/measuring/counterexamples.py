@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clustr_core.storage.gate import check_own
 from clustr_core.storage.tensors import read_tensors, write_tensors
 
 # in units of pixels, L2. A certificate speaks of the real model: the rounding of an image's pixels in float32 (3e-6 for
@@ -107,8 +108,9 @@ def kept_counterexample(found: Counterexample, folder: Path) -> CertificateBroke
     path = folder / f"counterexample-{found.attack}-{found.index}.safetensors"
     complaint = _complaint(found.attack, found.index, found.radius, found.norm)
     try:
+        check_own(folder)
         save_counterexample(path, found)
-    except OSError as error:
+    except (ValueError, OSError) as error:
         return CertificateBroken(f"{complaint}; it could not be kept: {error}")
     return CertificateBroken(f"{complaint}; both images are kept in {path}")
 

@@ -5,6 +5,7 @@ it leaves there to another machine. Trainings go on after their last epoch, meas
 kept, so that the rows are those of one uninterrupted run.
 """
 
+import errno
 import logging
 import shutil
 import time
@@ -21,6 +22,7 @@ import torch
 from clustr_core import data
 from clustr_core.measuring.attacked import attacked_targets, attacks_of, measure_pieces
 from clustr_core.measuring.certified import certificate_pieces, certificates_of, prototype_certificates
+from clustr_core.measuring.counterexamples import load_counterexample
 from clustr_core.measuring.examination import examined
 from clustr_core.measuring.pieces import CachedRows, fill_cache
 from clustr_core.measuring.profile import PARTIAL, Profile, Protocol
@@ -30,14 +32,16 @@ from clustr_core.measuring.versions import VERSIONS
 from clustr_core.measuring.written import is_written, made_by, made_of, write_rows
 from clustr_core.numerics.rounding import full_precision
 from clustr_core.storage.files import alone, copy_whole, home
+from clustr_core.storage.gate import check_own
 from clustr_core.storage.pack import Bounds, Member, Packed, pack, read_index, unpack
 from clustr_core.storage.provenance import check_sidecar, sidecar_of
 from clustr_core.storage.tables import read_sealed
+from clustr_core.storage.tensors import read_tensors
 from clustr_core.training.captured import check_captured
 from clustr_core.training.loop import fit
 from clustr_core.training.names import CHECKPOINT, DONE, HISTORY, WEIGHTS
 from clustr_core.training.recipes import CrossEntropy, Recipe, run_folder, training_version
-from clustr_core.training.run import Run, check_stored_dtype, load_run
+from clustr_core.training.run import SNAPSHOT, Run, check_stored_dtype, load_run
 from clustr_core.training.state import epochs_kept
 
 log = logging.getLogger(__name__)
@@ -569,11 +573,14 @@ def _groups(profile: Profile) -> list[list[Member]]:
     groups += [[run / CHECKPOINT] for run in runs if run not in done and (run / CHECKPOINT).exists()]
     groups += [[run / name for name in (WEIGHTS, HISTORY, DONE)] for run in done if run not in needed]
     groups += [[path] for run in runs for path in _visible(run / "snapshots")]
-    return [[Member(path.relative_to(root).as_posix(), path) for path in group] for group in groups]
+    files = [group for group in groups if not any(path.is_symlink() for path in group)]
+    return [[Member(path.relative_to(root).as_posix(), path) for path in group] for group in files]
 
 
 def _visible(folder: Path) -> list[Path]:
     """The whole files of a folder: what is being written is hidden, and what is no file does not travel."""
+    if folder.is_symlink():
+        return []
     found = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
     return [path for path in found if path.is_file() and not path.is_symlink()]
 
@@ -593,6 +600,9 @@ def _take_published(profile: Profile) -> None:
 
 def _check_leg(profile: Profile, folder: Path, *, half: bool, captured: bool) -> bool:
     """Check all that can be checked; whether the folder holds a pack."""
+    for place in (home() / "runs", home() / "results"):
+        if folder.resolve().is_relative_to(place.resolve()):
+            raise ValueError(f"--into: expected a folder outside of {place}, where a leg works, got {folder}")
     index = read_index(folder)
     if index is not None:
         _check_facts(index, _facts(profile, half=half, captured=captured), folder)
@@ -639,6 +649,8 @@ def _scratch() -> Iterator[Path]:
     folder = runs / ".unpacked"
     runs.mkdir(parents=True, exist_ok=True)
     with alone(runs):
+        if folder.is_symlink() or folder.is_file():
+            folder.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
@@ -662,11 +674,11 @@ def _restore(unpacked: Path, root: Path, profile: Profile) -> None:
     results = Path("results") / profile.name
     for path in _files(unpacked / results):
         target = root / results / path.relative_to(unpacked / results)
-        if not _is_sound(target, partial(check_sidecar, target.with_suffix(".csv"))):
+        if not _is_sound(target, _held_table):
             _move(path, target)
     for path in _files(root / results / PARTIAL):
         whole = root / results / path.name
-        if _is_sound(whole, partial(check_sidecar, whole.with_suffix(".csv"))):
+        if _is_sound(whole, _held_table):
             path.unlink()
 
 
@@ -679,6 +691,14 @@ def _check_same_weights(theirs: Path, mine: Path) -> None:
         )
 
 
+# what lies in the folders of a run, and knows its digest
+READERS: Mapping[str, Callable[[Path], object]] = {
+    "tables": read_sealed,
+    "snapshots": lambda path: read_tensors(path, SNAPSHOT),
+    "counterexamples": load_counterexample,
+}
+
+
 def _restore_run(theirs: Path, mine: Path) -> None:
     finished, behind = (mine / DONE).exists(), _is_behind(mine, theirs)
     # what says that a run is whole comes last
@@ -686,15 +706,20 @@ def _restore_run(theirs: Path, mine: Path) -> None:
         target = mine / path.relative_to(theirs)
         # what a killed finish left here without run.json is not the finished run from there
         wanted = {CHECKPOINT: behind, WEIGHTS: not finished, HISTORY: not finished}
-        read = partial(read_sealed, target) if path.parent.name == "tables" else target.stat
-        if wanted.get(path.name, not _is_sound(target, read)):
+        check_own(target.parent)
+        if wanted.get(path.name, not _is_sound(target, READERS.get(path.parent.name, Path.stat))):
             _move(path, target)
 
 
-def _is_sound(path: Path, read: Callable[[], object]) -> bool:
+def _held_table(path: Path) -> object:
+    """The sidecar of a table, from either's path."""
+    return check_sidecar(path.with_suffix(".csv"))
+
+
+def _is_sound(path: Path, read: Callable[[Path], object]) -> bool:
     """Whether a file is there and can be read as what it is; one that cannot gives way to the one that travelled."""
     try:
-        read()
+        read(path)
     except (ValueError, OSError):
         return False
     return path.exists()
@@ -714,4 +739,11 @@ def _is_behind(mine: Path, theirs: Path) -> bool:
 
 def _move(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    path.replace(target)
+    try:
+        path.replace(target)
+    except OSError as error:
+        # runs and results may lie on two disks
+        if error.errno != errno.EXDEV:
+            raise
+        copy_whole(path, target)
+        path.unlink()

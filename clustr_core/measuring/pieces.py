@@ -16,6 +16,7 @@ from clustr_core import data
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.numerics.rounding import full_precision
 from clustr_core.storage.files import digest
+from clustr_core.storage.gate import check_own
 from clustr_core.storage.provenance import order_of_sums
 from clustr_core.storage.tables import read_sealed, write_table
 from clustr_core.training.processes import device_here, join
@@ -63,6 +64,7 @@ class CachedRows:
         Raises:
             ValueError: if there are not ``count`` of them.
         """
+        check_own(self.path.parent)
         with finished_first():
             with full_precision(device_here()):
                 table = self.rows()

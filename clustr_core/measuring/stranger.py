@@ -40,18 +40,28 @@ class Stranger(nn.Module):
             ValueError: if it fails.
         """
         shape = ", ".join(map(str, images.shape[1:]))
-        with _named(f"{self.argument}: expected one that takes images of shape [batch, {shape}]"):
-            return self.model(images.clone())
+        with named_here(f"{self.argument}: expected one that takes images of shape [batch, {shape}]"):
+            outputs: object = self.model(images.clone())
+        if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(images):
+            got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise Failed(f"{self.argument}: expected outputs of shape [{len(images)}, class], got {got}")
+        return outputs
+
+
+class Failed(ValueError):
+    """What a stranger's program did in place of what was expected of it."""
 
 
 @contextmanager
-def _named(expected: str) -> Iterator[None]:
-    """Whatever a stranger's program does ends as a ValueError that says what was expected of it."""
+def named_here(expected: str) -> Iterator[None]:
+    """Whatever a stranger's program does ends as a `Failed` that says what was expected of it."""
     try:
         yield
+    except Failed:
+        raise
     except (Exception, SystemExit) as error:
-        said = shortened(" ".join(str(error).split()))
-        raise ValueError(f"{expected}, got {type(error).__name__}: {said}") from error
+        said = shortened(" ".join([f"{type(error).__name__}:", *str(error).split()]))
+        raise Failed(f"{expected}, got {said.removesuffix(':')}") from error
 
 
 def built(name: str, device: str | torch.device = "cpu", *, argument: str = "model") -> nn.Module:
@@ -71,13 +81,13 @@ def built(name: str, device: str | torch.device = "cpu", *, argument: str = "mod
     before = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))
     try:
-        with _named(f"{argument}: expected {name} to build a network"):
+        with named_here(f"{argument}: expected {name} to build a network"):
             model = getattr(importlib.import_module(module), function)()
     finally:
         sys.path[:] = before
     if not isinstance(model, nn.Module):
         raise ValueError(f"{argument}: expected {name} to return a torch.nn.Module, got {type(model).__name__}")
-    with _named(f"{argument}: expected a network that can be put on {device} for evaluation"):
+    with named_here(f"{argument}: expected a network that can be put on {device} for evaluation"):
         return Stranger(model, argument).to(device).eval().requires_grad_(False)
 
 
@@ -125,9 +135,8 @@ def _asked(name: str, model: nn.Module, images: Images, dataset: data.Dataset) -
     """What a network says of the images, if it is what a classifier of these data would say."""
     count = dataset.num_classes
     with torch.no_grad():
-        outputs: object = model(images)
-    if not isinstance(outputs, Tensor) or outputs.shape != (len(images), count):
-        got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        outputs = model(images)
+    if (got := list(outputs.shape)) != [len(images), count]:
         raise ValueError(f"{name}: expected outputs of shape [{len(images)}, {count}] for {dataset.name}, got {got}")
     if not outputs.is_floating_point():
         raise ValueError(f"{name}: expected outputs that are real numbers, got {outputs.dtype}")
@@ -140,7 +149,7 @@ def _has_gradient(name: str, model: nn.Module, images: Images) -> bool:
     outputs = model(leaf)
     if not outputs.requires_grad:
         return False
-    with _named(f"{name}: expected outputs with a gradient in the image"):
+    with named_here(f"{name}: expected outputs with a gradient in the image"):
         (towards,) = torch.autograd.grad(outputs.sum(), leaf, allow_unused=True)
     return towards is not None
 

@@ -15,7 +15,7 @@ from clustr_core.storage.gate import TENSORS_LIMIT, is_stream, read_bytes
 from clustr_core.storage.provenance import check_sidecar, environment, write_sidecar
 from clustr_core.storage.tables import write_table
 from clustr_core.training.names import DONE, WEIGHTS
-from clustr_core.training.recipes import run_folder, run_key
+from clustr_core.training.recipes import CrossEntropy, Recipe, run_folder, run_key
 
 if TYPE_CHECKING:
     from clustr_core.training.run import Run
@@ -32,7 +32,27 @@ def made_by(profile: Profile, kind: str, device: str) -> dict[str, Any]:
         "profile": {"name": profile.name, "sha256": profile.sha256},
         "protocol": profile.protocol(kind),
         "version": VERSIONS[MEASUREMENT_OF[kind]],
+        "sources": sources_of(profile, kind),
+        "data": _data(profile),
     }
+
+
+def _data(profile: Profile) -> str | None:
+    """What the profile's data set is called: of prototypes no run says it."""
+    return next((recipe.dataset for recipe in profile.recipes.values()), None)
+
+
+def sources_of(profile: Profile, kind: str) -> dict[str, dict[str, str | None]]:
+    """The runs from which attacks of a kind of table are transferred: names, and digests of the weights that are here.
+
+    Args:
+        kind: as `Profile.protocol` takes it.
+    """
+    names: set[str] = {CrossEntropy.method} if kind in ("diagnostics", "ablations") else set()
+    if kind == "attacks":
+        names = {each.source for each in profile.attacks.values() if each.attack == "transfer"}
+    recipes = {name: profile.recipes[name] for name in sorted(names & set(profile.recipes))}
+    return {name: {"run": run_key(each), "weights_sha256": _weights(each)} for name, each in recipes.items()}
 
 
 def made_of(method: str, run: "Run | None") -> dict[str, Any]:
@@ -84,13 +104,26 @@ def is_current(made: Mapping[str, Any], profile: Profile, kind: str, method: str
         "method": method,
         "protocol": json.loads(json.dumps(profile.protocol(kind))),
         "version": VERSIONS[MEASUREMENT_OF[kind]],
+        "data": _data(profile),
         "run": recipe and run_key(recipe),
-    }
-    if recipe and (run_folder(recipe) / DONE).exists():
         # else it is of another training of the same recipe, or of weights that were rounded
-        weights = run_folder(recipe) / WEIGHTS
-        wanted["weights_sha256"] = _digest_of(weights, weights.stat().st_mtime_ns)
-    return all(made.get(name) in (None, value) for name, value in wanted.items())
+        "weights_sha256": recipe and _weights(recipe),
+    }
+    said, sources = made.get("sources") or {}, sources_of(profile, kind)
+    return _agree(made, wanted) and all(_agree(said.get(name, {}), sources[name]) for name in sources)
+
+
+def _agree(said: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether nothing that both know is another."""
+    return all(value is None or said.get(name) in (None, value) for name, value in wanted.items())
+
+
+def _weights(recipe: Recipe) -> str | None:
+    """The digest of a finished run's weights; None where there is none."""
+    folder = run_folder(recipe)
+    if not (folder / DONE).exists():
+        return None
+    return _digest_of(folder / WEIGHTS, (folder / WEIGHTS).stat().st_mtime_ns)
 
 
 @cache

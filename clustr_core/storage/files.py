@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -9,11 +10,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from clustr_core.storage.gate import JSON_LIMIT, is_stream, named_place, pour, read_text, shortened, target_of
+
+log = logging.getLogger(__name__)
 
 
 def _pid_space() -> str:
@@ -107,9 +110,12 @@ def alone(folder: Path, *, busy: str = "") -> Iterator[None]:
     opened = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(busy) from error
+            if busy:
+                raise ValueError(busy) from error
+            log.info("%s: waiting for another process that is at work there", folder)
+            fcntl.flock(opened, fcntl.LOCK_EX)
         except OSError:
             pass
         yield
@@ -130,16 +136,15 @@ def _remove_stale(folder: Path) -> None:
     abandoned once nothing was written to it for `ABANDONED` seconds.
     """
     for entry in folder.iterdir():
-        found = _TEMPORARY.fullmatch(entry.name) if entry.is_symlink() or entry.is_file() else None
-        if found and ((found["host"] == HOST and not _is_alive(int(found["pid"]))) or _is_abandoned(entry)):
-            entry.unlink(missing_ok=True)
+        found = _TEMPORARY.fullmatch(entry.name)
+        # of what cannot be tidied the write itself will tell, if it matters to it
+        with suppress(OSError):
+            if found and ((found["host"] == HOST and not _is_alive(int(found["pid"]))) or _is_abandoned(entry)):
+                entry.unlink()
 
 
 def _is_abandoned(temporary: Path) -> bool:
-    try:
-        return time.time() - temporary.stat().st_mtime > ABANDONED
-    except FileNotFoundError:
-        return False
+    return time.time() - temporary.lstat().st_mtime > ABANDONED
 
 
 def _is_alive(pid: int) -> bool:

@@ -171,6 +171,12 @@ def named_place(path: Path) -> Path:
     return path
 
 
+def check_own(folder: Path) -> None:
+    """Raises a ValueError if a folder inside a run is a link: what came with somebody else's run would lead outside."""
+    if folder.is_symlink():
+        raise ValueError(f"{shown(folder)}: expected a folder of the run's own, got a link")
+
+
 def brief(value: object) -> str:
     """``repr`` of a value, of bounded length and in bounded time, whatever it is."""
     return shortened(_BRIEF.repr(value), VALUE_LIMIT)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,25 @@ def fit(
     if captured:
         check_captured(processes.device, processes.count)
     options = {"progress": progress, "half": half, "captured": captured, "before_epoch": before_epoch}
-    with processes.in_precision():
+    with processes.in_precision(), _one_training(folder, processes):
         return _fit(recipe, dataset, folder, processes, **options)
+
+
+@contextmanager
+def _one_training(folder: Path, processes: Processes) -> Iterator[None]:
+    """Others who are asked for the same run wait until it is there, or its training has ended: what two wrote by other
+    numbers of threads would not belong together. A finished run needs no waiting, and nothing of it is written."""
+    if not processes.first or (folder / DONE).exists():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with alone(folder):
+            yield
+    finally:
+        # nothing may have been kept
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _fit(
@@ -185,7 +202,10 @@ def _fit(
             bar.update()
     finish(folder, recipe, state, dataset, images, labels, half=half)
     processes.wait()
-    return load_run(folder, expected=recipe)
+    run = load_run(folder, expected=recipe)
+    if half:
+        check_stored_dtype(run, half=half)
+    return run
 
 
 def _loaded(recipe: Recipe, processes: Processes) -> data.Dataset:
@@ -337,12 +357,11 @@ def finish(
         "trained_on": state.trained_on,
         **environment(str(images.device)),
     }
-    with alone(folder):
-        # another process may have finished the same run meanwhile: its files belong together
-        if (folder / DONE).exists():
-            return
-        with written_whole(folder / WEIGHTS) as temporary:
-            temporary.write_bytes(weights := save(tensors))
-        content["weights_sha256"] = digest(weights)
-        content["history_sha256"] = digest(write_table(folder / HISTORY, pd.DataFrame(state.history)))
-        write_json(folder / DONE, content | {"sha256": seal_of(content)})
+    # where a file system knows no locks, another process may have finished the same run: its files belong together
+    if (folder / DONE).exists():
+        return
+    with written_whole(folder / WEIGHTS) as temporary:
+        temporary.write_bytes(weights := save(tensors))
+    content["weights_sha256"] = digest(weights)
+    content["history_sha256"] = digest(write_table(folder / HISTORY, pd.DataFrame(state.history)))
+    write_json(folder / DONE, content | {"sha256": seal_of(content)})

@@ -137,7 +137,7 @@ class Run:
         Raises:
             ValueError: if it is damaged, or not the one that ``run.json`` speaks of.
         """
-        content = self._as_written(WEIGHTS, "weights_sha256")
+        content = self._weights_file()
         try:
             tensors = load(content)
         except (SafetensorError, KeyError, RuntimeError) as error:
@@ -146,6 +146,18 @@ class Run:
         if odd := [name for name in tensors if not _NAMES.match(name)]:
             raise ValueError(f"{self.path / WEIGHTS}: expected a network and its clusters, got {listed(odd)} besides")
         return tensors
+
+    def _weights_file(self) -> bytes:
+        """The file by which rows that are measured know the model: the same as long as this run is at hand."""
+        content = self._as_written(WEIGHTS, "weights_sha256")
+        # where the property is kept
+        first = vars(self).setdefault("weights_sha256", found := digest(content))
+        if found != first:
+            raise ValueError(
+                f"{self.path / WEIGHTS}: expected the weights {first[:10]} that were there at first, got {found[:10]}: the "
+                "run was replaced meanwhile"
+            )
+        return content
 
     def _as_written(self, name: str, key: str) -> bytes:
         """A file of the run, held against what ``run.json`` says of it; runs of before say nothing of some."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clustr_core import data
 from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier
-from clustr_core.storage.gate import brief, listed, shortened
+from clustr_core.storage.gate import brief, check_own, listed, shortened
 from clustr_core.storage.provenance import order_of_sums
 from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training.captured import Recorder
@@ -128,6 +128,7 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
         return
     about = progress_facts(recipe, state.data_sha256, state.epoch)
     if state.epoch in recipe.snapshots:
+        check_own(snapshot_path(folder, state.epoch).parent)
         write_tensors(snapshot_path(folder, state.epoch), SNAPSHOT, network_tensors(state.network), about)
     packed = state.optimiser.state_dict()
     tensors = {f"network.{name}": tensor for name, tensor in network_tensors(state.network).items()}

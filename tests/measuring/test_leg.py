@@ -1,5 +1,6 @@
 """Legs: cut, killed and carried to other machines, they leave the tables of one uninterrupted run; nothing is mixed."""
 
+import errno
 import itertools
 import os
 import shutil
@@ -585,4 +586,78 @@ def test_a_published_table_is_never_taken_without_its_sidecar(whole, home, tmp_p
     home("here")
     assert tables(place) == {}
     leg(tmp_path / "pack")
+    assert tables(place) == tables(whole)
+
+
+def test_a_pack_does_not_lie_where_a_leg_works(home, refused):
+    place = home("elsewhere")
+    (place / "runs").mkdir()
+    for folder in (place / "runs", place / "results/tiny/pack"):
+        said = refused(folder=folder)
+        assert said.startswith(f"clustr: --into: expected a folder outside of {place}/r")
+
+
+@pytest.mark.parametrize("kind", ["tables", "snapshots", "counterexamples"])
+def test_a_link_in_the_place_of_a_runs_folder_leads_nowhere(whole, home, tmp_path, kind):
+    """What it leads to does not travel, and nothing is written there."""
+    place, outside = home("here"), tmp_path / "keys"
+    outside.mkdir()
+    (outside / "secret.csv").write_text("mine", encoding="utf-8")
+    shutil.copytree(whole / "runs", place / "runs")
+    (run,) = place.glob("runs/*-ce-*")
+    shutil.rmtree(run / kind, ignore_errors=True)
+    (run / kind).symlink_to(outside)
+    if kind == "tables":
+        with pytest.raises(ValueError, match="tables: expected a folder of the run's own, got a link"):
+            leg(tmp_path / "pack")
+    else:
+        leg(tmp_path / "pack")
+    unpack(tmp_path / "pack", tmp_path / "again")
+    assert not [name for name in contents(tmp_path / "again") if "secret" in name]
+    assert contents(outside) == {"secret.csv": b"mine"}
+
+
+def test_rows_of_another_source_of_transfer_are_not_done(whole, home):
+    place = home("here")
+    shutil.copytree(whole / "results", place / "results")
+    profile = load_profile("tiny")
+    assert tables_left(profile) == []
+    changed = replace(profile.recipes["ce"], epochs=2)
+    recipes = profile.recipes | {"ce": changed}
+    left = tables_left(replace(profile, recipes=recipes))
+    assert "attacks-clustr-cert" in left
+    assert "certificates-clustr-cert" not in left
+
+
+def test_a_damaged_snapshot_gives_way_to_the_one_that_travelled(home, tmp_path):
+    place, folder = home("here"), tmp_path / "pack"
+    recipe = replace(load_profile("tiny").recipes["ce"], snapshots=(1, 3))
+    profile = replace(load_profile("tiny"), recipes={"ce": recipe})
+    leg(folder, profile=profile)
+    path = min(place.glob("runs/*/snapshots/*"))
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    leg(folder, profile=profile)
+    assert path.read_bytes() == good
+
+
+def test_rows_of_another_data_set_are_not_done(whole, home):
+    """Of prototypes no run says on which data they were."""
+    place = home("here")
+    shutil.copytree(whole / "results", place / "results")
+    profile = load_profile("tiny")
+    recipes = {name: replace(each, dataset="mnist5k", warm_start=None) for name, each in profile.recipes.items()}
+    assert "certificates-prototypes" in tables_left(replace(profile, recipes=recipes))
+
+
+def test_runs_and_results_may_lie_on_two_disks(whole, carried, home, monkeypatch):
+    place, real = home("here"), Path.replace
+
+    def other_disk(path, target):
+        if ".unpacked" in path.parts:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", other_disk)
+    assert leg(carried).left == ()
     assert tables(place) == tables(whole)

@@ -110,6 +110,32 @@ class Tires(Flat):
 def tires():
     return Tires()
 
+class Backward(torch.autograd.Function):
+    calls = 0
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+    @staticmethod
+    def backward(ctx, slope):
+        Backward.calls += 1
+        if Backward.calls > 4:
+            raise KeyError("slopes")
+        return slope
+
+class Refuses(Flat):
+    def forward(self, x):
+        return self.inner(Backward.apply(x))
+
+def refuses():
+    return Refuses()
+
+class Fewer(Flat):
+    def forward(self, x):
+        return self.inner(x)[: 8 if len(x) == 8 else 1]
+
+def fewer():
+    return Fewer()
+
 class Complex(Flat):
     def forward(self, x):
         return self.inner(x).to(torch.complex64)
@@ -204,6 +230,8 @@ def test_what_the_attack_climbs_may_be_another_network(here, capsys):
         (["--model", "{}:key", *ASKED], "takes images of shape [batch, 1, 8, 8], got KeyError: 'weights'"),
         (["--model", "{}:quits", *ASKED], "takes images of shape [batch, 1, 8, 8], got SystemExit: 0"),
         (["--model", "{}:tires", *ASKED], "takes images of shape [batch, 1, 8, 8], got RuntimeError: no more"),
+        (["--model", "{}:refuses", *ASKED], "model: expected one that the battery can attack, got KeyError: 'slopes'"),
+        (["--model", "{}:fewer", *ASKED], "model: expected outputs of shape ["),
         (["--model", "{}:complex_", *ASKED], "model: expected outputs that are real numbers, got torch.complex64"),
         (["--model", "{}:build", *ASKED, "--steps", "9" * 400], "--steps: expected at most 1,000,000, got an integer"),
         (["--model", "{}:build", *ASKED, "--restarts", "9" * 20], "--restarts: expected at most 100,000, got 999"),

@@ -135,8 +135,9 @@ def test_a_link_to_a_device_takes_nothing_in(tmp_path):
     assert (path.is_symlink(), path.read_text(encoding="utf-8")) == (False, "x")
 
 
-def test_a_folder_of_a_temporarys_name_is_no_trouble(tmp_path):
+def test_what_has_a_temporarys_name_is_no_trouble(tmp_path):
     (tmp_path / f".x.{HOST}-999999999.tmp").mkdir()
+    made("loop", tmp_path / ".y.elsewhere-1.tmp")
     write_string(tmp_path / "a", "x")
     assert (tmp_path / "a").read_text(encoding="utf-8") == "x"
 

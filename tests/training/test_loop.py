@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +33,7 @@ from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, 
 from clustr_core.models.clusters import Clusters, fit_clusters
 from clustr_core.models.embed import embed_all, evaluating
 from clustr_core.models.encoders import build_encoder
-from clustr_core.storage.files import read_json, write_json
+from clustr_core.storage.files import alone, read_json, write_json
 from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training import loop
 from clustr_core.training.loop import fit, train_epoch
@@ -302,8 +304,9 @@ def test_a_run_killed_while_it_was_written_is_finished_without_training(train, m
 
 
 def test_two_processes_that_finish_one_run_at_once_leave_that_of_the_first(train, monkeypatch):
-    """The other one finishes while this one asks what machine it is on."""
+    """Where a file system knows no locks: the other one finishes while this one asks what machine it is on."""
     environment, finished = loop.environment, {}
+    monkeypatch.setattr(loop, "alone", lambda folder: nullcontext())
 
     def meanwhile(device):
         monkeypatch.setattr(loop, "environment", environment)
@@ -963,6 +966,37 @@ def test_the_perturbation_goes_on_where_the_last_batch_and_the_last_checkpoint_l
     # another perturbation in the checkpoint is another run
     write_tensors(path, "a checkpoint", kept | {"perturbation": -kept["perturbation"]}, facts)
     assert results(train(recipe, folder=home / "run"))["model.safetensors"] != whole["model.safetensors"]
+
+
+def test_a_run_that_was_replaced_meanwhile_is_not_taken_for_the_first(train, home):
+    """Rows of the new weights would be kept under the digest of the old."""
+    first = train(RECIPES["ce, sgd, crop, milestones"], folder=home / "run")
+    first.model()
+    train(RECIPES["ce, sgd, crop, milestones"], folder=home / "other", half=True)
+    shutil.rmtree(home / "run")
+    (home / "other").rename(home / "run")
+    with pytest.raises(ValueError, match=r"that were there at first, got .*: the run was replaced meanwhile"):
+        first.model()
+
+
+def test_two_who_train_one_run_do_so_one_after_the_other(train, home):
+    """Else the snapshots of one by two threads would stand beside the weights of one by one."""
+    recipe, folder, runs = RECIPES["ce, sgd, crop, milestones"], home / "run", []
+    folder.mkdir(parents=True)
+    other = threading.Thread(target=lambda: runs.append(train(recipe, folder=folder)))
+    with alone(folder):
+        other.start()
+        other.join(0.5)
+        assert other.is_alive()
+        assert list(folder.iterdir()) == []
+    other.join(60)
+    assert runs[0].weights_sha256 == load_run(folder).weights_sha256
+
+
+def test_a_training_that_is_refused_leaves_no_folder(train, home):
+    with pytest.raises(ValueError, match="per_class"):
+        train(replace(RECIPES["clustr, warm start"], per_class=5000, warm_start=None), folder=home / "run")
+    assert not (home / "run").exists()
 
 
 def test_links_in_a_run_of_somebody_elses_lead_nowhere(train, home):
