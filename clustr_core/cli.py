@@ -166,7 +166,8 @@ def _check_output(options: argparse.Namespace) -> None:
             check_sidecar(Path(given))
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"--output: expected no file, or a table with its sidecar, got another that would be lost ({error})"
+                f"--output: expected no file, or a table with its sidecar, got another that would be lost ({error}); "
+                "delete it, or take another name"
             ) from error
 
 

@@ -149,11 +149,25 @@ def test_rows_of_another_method_under_a_methods_name_are_named(tmp_path: Path) -
     folder.mkdir(parents=True)
     for kind in ("csv", "json"):
         shutil.copy(ROOT / f"results/published/quick/diagnostics-trades.{kind}", folder / f"diagnostics-pgd-at.{kind}")
-    fault = "results/published/quick/diagnostics-pgd-at.csv: expected the rows of method pgd-at, got trades"
+    fault = "results/published/quick/diagnostics-pgd-at.csv: expected the rows of method 'pgd-at', got 'trades'"
     assert list(claims.sidecar_faults(tmp_path)) == [fault]
     (folder.parent / "quick").rename(folder.parent / "cpu")
-    fault = fault.replace("/quick/", "/cpu/") + ", profile cpu, got quick"
-    assert list(claims.sidecar_faults(tmp_path)) == [fault]
+    fault = (
+        "results/published/cpu/diagnostics-pgd-at.csv: expected the rows of profile 'cpu', got 'quick', method 'pgd-at'"
+    )
+    assert list(claims.sidecar_faults(tmp_path)) == [fault + ", got 'trades'"]
+
+
+def test_rows_of_another_protocol_than_the_profiles_are_named(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "results/published/quick", tmp_path / "results/published/quick")
+    (tmp_path / "profiles").mkdir()
+    text = (ROOT / "profiles/quick.yaml").read_text(encoding="utf-8")
+    (tmp_path / "profiles/quick.yaml").write_text(text, encoding="utf-8")
+    assert list(claims.sidecar_faults(tmp_path)) == []
+    (tmp_path / "profiles/quick.yaml").write_text(text.replace("steps: 40", "steps: 41"), encoding="utf-8")
+    faults = list(claims.sidecar_faults(tmp_path))
+    assert len(faults) > 10
+    assert all("expected the rows of protocol " in fault for fault in faults)
 
 
 def test_the_check_needs_no_torch() -> None:

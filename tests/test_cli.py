@@ -636,7 +636,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(home, capsys):
 
 
 def test_the_installed_command(home):
-    command = [sys.executable, "-m", "clustr_core.cli", "train", "--profile", "tiny", "--method", "none"]
+    command = [sys.executable, "-m", "clustr_core", "train", "--profile", "tiny", "--method", "none"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2

@@ -102,7 +102,7 @@ def test_each_job_asks_slurm_for_its_gpu_memory_and_time(home: Path) -> None:
 
 def test_eight_processes_ask_for_eight_gpus_of_one_machine(home: Path) -> None:
     jobs = jobs_of(home, "profile=paper", "processes=8")
-    shared = "-m torch.distributed.run --standalone --nproc_per_node=8 -m clustr_core.cli"
+    shared = "-m torch.distributed.run --standalone --nproc_per_node=8 -m clustr_core"
     for job in jobs:
         if job["rule"] in WORK and job["rule"] != "diagnose":
             assert f"{shared} {job['rule']} --profile paper" in job["text"]
@@ -158,7 +158,7 @@ def kill(home: Path, *words: str) -> None:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_text().split("\0")
-            if (folder / "cwd").resolve() == home and {"clustr_core.cli", *words} <= set(command):
+            if (folder / "cwd").resolve() == home and {"clustr_core", *words} <= set(command):
                 os.kill(int(folder.name), signal.SIGKILL)
                 return
         except (OSError, ProcessLookupError):

@@ -20,7 +20,7 @@ from clustr_core.measuring.accuracy import best_bound, binomial_interval, certif
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.study import with_interval
 from clustr_core.storage.files import home
-from clustr_core.storage.tables import read_table
+from clustr_core.storage.provenance import read_checked
 
 # where certified accuracies are compared, L2, in pixels of [0, 1]
 RADII = [0.0, 0.14, 0.28, 0.5]
@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
 
 def accuracies(path: Path) -> pd.DataFrame | None:
     """The accuracies that a table of rows stands for, one a row: ``at value low high``; None for other tables."""
-    table = read_table(path)
+    table = read_checked(path)
     if path.name.startswith("attacks-"):
         found = robust_accuracy(pd.DataFrame(table[table["attack"] != "paper"]))
         at = found["method"] + " " + found["norm"] + " " + found["eps"].map("{:.4g}".format)
@@ -84,7 +84,7 @@ def _verdict(mine: Path, theirs: Path) -> tuple[str, str]:
     try:
         if (published := accuracies(theirs)) is not None and (found := accuracies(mine)) is not None:
             return _beside(found, published)
-        return "differs", f"differs in {_differing(read_table(mine), read_table(theirs))}"
+        return "differs", f"differs in {_differing(read_checked(mine), read_checked(theirs))}"
     except (ValueError, KeyError) as error:
         return "not comparable", f"cannot be compared ({type(error).__name__}: {error})"
 

@@ -573,16 +573,22 @@ def _groups(profile: Profile) -> list[list[Member]]:
     groups += [[run / CHECKPOINT] for run in runs if run not in done and (run / CHECKPOINT).exists()]
     groups += [[run / name for name in (WEIGHTS, HISTORY, DONE)] for run in done if run not in needed]
     groups += [[path] for run in runs for path in _visible(run / "snapshots")]
-    files = [group for group in groups if not any(path.is_symlink() for path in group)]
+    files = [group for group in groups if not any(map(_is_link, group))]
     return [[Member(path.relative_to(root).as_posix(), path) for path in group] for group in files]
+
+
+def _is_link(path: Path) -> bool:
+    """Whether a path is a link, which may lead to what nobody meant to give away; it is named."""
+    if path.is_symlink():
+        log.warning("%s: a link, which does not travel; put the file itself there", path)
+    return path.is_symlink()
 
 
 def _visible(folder: Path) -> list[Path]:
     """The whole files of a folder: what is being written is hidden, and what is no file does not travel."""
-    if folder.is_symlink():
+    if _is_link(folder):
         return []
-    found = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
-    return [path for path in found if path.is_file() and not path.is_symlink()]
+    return sorted(path for path in folder.glob("*") if not path.name.startswith(".") and path.is_file())
 
 
 def _take_published(profile: Profile) -> None:

@@ -45,7 +45,8 @@ class Stranger(nn.Module):
         if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(images):
             got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise Failed(f"{self.argument}: expected outputs of shape [{len(images)}, class], got {got}")
-        return outputs
+        # it may be a buffer of the model's, written again at the next call
+        return outputs.clone()
 
 
 class Failed(ValueError):

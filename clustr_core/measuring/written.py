@@ -100,17 +100,23 @@ def is_current(made: Mapping[str, Any], profile: Profile, kind: str, method: str
     What it leaves open, as those of the first tables do, is taken to be so.
     """
     recipe = profile.recipes.get(method)
-    wanted = {
+    wanted = asked_of(profile, kind, method)
+    # else it is of another training of the same recipe, or of weights that were rounded
+    wanted["weights_sha256"] = recipe and _weights(recipe)
+    said, sources = made.get("sources") or {}, sources_of(profile, kind)
+    return _agree(made, wanted) and all(_agree(said.get(name, {}), sources[name]) for name in sources)
+
+
+def asked_of(profile: Profile, kind: str, method: str) -> dict[str, Any]:
+    """What the sidecar of a method's table says, whatever the machine, if the profile asks for it today."""
+    recipe = profile.recipes.get(method)
+    return {
         "method": method,
         "protocol": json.loads(json.dumps(profile.protocol(kind))),
         "version": VERSIONS[MEASUREMENT_OF[kind]],
         "data": _data(profile),
         "run": recipe and run_key(recipe),
-        # else it is of another training of the same recipe, or of weights that were rounded
-        "weights_sha256": recipe and _weights(recipe),
     }
-    said, sources = made.get("sources") or {}, sources_of(profile, kind)
-    return _agree(made, wanted) and all(_agree(said.get(name, {}), sources[name]) for name in sources)
 
 
 def _agree(said: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -130,7 +130,7 @@ def pack(folder: Path, groups: Sequence[Sequence[Member]], bounds: Bounds, facts
     write_json(folder / INDEX, index)
     kept = {part["name"] for part in parts}
     for path in folder.iterdir():
-        if _PART.fullmatch(path.name) and path.name not in kept:
+        if _PART.fullmatch(path.name) and path.name not in kept and not path.is_dir():
             path.unlink()
     total = sum(part["bytes"] for part in parts) + (folder / INDEX).stat().st_size
     return Packed(len(parts) + 1, total, left_out)
