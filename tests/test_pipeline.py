@@ -163,6 +163,14 @@ def test_nothing_is_published_of_a_profile_whose_tables_are_not_there(one_chapte
     assert "results/smoke/attacks-ce.csv: expected the table that the profile makes today, got none" in done.stderr
 
 
+def test_nothing_is_published_of_a_profile_whose_figures_are_not_there(one_chapter: Path) -> None:
+    assert execute(one_chapter, "01-test").returncode == 0
+    (one_chapter / "figures/smoke/fig-test.svg").unlink()
+    done = called(publish.main, one_chapter, "--profile", "smoke")
+    assert done.returncode == 1
+    assert "figures/smoke/fig-test.svg: expected a chapter's figure, got none: make figures first" in done.stderr
+
+
 def test_two_runs_publish_the_same_bytes(one_chapter: Path) -> None:
     published = []
     for _ in range(2):

@@ -136,6 +136,11 @@ def publish(root: Path, profile: str) -> list[Path]:
     twins = _twins(root, profile)
     tables = sorted((root / "results" / profile).glob("*.csv"))
     figures = sorted((root / "figures" / profile).glob("*"))
+    wanted = {
+        f"{name}{kind}" for each in notebooks.sources(root) for name in _figures(each) for kind in (".png", ".svg")
+    }
+    if missing := sorted(wanted - {path.name for path in figures}):
+        raise ValueError(f"figures/{profile}/{missing[0]}: expected a chapter's figure, got none: make figures first")
     for table in (*tables, *(path for path in figures if path.suffix == ".csv")):
         check_sidecar(table)
     rows = [path for table in tables for path in (table, sidecar_of(table))]
@@ -148,6 +153,10 @@ def publish(root: Path, profile: str) -> list[Path]:
         with written_whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return list(twins)
+
+
+def _figures(source: Path) -> list[str]:
+    return notebooks.figure_labels(notebooks.read_source(source))
 
 
 def _twins(root: Path, profile: str) -> dict[Path, str]:

@@ -676,7 +676,10 @@ def _restore(unpacked: Path, root: Path, profile: Profile) -> None:
         if (theirs / DONE).exists() and (mine / DONE).exists():
             _check_same_weights(theirs, mine)
     for theirs, mine in runs:
-        _restore_run(theirs, mine)
+        mine.mkdir(parents=True, exist_ok=True)
+        # not while it is trained
+        with alone(mine):
+            _restore_run(theirs, mine)
     results = Path("results") / profile.name
     for path in _files(unpacked / results):
         target = root / results / path.relative_to(unpacked / results)
@@ -712,7 +715,8 @@ def _restore_run(theirs: Path, mine: Path) -> None:
         target = mine / path.relative_to(theirs)
         # what a killed finish left here without run.json is not the finished run from there
         wanted = {CHECKPOINT: behind, WEIGHTS: not finished, HISTORY: not finished}
-        check_own(target.parent)
+        if target.parent != mine:
+            check_own(target.parent)
         if wanted.get(path.name, not _is_sound(target, READERS.get(path.parent.name, Path.stat))):
             _move(path, target)
 

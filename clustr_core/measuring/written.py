@@ -13,7 +13,7 @@ from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS
 from clustr_core.storage.files import digest
 from clustr_core.storage.gate import TENSORS_LIMIT, is_stream, read_bytes
 from clustr_core.storage.provenance import check_sidecar, environment, write_sidecar
-from clustr_core.storage.tables import write_table
+from clustr_core.storage.tables import table_bytes, write_table
 from clustr_core.training.names import DONE, WEIGHTS
 from clustr_core.training.recipes import CrossEntropy, Recipe, run_folder, run_key
 
@@ -77,9 +77,10 @@ def write_rows(
     Args:
         asked_for: as in `written_whole`.
     """
-    written = write_table(path, table, asked_for=asked_for)
+    # first, so that no table is ever without: what a kill leaves is no table, or one that is not its sidecar's
     if not (asked_for and is_stream(path)):
-        write_sidecar(path, made, note=note, written=written)
+        write_sidecar(path, made, note=note, written=table_bytes(table))
+    write_table(path, table, asked_for=asked_for)
 
 
 def is_written(folder: Path, profile: Profile, kind: str, method: str) -> bool:

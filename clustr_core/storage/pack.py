@@ -28,6 +28,8 @@ _ZIP_END, _ZIP_HEADERS = 98, 160
 _BLOCK = 2**20
 # of a member, before its name
 _HEADER = 30
+# a study has some thousand pieces
+_MOST_MEMBERS = 20_000
 # a table shrinks to a tenth or a twentieth
 _TEXT = 100
 
@@ -209,6 +211,8 @@ def _check_members(archive: zipfile.ZipFile) -> None:
     headers = sum(_HEADER + len(member.orig_filename.encode()) for member in members)
     if headers + sum(member.compress_size for member in members) > archive.start_dir:
         raise zipfile.BadZipFile("members that overlap")
+    if len(members) > _MOST_MEMBERS:
+        raise zipfile.BadZipFile(f"{len(members):,} members, where {_MOST_MEMBERS:,} are the most")
     if (total := sum(member.file_size for member in members)) > TENSORS_LIMIT:
         raise zipfile.BadZipFile(f"{total:,} bytes, where {size_in_words(TENSORS_LIMIT)} are the most")
 

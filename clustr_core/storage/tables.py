@@ -28,10 +28,15 @@ def write_table(
     Returns:
         What was written: by the time that the file is read again it may be another's.
     """
+    content = table_bytes(table, digits=digits)
     with written_whole(path, asked_for=asked_for) as temporary:
-        text = table.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n", encoding="utf-8").encode()
-        temporary.write_bytes(content := text + _seal(path, text) if sealed else text)
+        temporary.write_bytes(content := content + _seal(path, content) if sealed else content)
     return content
+
+
+def table_bytes(table: pd.DataFrame, *, digits: int = 9) -> bytes:
+    """What `write_table` writes."""
+    return table.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n").encode()
 
 
 def read_table(path: Path) -> pd.DataFrame:

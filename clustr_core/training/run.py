@@ -154,8 +154,8 @@ class Run:
         first = vars(self).setdefault("weights_sha256", found := digest(content))
         if found != first:
             raise ValueError(
-                f"{self.path / WEIGHTS}: expected the weights {first[:10]} that were there at first, got {found[:10]}: the "
-                "run was replaced meanwhile"
+                f"{self.path / WEIGHTS}: expected the weights {first[:10]} that were there at first, got {found[:10]}: "
+                "the run was replaced meanwhile"
             )
         return content
 
