@@ -158,6 +158,7 @@ def _fit(
             check_stored_dtype(run, half=half)
         if dataset is not None:
             run.check_data(dataset)
+        _tell_another_start(run)
         return run
     dataset = dataset or _loaded(recipe, processes)
     resumed = processes.from_first((folder / CHECKPOINT).exists)
@@ -206,6 +207,18 @@ def _fit(
     if half:
         check_stored_dtype(run, half=half)
     return run
+
+
+def _tell_another_start(run: Run) -> None:
+    """Warn where the run that this one started from was trained again since, and became another."""
+    if run.start_sha256 is None or run.recipe.warm_start is None:
+        return
+    folder = run_folder(run.recipe.warm_start)
+    if (folder / DONE).exists() and (found := load_run(folder).weights_sha256) != run.start_sha256:
+        log.warning(
+            "%s: began from the weights %s of %s, which are %s now; delete the run, and it is trained from these",
+            run.path, run.start_sha256[:10], folder.name, found[:10],
+        )  # fmt: skip
 
 
 def _loaded(recipe: Recipe, processes: Processes) -> data.Dataset:
@@ -355,6 +368,7 @@ def finish(
         "processes": state.processes.count,
         "captured": state.record is not None,
         "trained_on": state.trained_on,
+        "start_sha256": state.start_sha256,
         **environment(str(images.device)),
     }
     # where a file system knows no locks, another process may have finished the same run: its files belong together

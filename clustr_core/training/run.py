@@ -54,6 +54,7 @@ class Run:
             went on elsewhere is one that no single command repeats. A warm start's own run says where that was
             trained; a training that went on elsewhere before its first epoch ended is of there. Empty for runs that do
             not say.
+        start_sha256: of the weights that it began from, of a run with a warm start; None for runs that do not say.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Run:
     train_data_sha256: str
     weights_dtype: WeightsDtype = "float32"
     trained_on: tuple[dict[str, Any], ...] = ()
+    start_sha256: str | None = None
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -295,9 +297,10 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
         places = content.get("trained_on")
         if places is not None:
             check_places(places, recipe.epochs, folder / DONE)
-        run = Run(
-            folder, recipe, content["num_classes"], shape, content["train_data_sha256"], dtype, tuple(places or ())
-        )
+        if not isinstance(start := content.get("start_sha256"), str | None):
+            raise ValueError(f"start_sha256: expected a digest, got {brief(start)}")
+        facts = (content["num_classes"], shape, content["train_data_sha256"], dtype, tuple(places or ()), start)
+        run = Run(folder, recipe, *facts)
     except UnknownMethod as error:
         module = shortened(str(content.get("module")), VALUE_LIMIT)
         raise ValueError(f"{folder / DONE}: {error}; import {module}, which registers it") from error

@@ -59,6 +59,8 @@ class State:
     history: list[dict[str, float]] = field(default_factory=list)
     # where it was trained, from which epoch on: one entry, and one more for each change
     trained_on: list[dict[str, Any]] = field(default_factory=list)
+    # of the weights of the run that it started from
+    start_sha256: str | None = None
 
 
 def new_state(
@@ -88,7 +90,9 @@ def new_state(
     generator = torch.Generator(images.device).manual_seed(recipe.seed)
     perturbation = _no_perturbation(recipe, images)
     sha256 = training_digest(recipe, dataset)
-    return State(network, optimiser, generator, sha256, perturbation, processes, record, local_statistics)
+    state = State(network, optimiser, generator, sha256, perturbation, processes, record, local_statistics)
+    state.start_sha256 = start and start.weights_sha256
+    return state
 
 
 def _no_perturbation(recipe: Recipe, images: Tensor) -> Tensor | None:
@@ -137,7 +141,7 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
     tensors["generator"] = state.generator.get_state()
     if state.perturbation is not None:
         tensors["perturbation"] = state.perturbation
-    progress = {"history": state.history, "trained_on": state.trained_on}
+    progress = {"history": state.history, "trained_on": state.trained_on, "start_sha256": state.start_sha256}
     write_tensors(folder / CHECKPOINT, "a checkpoint", tensors, about | progress)
 
 
@@ -177,6 +181,8 @@ def _check_progress(path: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
             raise ValueError(f"{path}: expected numbers of epoch {number} in its history, got {brief(row)}")
 
     check_places(facts.get("trained_on"), epoch, path)
+    if not isinstance(start := facts.get("start_sha256"), str | None):
+        raise ValueError(f"{path}: expected in start_sha256 a digest, got {brief(start)}")
 
 
 def _check_rest(path: Path, state: State, tensors: dict[str, Tensor], epoch: int) -> None:
@@ -239,3 +245,5 @@ def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
     if state.perturbation is not None:
         state.perturbation.copy_(tensors["perturbation"])
     state.epoch, state.history, state.trained_on = facts["epoch"], facts["history"], facts["trained_on"]
+    # whatever run of that name is here now; checkpoints of before do not say
+    state.start_sha256 = facts.get("start_sha256")

@@ -979,6 +979,29 @@ def test_a_run_that_was_replaced_meanwhile_is_not_taken_for_the_first(train, hom
         first.model()
 
 
+def test_a_run_says_from_which_weights_it_began_and_if_they_became_others(train, caplog):
+    recipe = RECIPES["clustr, warm start"]
+    first = train(recipe)
+    start = run_folder(recipe.warm_start)
+    assert first.start_sha256 == load_run(start).weights_sha256
+    train(recipe)
+    assert "began from" not in caplog.text
+    # as by another number of threads
+    shutil.rmtree(start)
+    train(recipe.warm_start, half=True)
+    assert train(recipe).start_sha256 == first.start_sha256
+    assert f"began from the weights {first.start_sha256[:10]} of {start.name}, which are " in caplog.text
+
+
+def test_a_run_that_goes_on_began_from_where_it_did(train, killed, home):
+    recipe = RECIPES["clustr, warm start"]
+    killed(recipe, during=2, folder=home / "run")
+    began = load_run(start := run_folder(recipe.warm_start)).weights_sha256
+    shutil.rmtree(start)
+    train(recipe.warm_start, half=True)
+    assert train(recipe, folder=home / "run").start_sha256 == began
+
+
 def test_two_who_train_one_run_do_so_one_after_the_other(train, home):
     """Else the snapshots of one by two threads would stand beside the weights of one by one."""
     recipe, folder, runs = RECIPES["ce, sgd, crop, milestones"], home / "run", []
