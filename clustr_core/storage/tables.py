@@ -36,7 +36,7 @@ def write_table(
 
 def table_bytes(table: pd.DataFrame, *, digits: int = 9) -> bytes:
     """What `write_table` writes."""
-    return table.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n").encode()
+    return table.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n", encoding="utf-8").encode()
 
 
 def read_table(path: Path) -> pd.DataFrame:
