@@ -171,11 +171,11 @@ def _check_output(options: argparse.Namespace) -> None:
             ) from error
 
 
-def _profile(options: argparse.Namespace, usual: str = "quick") -> str:
-    """Which profile is asked for; an empty name, as of a variable that is not set, is none that anybody means."""
+def _profile(options: argparse.Namespace, usual: str = "quick") -> Profile:
+    """The profile that is asked for; an empty name, as of a variable that is not set, is none that anybody means."""
     if options.profile == "":
         raise ValueError("--profile: expected a name or the path of a YAML file, got an empty one")
-    return options.profile or usual
+    return load_profile(options.profile or usual)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -193,7 +193,7 @@ def _attack(options: argparse.Namespace) -> None:
     for name in ("dataset", "examples"):
         if (given := getattr(options, name)) is not None:
             raise ValueError(f"--{name}: expected only with --official, since the profile says it, got {given}")
-    profile, run, device = load_profile(_profile(options)), _run(options), _device(options)
+    profile, run, device = _profile(options), _run(options), _device(options)
     if options.shard is not None:
         _compute_share(attack_pieces(run, profile, device=device), options, device)
         return
@@ -216,7 +216,7 @@ def _attack_official(options: argparse.Namespace) -> None:
     # once: a training that goes on may write the file again meanwhile
     written = read_bytes(path, limit=RELEASED_LIMIT)
     target = _official_target(written, path, options.dataset, device)
-    profile = load_profile(_profile(options, "paper"))
+    profile = _profile(options, "paper")
     protocols = {
         name: replace(each, examples=options.examples or each.examples)
         for name, each in profile.attacks.items()
@@ -260,7 +260,7 @@ def _diagnose(options: argparse.Namespace) -> None:
     for name in STRANGERS:
         if (given := getattr(options, name)) is not None:
             raise ValueError(f"--{name}: expected only with --model, since the profile says it, got {given}")
-    profile, run = load_profile(_profile(options)), _run(options)
+    profile, run = _profile(options), _run(options)
     found = examined(run, profile, device=_device(options))
     table = found.diagnostics()
     _write(table, profile, options, "diagnostics", run)
@@ -329,7 +329,7 @@ def _print_protocols(table: pd.DataFrame) -> None:
 
 
 def _certify(options: argparse.Namespace) -> None:
-    profile = load_profile(_profile(options))
+    profile = _profile(options)
     if options.method == "prototypes":
         if options.set:
             raise ValueError(f"--set: expected none with prototypes, which have no recipe, got {options.set}")
@@ -351,7 +351,7 @@ def _certify(options: argparse.Namespace) -> None:
 
 
 def _sandwich(options: argparse.Namespace) -> None:
-    profile, recipe = load_profile(_profile(options)), _recipe(options)
+    profile, recipe = _profile(options), _recipe(options)
     if recipe.guarantee != "lipschitz":
         raise ValueError(
             f"--method: expected one of {', '.join(profile.lipschitz)}, which certify, got {recipe.method}"
@@ -380,7 +380,7 @@ def _leg(options: argparse.Namespace) -> None:
     if not 0 < options.minutes < math.inf:
         raise ValueError(f"--minutes: expected a positive number, got {options.minutes:g}")
     bounds = Bounds(parse_size(options.pack), options.files)
-    profile, device = load_profile(_profile(options)), _device(options)
+    profile, device = _profile(options), _device(options)
     folder = home() / "legs" / profile.name if options.into is None else expanded(options.into)
     how = {"half": options.half, "captured": options.captured, "device": device}
     leg = run_leg(profile, folder, Clock(60 * options.minutes), bounds, **how)
@@ -416,7 +416,7 @@ def _run(options: argparse.Namespace) -> Run:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    profile = load_profile(_profile(options))
+    profile = _profile(options)
     if options.method not in profile.recipes:
         raise ValueError(
             f"method: expected one of {sorted(profile.recipes)} in {profile.name}, got {brief(options.method)}"

@@ -32,15 +32,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from clustr_core.measuring.accuracy import best_bound, certified_accuracy
-from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.measuring.study import Study, as_far_as_published, certified_lines, protocol_lines, summary
 from clustr_core.measuring.versions import MEASUREMENT_OF
-from clustr_core.measuring.written import asked_of
+from clustr_core.measuring.written import asked_of, differing
 from clustr_core.storage.files import home
 from clustr_core.storage.gate import brief
 from clustr_core.storage.provenance import check_sidecar
@@ -210,23 +210,34 @@ def sidecar_faults(root: Path) -> Iterator[str]:
             except (ValueError, OSError) as error:
                 yield str(error).replace(f"{root}/", "")
                 continue
-            # what the first tables did not say is taken to be so
-            kind, method = table.stem.partition("-")[::2]
-            if kind in MEASUREMENT_OF and published[0] in table.parents:
-                name = table.relative_to(published[0]).parts[0]
-                wanted = {"profile": name, "method": method}
-                profile = root / "profiles" / f"{name}.yaml"
-                # attacks that are not all there yet lie in a folder of their own
-                if table.parent.name == name and profile.exists():
-                    wanted |= asked_of(load_profile(profile), kind, method)
-                said = made | {"profile": (made.get("profile") or {}).get("name")}
-                known = [key for key in wanted if None not in (wanted[key], said.get(key))]
-                if wrong := [key for key in known if said[key] != wanted[key]]:
-                    rows = ", ".join(f"{key} {brief(wanted[key])}, got {brief(said[key])}" for key in wrong)
-                    yield f"{table.relative_to(root)}: expected the rows of {rows}"
+            if published[0] in table.parents:
+                yield from _rows_of_others(root, table, made)
     for sidecar in sorted(path for folder in published for path in folder.glob("*/*.json")):
         if not sidecar.with_suffix(".csv").exists():
             yield f"{sidecar.relative_to(root)}: expected the table {sidecar.stem}.csv beside its sidecar, got none"
+
+
+def _rows_of_others(root: Path, table: Path, made: dict[str, Any]) -> Iterator[str]:
+    """What a published table should be by its place, and is not; what its sidecar leaves open is taken to be so."""
+    kind, method = table.stem.partition("-")[::2]
+    if kind not in MEASUREMENT_OF:
+        return
+    name = table.relative_to(root / "results/published").parts[0]
+    wanted = {"profile": name, "method": method}
+    profile = root / "profiles" / f"{name}.yaml"
+    # attacks that are not all there yet lie in a folder of their own
+    if table.parent.name == name and profile.exists():
+        wanted |= asked_of(_profile(profile, profile.stat().st_mtime_ns), kind, method)
+    said = made | {"profile": (made.get("profile") or {}).get("name")}
+    if wrong := differing(said, wanted):
+        rows = ", ".join(f"{key} {brief(wanted[key])}, got {brief(said[key])}" for key in wrong)
+        yield f"{table.relative_to(root)}: expected the rows of {rows}"
+
+
+@cache
+def _profile(path: Path, written: int) -> Profile:
+    """A profile as it was written then: asked for by each of its tables."""
+    return load_profile(path)
 
 
 def page_faults(root: Path, page: Path) -> Iterator[str]:

@@ -126,13 +126,12 @@ def publish(root: Path, profile: str) -> list[Path]:
         FileNotFoundError: if a table has no sidecar.
     """
     asked = load_profile(root / "profiles" / f"{profile}.yaml")
-    for kind, methods in asked.measured.items():
-        for method in methods:
-            if not is_written(root / "results" / profile, asked, kind, method):
-                raise ValueError(
-                    f"results/{profile}/{kind}-{method}.csv: expected the table that the profile makes today, got none "
-                    "or another: make figures first"
-                )
+    for kind, method in asked.tables:
+        if not is_written(root / "results" / profile, asked, kind, method):
+            raise ValueError(
+                f"results/{profile}/{kind}-{method}.csv: expected the table that the profile makes today, got none or "
+                "another: make figures first"
+            )
     twins = _twins(root, profile)
     tables = sorted((root / "results" / profile).glob("*.csv"))
     figures = sorted((root / "figures" / profile).glob("*"))

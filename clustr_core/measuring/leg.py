@@ -594,14 +594,12 @@ def _visible(folder: Path) -> list[Path]:
 def _take_published(profile: Profile) -> None:
     """Put published tables that are what the profile would make into ``results/<profile>``, where none such is."""
     published = home() / "results/published" / profile.name
-    for kind, methods in profile.measured.items():
-        for method in methods:
+    for kind, method in profile.tables:
+        if is_written(published, profile, kind, method) and not is_written(_results(profile), profile, kind, method):
             table = published / f"{kind}-{method}.csv"
-            mine, theirs = (is_written(folder, profile, kind, method) for folder in (_results(profile), published))
-            if theirs and not mine:
-                # a table alone would be taken at its word
-                for path in (sidecar_of(table), table):
-                    copy_whole(path, _results(profile) / path.name)
+            # a table alone would be taken at its word
+            for path in (sidecar_of(table), table):
+                copy_whole(path, _results(profile) / path.name)
 
 
 def _check_leg(profile: Profile, folder: Path, *, half: bool, captured: bool) -> bool:

@@ -231,6 +231,11 @@ class Profile:
             "sandwich": [*self.lipschitz],
         }
 
+    @property
+    def tables(self) -> list[tuple[str, str]]:
+        """Kind and method of each table of `measured`."""
+        return [(kind, method) for kind, methods in self.measured.items() for method in methods]
+
     def protocol(self, table: str) -> dict[str, Any]:
         """What the rows of a kind of table follow: the pipeline makes them anew when it changes, their sidecar says it.
 

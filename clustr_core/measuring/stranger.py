@@ -26,8 +26,8 @@ WIDTH = 88
 
 
 class Stranger(nn.Module):
-    """A stranger's model, of which nothing is expected: what goes wrong in it is said in a line that names it, and it
-    works on copies, so that one which changes its images in place changes none of ours."""
+    """A stranger's model, of which nothing is expected: what goes wrong in it is said in a line that names it, and
+    images and outputs are copied, so that one which works in place changes none of ours."""
 
     def __init__(self, model: nn.Module, argument: str) -> None:
         super().__init__()

@@ -829,22 +829,21 @@ def _claimed_of(study: Study, method: str) -> str:
 
 
 def _missing(profile: Profile, folder: Path) -> list[Path]:
-    names = (f"{kind}-{method}.csv" for kind, methods in profile.measured.items() for method in methods)
+    names = (f"{kind}-{method}.csv" for kind, method in profile.tables)
     return [folder / name for name in names if not (folder / name).exists()]
 
 
 def _is_outdated(profile: Profile, folder: Path) -> bool:
     """Whether a table was made by another protocol, version or run than the profile's today; it is named."""
-    for kind, methods in profile.measured.items():
-        for method in methods:
-            table = folder / f"{kind}-{method}.csv"
-            if sidecar_of(table).exists() and not is_current(check_sidecar(table)["made"], profile, kind, method):
-                log.warning(
-                    "%s: expected rows as the profile would measure them today, got those of another protocol, version "
-                    "or run: none in this folder are shown; make figures PROFILE=%s makes them anew",
-                    table, profile.name,
-                )  # fmt: skip
-                return True
+    for kind, method in profile.tables:
+        table = folder / f"{kind}-{method}.csv"
+        if sidecar_of(table).exists() and not is_current(check_sidecar(table)["made"], profile, kind, method):
+            log.warning(
+                "%s: expected rows as the profile would measure them today, got those of another protocol, version or "
+                "run: none in this folder are shown; make figures PROFILE=%s makes them anew",
+                table, profile.name,
+            )  # fmt: skip
+            return True
     return False
 
 

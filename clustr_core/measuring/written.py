@@ -10,10 +10,10 @@ import pandas as pd
 
 from clustr_core.measuring.profile import Profile
 from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS
-from clustr_core.storage.files import digest
+from clustr_core.storage.files import digest, written_whole
 from clustr_core.storage.gate import TENSORS_LIMIT, is_stream, read_bytes
 from clustr_core.storage.provenance import check_sidecar, environment, write_sidecar
-from clustr_core.storage.tables import table_bytes, write_table
+from clustr_core.storage.tables import table_bytes
 from clustr_core.training.names import DONE, WEIGHTS
 from clustr_core.training.recipes import CrossEntropy, Recipe, run_folder, run_key
 
@@ -77,10 +77,12 @@ def write_rows(
     Args:
         asked_for: as in `written_whole`.
     """
+    content = table_bytes(table)
     # first, so that no table is ever without: what a kill leaves is no table, or one that is not its sidecar's
     if not (asked_for and is_stream(path)):
-        write_sidecar(path, made, note=note, written=table_bytes(table))
-    write_table(path, table, asked_for=asked_for)
+        write_sidecar(path, made, note=note, written=content)
+    with written_whole(path, asked_for=asked_for) as temporary:
+        temporary.write_bytes(content)
 
 
 def is_written(folder: Path, profile: Profile, kind: str, method: str) -> bool:
@@ -105,7 +107,7 @@ def is_current(made: Mapping[str, Any], profile: Profile, kind: str, method: str
     # else it is of another training of the same recipe, or of weights that were rounded
     wanted["weights_sha256"] = recipe and _weights(recipe)
     said, sources = made.get("sources") or {}, sources_of(profile, kind)
-    return _agree(made, wanted) and all(_agree(said.get(name, {}), sources[name]) for name in sources)
+    return not differing(made, wanted) and not any(differing(said.get(name, {}), sources[name]) for name in sources)
 
 
 def asked_of(profile: Profile, kind: str, method: str) -> dict[str, Any]:
@@ -120,9 +122,9 @@ def asked_of(profile: Profile, kind: str, method: str) -> dict[str, Any]:
     }
 
 
-def _agree(said: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether nothing that both know is another."""
-    return all(value is None or said.get(name) in (None, value) for name, value in wanted.items())
+def differing(said: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The names of what both know, and is another; None is not known."""
+    return [name for name, value in wanted.items() if value is not None and said.get(name) not in (None, value)]
 
 
 def _weights(recipe: Recipe) -> str | None:

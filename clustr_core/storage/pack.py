@@ -257,8 +257,10 @@ def _write_member(target: zipfile.ZipFile, member: Member) -> None:
 
 def _cost(member: Member) -> int:
     """At most so many bytes a member takes of an archive."""
-    content = read_bytes(member.path, limit=TENSORS_LIMIT)
-    size = len(zlib.compress(content)) if member.compressed else len(content)
+    if member.compressed:
+        size = len(zlib.compress(read_bytes(member.path, limit=TENSORS_LIMIT)))
+    else:
+        size = member.path.stat().st_size
     return size + 2 * len(member.name.encode()) + _ZIP_HEADERS
 
 

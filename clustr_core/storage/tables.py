@@ -16,20 +16,17 @@ _SEAL = b"sha256,"
 MOST_COLUMNS = 1000
 
 
-def write_table(
-    path: Path, table: pd.DataFrame, *, digits: int = 9, sealed: bool = False, asked_for: bool = False
-) -> bytes:
+def write_table(path: Path, table: pd.DataFrame, *, digits: int = 9, sealed: bool = False) -> bytes:
     """Write a table as CSV with so many significant digits, whole or not at all.
 
     Args:
         sealed: end it with a digest of the file's name and of what stands before, for `read_sealed`.
-        asked_for: as in `written_whole`.
 
     Returns:
         What was written: by the time that the file is read again it may be another's.
     """
     content = table_bytes(table, digits=digits)
-    with written_whole(path, asked_for=asked_for) as temporary:
+    with written_whole(path) as temporary:
         temporary.write_bytes(content := content + _seal(path, content) if sealed else content)
     return content
 

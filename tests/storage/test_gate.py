@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clustr_core.measuring.written import write_rows
 from clustr_core.storage import gate
 from clustr_core.storage.files import HOST, read_json, write_string, written_whole
-from clustr_core.storage.tables import read_table, write_table
+from clustr_core.storage.tables import read_table
 
 
 def made(kind: str, path: Path) -> Path:
@@ -149,7 +150,7 @@ def test_a_fifo_and_a_device_are_written_to_if_the_user_gave_them(tmp_path):
     reader.start()
     import pandas as pd
 
-    write_table(fifo, pd.DataFrame({"a": range(100_000)}), asked_for=True)
+    write_rows(fifo, pd.DataFrame({"a": range(100_000)}), {}, asked_for=True)
     reader.join(10)
     assert found[0].startswith(b"a\n0\n1\n")
     assert found[0].endswith(b"99999\n")
