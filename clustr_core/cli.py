@@ -181,7 +181,8 @@ def _profile(options: argparse.Namespace, usual: str = "quick") -> Profile:
 def _train(options: argparse.Namespace) -> None:
     run = _run(options)
     print(f"{os.path.relpath(run.path)}: {run.recipe.epochs} epochs")
-    print(run.history.tail(3).to_string(index=False))
+    # a stranger's run may have cells that a terminal would act on
+    print("\n".join(map(printable, run.history.tail(3).to_string(index=False).split("\n"))))
 
 
 def _attack(options: argparse.Namespace) -> None:
@@ -228,12 +229,14 @@ def _attack_official(options: argparse.Namespace) -> None:
         return
     tables = [measure(target, each) for each in protocols.values()]
     table = pd.concat(tables, ignore_index=True).assign(method=target.name)
-    _write_at(Path(options.output or target.tables.parent / "attacks.csv"), table, {
+    size = "" if options.examples is None else f"-{options.examples}"
+    usual = target.tables.parent / f"attacks-{profile.name}{size}.csv"
+    _write_at(Path(options.output or usual), table, {
         **made_by(profile, "attacks", str(device)),
         "protocol": {name: asdict(each) for name, each in protocols.items()},
         "method": target.name, "dataset": options.dataset, "run": None, "seed": None,
         "weights_sha256": digest(written),
-    }, asked_for=options.output is not None)  # fmt: skip
+    }, options)  # fmt: skip
     _print_protocols(table)
 
 
@@ -304,12 +307,13 @@ def _diagnose_stranger(options: argparse.Namespace) -> None:
         with stranger.named_here("model: expected one that the battery can attack"):
             table = diagnostics.ask_all(evaluation)
         lines = stranger.page(title, evaluation, table)
-        print("\n".join(lines))
         if html is not None:
             from clustr_core.drawing.verdict import verdict_page
 
+            # first, since nobody may listen any more
             write_string(html, verdict_page(title, lines, evaluation, table), asked_for=True)
-            print(f"\n{html}: the same with pictures, and the source of each check")
+            lines += ["", f"{html}: the same with pictures, and the source of each check"]
+        print("\n".join(lines))
 
 
 def _protocol_name(asked: Examination | None) -> str:
@@ -465,17 +469,21 @@ def _set_threads(threads: int) -> None:
 
 
 def _write(table: pd.DataFrame, profile: Profile, options: argparse.Namespace, kind: str, run: Run | None) -> None:
-    """A table of the profile; with --set it is another run's, and lies beside that run."""
-    folder = run.path if run is not None and options.set else home() / "results" / profile.name
-    path = Path(getattr(options, "output", None) or folder / f"{kind}-{options.method}.csv")
+    """A table of the profile; with --set it is another run's, and lies beside that run, under the profile's name."""
+    usual = home() / "results" / profile.name / f"{kind}-{options.method}.csv"
+    if run is not None and options.set:
+        usual = run.path / f"{kind}-{options.method}-{profile.name}.csv"
+    path = Path(getattr(options, "output", None) or usual)
     made = made_by(profile, kind, str(_device(options))) | made_of(options.method, run)
-    _write_at(path, table, made, asked_for=getattr(options, "output", None) is not None)
+    _write_at(path, table, made, options)
 
 
-def _write_at(path: Path, table: pd.DataFrame, made: dict[str, Any], *, asked_for: bool) -> None:
-    """Write a table and, beside it, the sidecar that says how it was made; ``asked_for`` as in `written_whole`."""
+def _write_at(path: Path, table: pd.DataFrame, made: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write a table and, beside it, the sidecar that says how it was made."""
+    # once more: what lies there may have come while the rows were computed
+    _check_output(options)
     if is_first():
-        write_rows(path, table, made, asked_for=asked_for)
+        write_rows(path, table, made, asked_for=getattr(options, "output", None) is not None)
     print(f"wrote {os.path.relpath(path)} ({len(table)} rows)")
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import math
 import os
+import struct
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,10 @@ MOST_PIXELS_A_SIDE = 4096
 IMAGE_FILE_LIMIT = 64 * MB
 # of a progressive JPEG; encoders write some ten
 MOST_SCANS = 100
+# a line of pixels may be a strip of its own, in each of a few bands
+MOST_TAGS, MOST_NUMBERS = 1000, 8 * MOST_PIXELS_A_SIDE
+# kinds of a TIFF's numbers that are kept as bytes
+_TIFF_BYTES = (1, 2, 6, 7)
 # a tile's sides are multiples of 16, and often 256 or 512 whatever the image's
 _TILES, LARGEST_MARGIN = {"TileWidth": 322, "TileLength": 323}, 512
 GREY_MODES = ("L", "1")
@@ -152,10 +157,10 @@ def load_dataset(name: str, root: str | Path | None = None) -> Dataset:
         ValueError: for an unknown name, or images that cannot be used (the file is named).
         OSError: for a missing folder, or an archive that cannot be downloaded or is damaged.
     """
-    if name.startswith("folder:"):
+    if isinstance(name, str) and name.startswith("folder:"):
         return _load_folder(name, expanded(name.removeprefix("folder:")), _data_root(root))
-    if name not in _LOADERS:
-        raise ValueError(f"name: expected one of {sorted(_LOADERS)} or folder:PATH, got {name!r}")
+    if not isinstance(name, str) or name not in _LOADERS:
+        raise ValueError(f"name: expected one of {sorted(_LOADERS)} or folder:PATH, got {brief(name)}")
     return _LOADERS[name](_data_root(root))
 
 
@@ -434,6 +439,7 @@ def _decoding(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             content = read_bytes(path, limit=IMAGE_FILE_LIMIT)
+            _check_tiff(content)
             with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
                 _check_sides(image.size)
                 _check_work(image, content)
@@ -452,6 +458,24 @@ def _check_sides(size: tuple[int, int]) -> None:
     """What the header says is held against what an image of the book can be, before a pixel is decoded."""
     if max(size) > MOST_PIXELS_A_SIDE:
         raise _NotUsable(f"an image of at most {MOST_PIXELS_A_SIDE:,} pixels a side, got {size[0]:,} x {size[1]:,},")
+
+
+def _check_tiff(content: bytes) -> None:
+    """An entry of a TIFF's directory may say that it has millions of numbers, which Pillow reads one by one."""
+    order, big = {b"II": "<", b"MM": ">"}.get(content[:2]), content[2:4] in (b"+\0", b"\0+")
+    if order is None or not (big or content[2:4] in (b"*\0", b"\0*")):
+        return
+    length, entry = (f"{order}Q", f"{order}HHQQ") if big else (f"{order}H", f"{order}HHII")
+    try:
+        (start,) = struct.unpack_from(f"{order}Q" if big else f"{order}I", content, 8 if big else 4)
+        (entries,) = struct.unpack_from(length, content, start)
+        first, step = start + struct.calcsize(length), struct.calcsize(entry)
+        said = [struct.unpack_from(entry, content, first + step * i)[1:3] for i in range(min(entries, MOST_TAGS + 1))]
+    except (struct.error, OverflowError):
+        # Pillow says what is wrong with it
+        return
+    if entries > MOST_TAGS or any(count > MOST_NUMBERS for kind, count in said if kind not in _TIFF_BYTES):
+        raise _NotUsable(f"a TIFF of at most {MOST_TAGS:,} tags, each of at most {MOST_NUMBERS:,} numbers, got more")
 
 
 def _check_work(image: Image.Image, content: bytes) -> None:

@@ -22,7 +22,7 @@ from clustr_core.measuring import pieces as pieces_module
 from clustr_core.measuring.certified import certificate_rows
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS
-from clustr_core.storage.files import LONGEST_NAME, digest, write_string
+from clustr_core.storage.files import LONGEST_NAME, digest, read_json, seal_of, write_json, write_string
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.training import loop
 from clustr_core.training.names import DONE
@@ -313,7 +313,7 @@ def test_a_second_time_nothing_is_trained(home, capsys):
 def test_changed_fields_are_another_run_whose_tables_lie_beside_it(home, capsys):
     assert clustr("attack", "--set", "epochs=1", "--set", "learning_rate=1/100", "--set", "snapshots=[0, 1]") == 0
     changed = override(recipe(), {"epochs": 1, "learning_rate": 0.01, "snapshots": (0, 1)})
-    assert (run_folder(changed) / "attacks-ce.csv").exists()
+    assert (run_folder(changed) / f"attacks-ce-{PROFILE}.csv").exists()
     assert not (home / "results").exists()
     assert not run_folder(recipe()).exists()
 
@@ -380,6 +380,33 @@ def test_an_output_over_a_table_that_is_no_such_output_is_refused_before_any_wor
     assert message.startswith(f"clustr: {expected}")
     assert (home / "history.csv").read_text(encoding="utf-8") == "epoch,loss\n1,2\n"
     assert contents(home / "runs") == {}
+
+
+def test_what_comes_to_an_outputs_place_while_rows_are_computed_stays(home, capsys, monkeypatch):
+    real = cli.certificates_of
+
+    def certificates_meanwhile(*args, **kwargs):
+        (home / "mine.csv").write_text("my,own\n", encoding="utf-8")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(cli, "certificates_of", certificates_meanwhile)
+    assert clustr("certify", "--output", "mine.csv") == 2
+    assert "clustr: --output: expected no file, or a table with its sidecar" in capsys.readouterr().err
+    assert (home / "mine.csv").read_text(encoding="utf-8") == "my,own\n"
+
+
+def test_no_cell_of_a_strangers_history_reaches_the_terminal_as_it_is(home, capsys):
+    assert clustr("train") == 0
+    path = run_folder(recipe()) / "history.csv"
+    path.write_text(path.read_text(encoding="utf-8").replace("epoch,", "epoch\x1b[2J,", 1), encoding="utf-8")
+    record = read_json(path.parent / "run.json") | {"history_sha256": digest(path.read_bytes())}
+    del record["sha256"]
+    write_json(path.parent / "run.json", record | {"sha256": seal_of(record)})
+    capsys.readouterr()
+    assert clustr("train") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert r"epoch\x1b[2J" in out
 
 
 def test_an_output_below_a_file_is_refused_before_any_work(home, capsys):
@@ -454,7 +481,8 @@ def test_a_released_model_has_a_table_with_a_sidecar(home, monkeypatch):
     monkeypatch.setattr(data, "load_dataset", lambda name: digits)
     given = ["--official", "model_best.pth", "--dataset", "cifar10", "--examples", "4", "--device", "cpu"]
     assert main(["attack", *given, "--profile", "one"]) == 0
-    (path,) = home.glob("runs/official-*/attacks.csv")
+    (path,) = home.glob("runs/official-*/attacks-*.csv")
+    assert path.name == "attacks-one-4.csv"
     assert len(pd.read_csv(path)) == 4
     made = check_sidecar(path)["made"]
     # as it was run, not as the profile says
@@ -591,6 +619,7 @@ def refused(capsys, *arguments, command="train", **options):
         (["--set", "dataset=folder:/none/such"], "folder: expected a directory at /none/such"),
         (["--set", "encoder=vgg"], "encoder: expected one of"),
         (["--device", "abacus"], "--device: expected one that works here, such as cpu, got 'abacus'"),
+        (["--device", ""], "--device: expected one that works here, such as cpu, got ''"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
     ],
 )

@@ -487,6 +487,12 @@ def spoil(folder, case):
         save(bad, picture(0, (5, 6, 3)))
     elif case == "16 bit":
         save(bad, picture(0, (6, 5)).astype(np.uint16) * 200)
+    elif case == "strips":
+        # a TIFF whose list of strips has a million entries
+        bad.unlink()
+        bad = bad.with_suffix(".tiff")
+        entry = struct.pack("<HHII", 273, 4, 10**6, 30)
+        bad.write_bytes(struct.pack("<2sHI", b"II", 42, 8) + struct.pack("<H", 1) + entry + bytes(8) + bytes(4 * 10**6))
     elif case == "float":
         bad = bad.with_suffix(".tiff")
         save(bad, np.zeros((6, 5), dtype=np.float32))
@@ -495,11 +501,12 @@ def spoil(folder, case):
         "truncated": f"expected an image .* got an unreadable file {bad}",
         "odd size": rf"expected every image to be 5 x 6 pixels, got \(6, 5\) in {bad}",
         "16 bit": f"expected 8-bit images .* got 'I(;16)?' in {bad}",
+        "strips": f"expected a TIFF of at most 1,000 tags, each of at most 32,768 numbers, got more in {bad}",
         "float": f"expected 8-bit images .* got 'F' in {bad}",
     }[case]
 
 
-@pytest.mark.parametrize("case", ["unreadable", "truncated", "odd size", "16 bit", "float"])
+@pytest.mark.parametrize("case", ["unreadable", "truncated", "odd size", "16 bit", "strips", "float"])
 def test_an_image_that_cannot_be_used_is_named_and_nothing_is_cached(folder, root, case):
     with pytest.raises(ValueError, match=f"folder: {spoil(folder, case)}"):
         load(folder)

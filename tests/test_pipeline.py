@@ -10,6 +10,7 @@ import pytest
 from book_copy import ROOT, called, copy_of_the_book, execute, planned, run
 
 from clustr_core.measuring.profile import load_profile
+from clustr_core.storage.files import alone
 from clustr_core.training.recipes import run_key
 from tools import notebooks, publish
 from tools.execute import chosen_parameters, given_parameters
@@ -141,9 +142,14 @@ def test_what_an_earlier_run_left_stays_until_the_next_is_whole(one_chapter: Pat
     assert execute(one_chapter, "01-test").returncode == 0
     before = (one_chapter / "_build/smoke/01-test.ipynb").read_bytes()
     source = one_chapter / "notebooks/01-test.md"
-    source.write_text(CHAPTER.replace("range(rows))", "range(rows + nothing))", 1))
+    drawn = (one_chapter / "figures/smoke/fig-test.csv").read_bytes()
+    # it draws, and fails after that
+    source.write_text(
+        CHAPTER.replace("range(rows))", "range(rows + 1))", 1) + "\n```{code-cell} ipython3\nnothing\n```\n"
+    )
     assert execute(one_chapter, "01-test").returncode == 1
     assert (one_chapter / "_build/smoke/01-test.ipynb").read_bytes() == before
+    assert (one_chapter / "figures/smoke/fig-test.csv").read_bytes() == drawn
 
 
 def test_a_chapter_is_not_executed_into_its_source(one_chapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +174,56 @@ def test_nothing_is_published_of_a_profile_whose_figures_are_not_there(one_chapt
     (one_chapter / "figures/smoke/fig-test.svg").unlink()
     done = called(publish.main, one_chapter, "--profile", "smoke")
     assert done.returncode == 1
-    assert "figures/smoke/fig-test.svg: expected a chapter's figure, got none: make figures first" in done.stderr
+    expected = "figures/smoke/fig-test.svg: expected the one that _build/smoke/01-test.ipynb drew, got none"
+    assert expected in done.stderr
+
+
+def test_no_figure_is_published_that_the_executed_chapter_did_not_draw(one_chapter: Path) -> None:
+    assert execute(one_chapter, "01-test").returncode == 0
+    left = one_chapter / "figures/smoke/old"
+    left.mkdir()
+    assert called(publish.main, one_chapter, "--profile", "./smoke").returncode == 0
+    published = {path.name for path in (one_chapter / "figures/published/smoke").iterdir()}
+    assert published == {f"fig-test.{kind}" for kind in ("svg", "png", "csv", "json")}
+    (one_chapter / "figures/smoke/fig-test.png").write_bytes(b"another")
+    done = called(publish.main, one_chapter, "--profile", "smoke")
+    assert done.returncode == 1
+    assert (
+        "figures/smoke/fig-test.png: expected the one that _build/smoke/01-test.ipynb drew, got another" in done.stderr
+    )
+
+
+def test_nothing_of_a_run_with_other_parameters_takes_the_profiles_place(one_chapter: Path) -> None:
+    assert execute(one_chapter, "01-test").returncode == 0
+    drawn = one_chapter / "figures/smoke/fig-test.csv"
+    before = drawn.read_bytes()
+    assert execute(one_chapter, "01-test", "smoke", "-p", "rows=7").returncode == 0
+    assert drawn.read_bytes() == before
+    assert len((one_chapter / "_build/smoke/figures/smoke/fig-test.csv").read_text().splitlines()) == 8
+    done = called(publish.main, one_chapter, "--profile", "smoke")
+    assert done.returncode == 1
+    assert "01-test: expected it executed with the profile's parameters, got rows=7: make figures first" in done.stderr
+
+
+def test_a_chapter_that_two_execute_at_once_is_refused_to_the_second(one_chapter: Path) -> None:
+    waiting = one_chapter / "_build/smoke/failed/01-test"
+    waiting.mkdir(parents=True)
+    with alone(waiting):
+        done = execute(one_chapter, "01-test")
+    assert done.returncode == 1
+    assert "--output: expected one that no other process is making, got _build/smoke/01-test.ipynb" in done.stderr
+
+
+def test_nothing_is_published_where_a_runs_weights_are_missing(one_chapter: Path) -> None:
+    profile = one_chapter / "profiles/quick.yaml"
+    profile.write_text(profile.read_text(encoding="utf-8") + "methods:\n  ce: {epochs: 1}\n", encoding="utf-8")
+    tables = {kind: methods for kind, methods in load_profile(profile).measured.items() if methods}
+    assert not tables
+    assert execute(one_chapter, "01-test", "quick").returncode == 0
+    done = called(publish.main, one_chapter, "--profile", "quick")
+    assert done.returncode == 1
+    assert "expected a finished run of ce, got none" in done.stderr
+    assert not (one_chapter / "figures/published").exists()
 
 
 def test_two_runs_publish_the_same_bytes(one_chapter: Path) -> None:

@@ -6,6 +6,7 @@ python -m tools.execute notebooks/03-training.md --profile quick --output _build
 import argparse
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 
 from clustr_core.measuring.profile import Profile, load_profile
-from clustr_core.storage.files import home
+from clustr_core.storage.files import FIGURES, alone, copy_whole, digest, home
 from clustr_core.storage.provenance import environment
 from clustr_core.training.fields import field_value, read_yaml
 from tools import notebooks
@@ -91,11 +92,15 @@ def _alike(text: str, default: Any, where: str) -> Any:
 def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] = ()) -> None:
     """Execute ``source`` under the profile into ``output``; a failed run is kept in ``failed/`` beside it.
 
+    What the chapter draws is put in place once it is whole: into the book's ``figures/``, or with other parameters
+    than the profile's into ``figures/`` beside the output.
+
     Args:
         given: parameters as NAME=VALUE, over those of the profile.
 
     Raises:
-        ValueError: for a profile key that the notebook does not declare, or an output that is no notebook.
+        ValueError: for a profile key that the notebook does not declare, an output that is no notebook, or one that
+            another process is making.
         PapermillExecutionError: if a cell raises.
     """
     if output.suffix != ".ipynb":
@@ -108,19 +113,47 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
     parameters |= given_parameters(given, declared, source)
     made_from = notebooks.provenance(root, source, profile)
     made = environment("cpu") | drawn_from(profile, parameters, declared)
-    notebook.metadata["clustr"] = made_from | {"made": made}
-    running = output.parent / "failed" / output.name
-    running.parent.mkdir(parents=True, exist_ok=True)
-    _run(notebook, running, parameters, folder=source.parent, profile=profile.name)
-    running.replace(output)
+    notebook.metadata["clustr"] = made_from | {"made": made} | ({"given": list(given)} if given else {})
+    running = (output.parent / "failed" / output.name).absolute()
+    beside = running.with_suffix("")
+    beside.mkdir(parents=True, exist_ok=True)
+    with alone(beside, busy=f"--output: expected one that no other process is making, got {output}"):
+        drawn = beside / "figures"
+        shutil.rmtree(drawn, ignore_errors=True)
+        _run(notebook, running, parameters, folder=source.parent, drawn=drawn, profile=profile.name)
+        figures = output.parent / "figures" if given else root / "figures"
+        note_drawn(running, drawn)
+        for path in _files_under(drawn):
+            copy_whole(path, figures / path.relative_to(drawn))
+        running.replace(output)
+        shutil.rmtree(drawn, ignore_errors=True)
+
+
+def note_drawn(executed: Path, drawn: Path) -> None:
+    """Note in an executed notebook, as ``drawn``, the SHA-256 of each file that it drew into a folder."""
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.metadata.clustr["drawn"] = {
+        path.relative_to(drawn).as_posix(): digest(path.read_bytes()) for path in _files_under(drawn)
+    }
+    nbformat.write(notebook, executed)
+
+
+def _files_under(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _run(
-    notebook: nbformat.NotebookNode, running: Path, parameters: dict[str, Any], *, folder: Path, profile: str
+    notebook: nbformat.NotebookNode,
+    running: Path,
+    parameters: dict[str, Any],
+    *,
+    folder: Path,
+    drawn: Path,
+    profile: str,
 ) -> None:
     # The kernel is this interpreter's, its cells show their figures whatever the caller's shell says, and a chapter
-    # without parameters still draws into the profile's folder.
-    os.environ |= {"CLUSTR_PROFILE": profile, "JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": INLINE}
+    # without parameters still draws under the profile's name.
+    os.environ |= {"CLUSTR_PROFILE": profile, FIGURES: str(drawn), "JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": INLINE}
     with tempfile.TemporaryDirectory() as scratch:
         converted = Path(scratch, running.name)
         nbformat.write(notebook, converted)
@@ -128,7 +161,8 @@ def _run(
             try:
                 papermill.execute_notebook(
                     str(converted),
-                    str(running),
+                    # which papermill formats with the parameters
+                    str(running).replace("{", "{{").replace("}", "}}"),
                     parameters=parameters,
                     kernel_name="python3",
                     cwd=str(folder),

@@ -17,10 +17,11 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.measuring.written import is_written
-from clustr_core.storage.files import copy_whole, home, written_whole
+from clustr_core.storage.files import copy_whole, digest, home, written_whole
 from clustr_core.storage.provenance import check_sidecar, sidecar_of
+from clustr_core.training.names import DONE, HISTORY, WEIGHTS
 from clustr_core.training.recipes import run_key
 from tools import notebooks
 
@@ -59,7 +60,7 @@ def twin(source: NotebookNode, executed: NotebookNode, *, stem: str) -> Notebook
 
 def _metadata(source: NotebookNode, executed: NotebookNode) -> dict[str, Any]:
     kept = {key: value for key, value in source.metadata.items() if key not in ("papermill", "trusted")}
-    clustr = executed.metadata["clustr"]
+    clustr = {key: value for key, value in executed.metadata["clustr"].items() if key != "drawn"}
     # in whole minutes: seconds are others at every run
     made = clustr["made"] | {"minutes": math.ceil(executed.metadata["papermill"]["duration"] / 60)}
     return kept | {"language_info": LANGUAGE, "clustr": clustr | {"made": made}}
@@ -126,6 +127,7 @@ def publish(root: Path, profile: str) -> list[Path]:
         FileNotFoundError: if a table has no sidecar.
     """
     asked = load_profile(root / "profiles" / f"{profile}.yaml")
+    profile = asked.name
     for kind, method in asked.tables:
         if not is_written(root / "results" / profile, asked, kind, method):
             raise ValueError(
@@ -134,35 +136,48 @@ def publish(root: Path, profile: str) -> list[Path]:
             )
     twins = _twins(root, profile)
     tables = sorted((root / "results" / profile).glob("*.csv"))
-    figures = sorted((root / "figures" / profile).glob("*"))
-    wanted = {
-        f"{name}{kind}" for each in notebooks.sources(root) for name in _figures(each) for kind in (".png", ".svg")
-    }
-    if missing := sorted(wanted - {path.name for path in figures}):
-        raise ValueError(f"figures/{profile}/{missing[0]}: expected a chapter's figure, got none: make figures first")
+    figures = _figures(root, profile)
     for table in (*tables, *(path for path in figures if path.suffix == ".csv")):
         check_sidecar(table)
     rows = [path for table in tables for path in (table, sidecar_of(table))]
+    weights = _weights(root, asked) if profile == BOOK else {}
     _replace(root / "results/published" / profile, rows)
     _replace(root / "figures/published" / profile, figures)
+    for method, files in weights.items():
+        _replace(root / "results/published" / profile / "weights" / method, files)
     if profile != BOOK:
         return []
-    _publish_weights(root, profile)
     for path, text in twins.items():
         with written_whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return list(twins)
 
 
-def _figures(source: Path) -> list[str]:
-    return notebooks.figure_labels(notebooks.read_source(source))
+def _figures(root: Path, profile: str) -> list[Path]:
+    """What the executed chapters drew, held against what they noted of it."""
+    paths = []
+    for source in notebooks.sources(root):
+        executed = _executed(root, source, profile)
+        for name, found in nbformat.read(executed, as_version=4).metadata.clustr.get("drawn", {}).items():
+            path = root / "figures" / name
+            if not path.exists() or digest(path.read_bytes()) != found:
+                raise ValueError(
+                    f"figures/{name}: expected the one that {executed.relative_to(root)} drew, got "
+                    f"{'another' if path.exists() else 'none'}: make figures first"
+                )
+            paths.append(path)
+    return paths
+
+
+def _executed(root: Path, source: Path, profile: str) -> Path:
+    return root / "_build" / profile / f"{source.stem}.ipynb"
 
 
 def _twins(root: Path, profile: str) -> dict[Path, str]:
     """The text of every chapter's twin, by its path."""
     twins = {}
     for source in notebooks.sources(root):
-        executed = root / "_build" / profile / f"{source.stem}.ipynb"
+        executed = _executed(root, source, profile)
         if not executed.exists():
             raise ValueError(
                 f"{executed.relative_to(root)}: expected an executed chapter, got none: make figures first"
@@ -182,19 +197,25 @@ def _replace(folder: Path, files: Sequence[Path]) -> None:
             path.unlink()
 
 
-def _publish_weights(root: Path, profile: str) -> None:
-    """The finished runs of a profile, without checkpoints, snapshots and cached rows."""
-    for method, recipe in load_profile(root / "profiles" / f"{profile}.yaml").recipes.items():
+def _weights(root: Path, profile: Profile) -> dict[str, list[Path]]:
+    """The files of each finished run of a profile, without checkpoints, snapshots and cached rows."""
+    files = {}
+    for method, recipe in profile.recipes.items():
         run = root / "runs" / run_key(recipe)
-        if not (run / "run.json").exists():
+        files[method] = [run / name for name in (WEIGHTS, HISTORY, DONE)]
+        if not all(path.exists() for path in files[method]):
             raise ValueError(f"{run.relative_to(root)}: expected a finished run of {method}, got none")
-        kept = [run / name for name in ("model.safetensors", "history.csv", "run.json")]
-        _replace(root / "results/published" / profile / "weights" / method, kept)
+    return files
 
 
 def _twin_text(root: Path, source: Path, executed: Path, profile: str) -> str:
     run = nbformat.read(executed, as_version=4)
     current = notebooks.provenance(root, source, load_profile(root / "profiles" / f"{profile}.yaml"))
+    if given := run.metadata.clustr.get("given"):
+        raise ValueError(
+            f"{source.stem}: expected it executed with the profile's parameters, got {', '.join(given)}: make figures "
+            "first"
+        )
     if stale := sorted(key for key in current if current[key] != run.metadata.clustr.get(key)):
         raise ValueError(f"{source.stem}: {', '.join(stale)} changed since it was executed: make figures first")
     result = twin(notebooks.read_source(source), run, stem=source.stem)

@@ -30,7 +30,7 @@ from clustr_core.attacks.result import (
     warn_unless_logits,
 )
 from clustr_core.numerics import chunks
-from clustr_core.numerics.checks import check_logits
+from clustr_core.numerics.checks import check_are_tensors, check_logits
 from clustr_core.numerics.distances import flat_norm, per_item
 
 # by how much eps shrinks at a misclassified point and grows at any other: the papers' value
@@ -173,6 +173,7 @@ def ddn(
         eps, and restarts, as in `fmn`, each from eps = 1 or the smallest norm so far, if that is less.
     """
     descent = SearchRule(attack_loss(loss), _ddn_radius, _falling_share, onto=True)
+    check_are_tensors(images=images)
     first = torch.ones(len(images), dtype=images.dtype, device=images.device)
     return _search(model, images, labels, descent, first, steps, restarts, seed)
 

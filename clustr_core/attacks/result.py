@@ -9,7 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from clustr_core.attacks.ball import Images
-from clustr_core.numerics.checks import check_classes, check_evaluating, check_logits, checked_outputs
+from clustr_core.numerics.checks import (
+    check_are_tensors,
+    check_classes,
+    check_evaluating,
+    check_logits,
+    checked_outputs,
+)
 
 Model = nn.Module | Callable[[Images], Tensor]
 # told at each pass of an attack: (restart, which of the images it was of, what the model returned, without a graph)
@@ -129,8 +135,10 @@ def prepared(model: Model, images: Images, labels: Tensor) -> tuple[Images, Int[
     the images' device. Neither is a tensor of inference mode, of which no gradient can be taken.
 
     Raises:
+        TypeError: if images or labels are no tensor; as `check_evaluating`.
         ValueError: as `check_evaluating`.
     """
     check_evaluating(model)
+    check_are_tensors(images=images, labels=labels)
     images = images.detach().clone(memory_format=torch.contiguous_format)
     return images, labels.detach().to(images.device, torch.int64, copy=True)

@@ -1,6 +1,5 @@
 """Randomised smoothing, a rival of the book's certificates: the class that a model gives most often under noise."""
 
-import math
 import numbers
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from tqdm.auto import tqdm
 
 from clustr_core.attacks.ball import Images
 from clustr_core.attacks.result import Model
-from clustr_core.numerics.checks import check_logits
+from clustr_core.numerics.checks import check_are_tensors, check_logits, check_positive
 
 ABSTAIN = -1
 BATCH = 256
@@ -143,6 +142,8 @@ def _votes(
     progress: bool,
 ) -> dict[str, Int[Tensor, "batch class"]]:
     """How often the model gives each class to independent sets of so many noisy copies of each image, on the CPU."""
+    if not callable(model):
+        raise TypeError(f"model: expected a module, or a function of images, got {type(model).__name__}")
     _check_numbers(noise, failure_prob, batch_size=batch_size, **sizes)
     _check_images(images, indices, seed)
     numbered = range(len(images)) if indices is None else indices.tolist()
@@ -184,9 +185,8 @@ def _generator(seed: int, index: int, device: torch.device) -> torch.Generator:
 
 
 def _check_numbers(noise: float, failure_prob: float, **counts: int) -> None:
-    if not (noise > 0 and math.isfinite(noise)):
-        raise ValueError(f"noise: expected a positive finite number, got {noise}")
-    if not 0 < failure_prob < 1:
+    check_positive(noise=noise, failure_prob=failure_prob)
+    if not failure_prob < 1:
         raise ValueError(f"failure_prob: expected a number between 0 and 1, got {failure_prob}")
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
@@ -194,6 +194,7 @@ def _check_numbers(noise: float, failure_prob: float, **counts: int) -> None:
 
 
 def _check_images(images: Tensor, indices: Tensor | None, seed: int) -> None:
+    check_are_tensors(images=images)
     if images.dim() != 4 or not images.is_floating_point() or not len(images):
         raise ValueError(
             "images: expected one at least, a floating dtype and shape [batch, channel, height, width], "

@@ -1,6 +1,5 @@
 """What everything looks like: colours, line styles and markers; figures saved with their tables."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from clustr_core.measuring.written import write_rows
-from clustr_core.storage.files import home, written_whole
+from clustr_core.storage.files import figure_folder, written_whole
 from clustr_core.storage.provenance import environment
 
 
@@ -119,7 +118,7 @@ def save_figure(figure: Figure, label: str, table: pd.DataFrame, *, profile: str
     """Write figures/<profile>/<label>.svg, .png, .csv, the table that it was drawn from, and .json, its sidecar.
 
     Args:
-        profile: None takes ``$CLUSTR_PROFILE``, which a headless run sets, or "quick".
+        profile: None takes ``$CLUSTR_PROFILE``, or "quick". A headless run sets it, and `FIGURES`.
     Returns:
         the path of the table; its siblings have the same stem.
     Raises:
@@ -129,8 +128,8 @@ def save_figure(figure: Figure, label: str, table: pd.DataFrame, *, profile: str
         raise ValueError(f'label: expected a name that begins with "fig-", got {label!r}')
     if table.empty:
         raise ValueError(f"table: expected the rows that {label} was drawn from, got none")
-    profile = profile or os.environ.get("CLUSTR_PROFILE", "quick")
-    stem = home() / "figures" / profile / label
+    folder = figure_folder(profile)
+    stem, profile = folder / label, folder.name
     # laid out once for both files and the page
     figure.draw_without_rendering()
     figure.set_layout_engine("none")

@@ -7,7 +7,6 @@ includes the file in its prose.
 """
 
 import json
-import os
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 from clustr_core.drawing.looks import Look, look_of
 from clustr_core.measuring.study import method_name
-from clustr_core.storage.files import home, write_string
+from clustr_core.storage.files import figure_folder, write_string
 
 FOLDER = Path(__file__).with_name("esm")
 # of a line that is not drawn, where marks stand alone: a dash of no length, and then none
@@ -62,7 +61,7 @@ def save_widget(name: str, data: Mapping[str, Any], *, replaces: str | None = No
     Args:
         data: as `show` takes them; a key a line, so that a change can be read.
         replaces: the ``:name:`` of the figure whose picture the widget hides, where there is JavaScript.
-        profile: None takes ``$CLUSTR_PROFILE``, which a headless run sets, or "quick".
+        profile: as `looks.save_figure` takes it.
     Raises:
         ValueError: as `show`.
     """
@@ -71,8 +70,7 @@ def save_widget(name: str, data: Mapping[str, Any], *, replaces: str | None = No
     shown = f"{json.dumps('replaces')}: {json.dumps(replaces)},\n" if replaces else ""
     # indented, so that the page's builder takes it for code: as prose, so long a text takes it minutes
     body = textwrap.indent(f'{{\n{shown}"data": {{\n{lines}\n}}\n}}', "    ")
-    profile = profile or os.environ.get("CLUSTR_PROFILE", "quick")
-    path = home() / "figures" / profile / f"widget-{name}.md"
+    path = figure_folder(profile) / f"widget-{name}.md"
     write_string(path, f":::{{anywidget}} /notebooks/widgets/{name}.mjs\n{body}\n:::\n")
     return path
 

@@ -6,6 +6,7 @@ kept, so that the rows are those of one uninterrupted run.
 """
 
 import errno
+import json
 import logging
 import shutil
 import time
@@ -29,10 +30,10 @@ from clustr_core.measuring.profile import PARTIAL, Profile, Protocol
 from clustr_core.measuring.sandwiched import sandwich_of, sandwich_pieces
 from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.versions import VERSIONS
-from clustr_core.measuring.written import is_written, made_by, made_of, write_rows
+from clustr_core.measuring.written import is_current, is_written, made_by, made_of, write_rows
 from clustr_core.numerics.rounding import full_precision
 from clustr_core.storage.files import alone, copy_whole, home
-from clustr_core.storage.gate import check_own
+from clustr_core.storage.gate import check_own, shown
 from clustr_core.storage.pack import Bounds, Member, Packed, pack, read_index, unpack
 from clustr_core.storage.provenance import check_sidecar, sidecar_of
 from clustr_core.storage.tables import read_sealed
@@ -209,6 +210,11 @@ def early_attacks(profile: Profile) -> dict[str, Protocol]:
 
     reduced = {name: reduced_protocol(each, profile) for name, each in profile.attacks.items()}
     return dict(sorted(reduced.items(), key=lambda item: place(item[1])))
+
+
+def _early(profile: Profile) -> Profile:
+    """A profile with its early attacks alone."""
+    return replace(profile, attacks=early_attacks(profile))
 
 
 def _is_decisive(protocol: Protocol) -> bool:
@@ -563,8 +569,9 @@ def _groups(profile: Profile) -> list[list[Member]]:
     everywhere = {path.name: path.read_bytes() for path in published if path.suffix == ".csv"}
     tables = [
         path
-        for path in sorted(_results(profile).rglob("*.csv"))
-        if path.is_file() and sidecar_of(path).is_file() and path.read_bytes() != everywhere.get(path.name)
+        for folder in (_results(profile), _results(profile) / PARTIAL)
+        for path in _visible(folder)
+        if path.suffix == ".csv" and sidecar_of(path).is_file() and path.read_bytes() != everywhere.get(path.name)
     ]
     groups = [[table, sidecar_of(table)] for table in tables]
     groups += [[path] for run in runs for kind in ("tables", "counterexamples") for path in _visible(run / kind)]
@@ -669,6 +676,7 @@ def _restore(unpacked: Path, root: Path, profile: Profile) -> None:
     Raises:
         ValueError: before anything is moved, if a finished run is another here than there.
     """
+    _check_places(unpacked, profile)
     runs = [(run, root / "runs" / run.name) for run in sorted((unpacked / "runs").glob("*"))]
     for theirs, mine in runs:
         if (theirs / DONE).exists() and (mine / DONE).exists():
@@ -679,14 +687,55 @@ def _restore(unpacked: Path, root: Path, profile: Profile) -> None:
         with alone(mine):
             _restore_run(theirs, mine)
     results = Path("results") / profile.name
-    for path in _files(unpacked / results):
-        target = root / results / path.relative_to(unpacked / results)
-        if not _is_sound(target, _held_table):
-            _move(path, target)
-    for path in _files(root / results / PARTIAL):
-        whole = root / results / path.name
-        if _is_sound(whole, _held_table):
-            path.unlink()
+    check_own(root / results / PARTIAL)
+    for theirs in sorted(path for path in _files(unpacked / results) if path.suffix == ".csv"):
+        mine = root / results / theirs.relative_to(unpacked / results)
+        if _worth(theirs, profile) > _worth(mine, profile):
+            # a table alone would be taken at its word
+            for path, target in ((sidecar_of(theirs), sidecar_of(mine)), (theirs, mine)):
+                _move(path, target)
+    for kind, method in profile.tables:
+        if is_written(root / results, profile, kind, method):
+            _remove_table(root / results / PARTIAL / f"{kind}-{method}.csv")
+
+
+def _check_places(unpacked: Path, profile: Profile) -> None:
+    """Raises a ValueError if a pack has what no leg of the profile puts into one, or a table without its sidecar."""
+    runs = {run_folder(each).name for recipe in profile.recipes.values() for each in _with_starts(recipe)}
+    for path in _files(unpacked):
+        match path.relative_to(unpacked).parts:
+            case ("runs", run, name):
+                is_ours = run in runs and name in (CHECKPOINT, WEIGHTS, HISTORY, DONE)
+            case ("runs", run, kind, _):
+                is_ours = run in runs and kind in READERS
+            case ("results", profile.name, _) | ("results", profile.name, "partial", _):
+                both = (path.with_suffix(".csv"), path.with_suffix(".json"))
+                is_ours = path in both and all(each.is_file() for each in both)
+            case _:
+                is_ours = False
+        if not is_ours or path.name.startswith("."):
+            raise ValueError(
+                f"--into: expected a pack of runs and tables, got one with {shown(path.relative_to(unpacked))}"
+            )
+
+
+def _worth(table: Path, profile: Profile) -> int:
+    """What a table of a profile is worth: none or a damaged one nothing, one of an earlier protocol or of other weights
+    little, and else the more, the more attacks it is of."""
+    try:
+        made = check_sidecar(table)["made"]
+    except (ValueError, OSError):
+        return 0
+    kind, _, method = table.stem.partition("-")
+    if (kind, method) not in profile.tables:
+        return 1
+    said = {}
+    if table.parent.name == PARTIAL:
+        said, made = made.get("protocol") or {}, {**made, "protocol": None}
+        whole, early = (json.loads(json.dumps(each.protocol(kind))) for each in (profile, _early(profile)))
+        if any(value not in (whole.get(name), early.get(name)) for name, value in said.items()):
+            return 1
+    return 2 + len(said) if is_current(made, profile, kind, method) else 1
 
 
 def _check_same_weights(theirs: Path, mine: Path) -> None:
@@ -717,11 +766,6 @@ def _restore_run(theirs: Path, mine: Path) -> None:
             check_own(target.parent)
         if wanted.get(path.name, not _is_sound(target, READERS.get(path.parent.name, Path.stat))):
             _move(path, target)
-
-
-def _held_table(path: Path) -> object:
-    """The sidecar of a table, from either's path."""
-    return check_sidecar(path.with_suffix(".csv"))
 
 
 def _is_sound(path: Path, read: Callable[[Path], object]) -> bool:

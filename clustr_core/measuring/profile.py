@@ -6,14 +6,13 @@ This module reads no tensors, so that a pipeline can ask it for names in no time
 import importlib.util
 import math
 import os
-import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
 from clustr_core.attacks.names import ATTACKS, LOSSES, PAPER_STEP_SIZE, Norm
-from clustr_core.storage.files import digest, expanded, home
+from clustr_core.storage.files import PROFILE_NAME, digest, expanded, home
 from clustr_core.storage.gate import PROFILE_LIMIT, brief, check_file, read_text, shortened, shown
 from clustr_core.training.fields import build, field_value, mapping, read_yaml
 from clustr_core.training.recipes import METHODS, Recipe
@@ -166,6 +165,8 @@ def _check_numbers(asked: Protocol | Examination | SandwichBudget | SmoothingBud
     for item in fields(asked):
         value = getattr(asked, item.name)
         most = MOST.get(item.name, math.inf)
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            raise ValueError(f"{item.name}: expected each once, got {brief(value)}")
         for number in value if isinstance(value, tuple) else (value,):
             if number is None or isinstance(number, str):
                 continue
@@ -251,6 +252,18 @@ class Profile:
         }[table]()
 
 
+def _check_told_apart(protocols: dict[str, Protocol], where: str) -> None:
+    """Raises a ValueError if two attacks are of one kind, norm, eps and loss, by which alone rows tell them apart."""
+    seen: dict[tuple[object, ...], str] = {}
+    for name, each in protocols.items():
+        for mark in ((each.attack, each.norm, eps, loss) for eps in each.eps for loss in each.climbed):
+            if (other := seen.setdefault(mark, name)) != name:
+                raise ValueError(
+                    f"{where}: attacks.{name}: expected another attack, norm, eps or loss than that of {other}, got both "
+                    f"with {', '.join(map(str, mark))}; put the other strength into a profile of its own"
+                )
+
+
 def _as_dict(budget: Examination | SandwichBudget | SmoothingBudget | None) -> dict[str, Any] | None:
     return None if budget is None else asdict(budget)
 
@@ -296,6 +309,7 @@ def _loaded(path: Path) -> Profile:
     for plugin in field_value(content.get("plugins") or (), tuple[str, ...], f"{path.name}: plugins"):
         _import_plugin(plugin, path)
     protocols = {key: _protocol(values, f"{path.name}: attacks.{key}") for key, values in attacks.items()}
+    _check_told_apart(protocols, path.name)
     where = f"{path.name}: certified_examples"
     examples = field_value(content.get("certified_examples"), int | None, where)
     if examples is not None and examples < 1:
@@ -320,7 +334,7 @@ def _path_of(name: str | Path) -> Path:
         known = sorted(p.stem for p in folder.glob("*.yaml"))[:MOST_NAMED]
         raise FileNotFoundError(f"profile: expected one of {known} or a YAML file, got {shown(str(name))}")
     check_file(path, limit=PROFILE_LIMIT)
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):
+    if not PROFILE_NAME.fullmatch(path.stem):
         raise ValueError(f"profile: expected a file name of letters, digits, - and _, got {brief(path.name)}")
     return path.resolve()
 

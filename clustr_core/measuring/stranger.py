@@ -45,8 +45,11 @@ class Stranger(nn.Module):
         if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(images):
             got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise Failed(f"{self.argument}: expected outputs of shape [{len(images)}, class], got {got}")
-        # it may be a buffer of the model's, written again at the next call
-        return outputs.clone()
+        # copied, since it may be a buffer of the model's, written again at the next call
+        if outputs.layout == torch.strided and outputs.device == images.device and not outputs.is_quantized:
+            return outputs.clone()
+        got = f"{outputs.layout} {outputs.dtype} on {outputs.device}"
+        raise Failed(f"{self.argument}: expected outputs that are dense and on {images.device}, got {got}")
 
 
 class Failed(ValueError):

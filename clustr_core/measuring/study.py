@@ -28,7 +28,7 @@ from clustr_core.measuring.accuracy import (
     summary_table,
 )
 from clustr_core.measuring.profile import PARTIAL, Profile, Protocol, load_profile
-from clustr_core.measuring.written import is_current
+from clustr_core.measuring.written import asked_of, differing, is_current
 from clustr_core.storage.files import home, read_json
 from clustr_core.storage.provenance import check_sidecar, read_checked, sidecar_of
 from clustr_core.training.fields import build
@@ -274,6 +274,7 @@ def read_study(
         radii: for certificates; None takes those of the profile's chapter 7, else `RADII`.
     Raises:
         FileNotFoundError: if ``published`` and a table is not; the first that is missing is named.
+        ValueError: if ``published`` and a table is of other recipes or protocols than the profile's today.
     """
     profile = profile if isinstance(profile, Profile) else load_profile(profile)
     shown = _radii(profile) if radii is None else tuple(radii)
@@ -283,10 +284,15 @@ def read_study(
     }
     for source, folder in folders.items():
         missing = _missing(profile, folder)
-        if source == "regenerated" and (published or missing or _is_outdated(profile, folder)):
+        if source == "regenerated" and published:
             continue
-        if not missing:
+        outdated = None if missing else _outdated(profile, folder, weights=source == "regenerated")
+        if not missing and not outdated:
             return Study(profile, source, folder, shown)
+        if outdated and published:
+            raise ValueError(
+                f"{outdated}: expected rows of profile {profile.name} as it is today, got those of another"
+            )
         if published:
             command = f"make publish PROFILE={profile.name}"
             raise FileNotFoundError(f"{missing[0]}: expected a published table, got none: {command} makes it")
@@ -833,18 +839,28 @@ def _missing(profile: Profile, folder: Path) -> list[Path]:
     return [folder / name for name in names if not (folder / name).exists()]
 
 
-def _is_outdated(profile: Profile, folder: Path) -> bool:
-    """Whether a table was made by another protocol, version or run than the profile's today; it is named."""
+def _outdated(profile: Profile, folder: Path, *, weights: bool) -> Path | None:
+    """The first table that was made by another protocol, version or run than the profile's today, if there is one.
+
+    Args:
+        weights: whether it must be of the weights that are here, too.
+    """
     for kind, method in profile.tables:
         table = folder / f"{kind}-{method}.csv"
-        if sidecar_of(table).exists() and not is_current(check_sidecar(table)["made"], profile, kind, method):
+        if not sidecar_of(table).exists():
+            continue
+        made = check_sidecar(table)["made"]
+        held = (
+            is_current(made, profile, kind, method) if weights else not differing(made, asked_of(profile, kind, method))
+        )
+        if not held:
             log.warning(
                 "%s: expected rows as the profile would measure them today, got those of another protocol, version or "
                 "run: none in this folder are shown; make figures PROFILE=%s makes them anew",
                 table, profile.name,
             )  # fmt: skip
-            return True
-    return False
+            return table
+    return None
 
 
 def _measured(profile: Profile, kind: str, method: str) -> pd.DataFrame:

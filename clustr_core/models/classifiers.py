@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clustr_core.models.clusters import Clusters, Seen
+from clustr_core.models.clusters import Clusters, Seen, check_are_clusters
 from clustr_core.models.one_lipschitz import orthogonal_linear
+from clustr_core.numerics.checks import check_are_tensors
 from clustr_core.numerics.chunks import rows_within
 from clustr_core.numerics.derivatives import Gradients, gradients_of
 from clustr_core.numerics.distances import mean_centroid, squared_distances
@@ -233,7 +234,10 @@ def _place_below(logits: Tensor, nearest: Tensor, has_vote: Tensor) -> Tensor:
 
 
 def check_voters(embeddings: Tensor, clusters: Clusters, neighbours: int | None) -> None:
-    """Raises a ValueError unless the embeddings are of the centroids' dimension, and ``neighbours`` is positive."""
+    """Raises a ValueError unless the embeddings are of the centroids' dimension, and ``neighbours`` is positive, and a
+    TypeError unless they are tensors and clusters."""
+    check_are_tensors(embeddings=embeddings)
+    check_are_clusters(clusters)
     if embeddings.shape[-1] != clusters.centroids.shape[1]:
         raise ValueError(
             f"embeddings: expected dimension {clusters.centroids.shape[1]} as the centroids', "
@@ -273,6 +277,7 @@ class ClusterClassifier(nn.Module):
         neighbours: how many centroids vote under the soft rule; None for all.
         learnable: centroids are a parameter, which training moves, and not a buffer.
     Raises:
+        TypeError: if ``clusters`` are no `Clusters`.
         ValueError: if ``rule`` is unknown, or ``neighbours`` is given with the nearest rule, where nothing votes.
     """
 
@@ -290,6 +295,7 @@ class ClusterClassifier(nn.Module):
         learnable: bool = False,
     ) -> None:
         super().__init__()
+        check_are_clusters(clusters)
         if rule not in ("soft", "nearest"):
             raise ValueError(f'rule: expected "soft" or "nearest", got {rule!r}')
         if rule == "nearest" and neighbours is not None:

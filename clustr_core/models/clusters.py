@@ -1,5 +1,6 @@
 """Clusters of embeddings, and the per-class k-means that finds them."""
 
+import numbers
 import warnings
 from dataclasses import dataclass, replace
 
@@ -7,10 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from clustr_core.numerics.checks import check_are_tensors
 from clustr_core.numerics.distances import squared_distances
 from clustr_core.numerics.groups import table_by_class
 from clustr_core.numerics.kernels import dispatch
 from clustr_core.numerics.rounding import working_dtype
+from clustr_core.storage.gate import brief
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Clusters:
 
     def __post_init__(self) -> None:
         """Check every field; the message names the field, what came and what was expected."""
+        check_are_tensors(centroids=self.centroids, labels=self.labels, variance=self.variance)
         if self.centroids.dim() != 2 or not len(self.centroids):
             raise ValueError(f"centroids: expected shape [cluster, dim], got {list(self.centroids.shape)}")
         count = len(self.centroids)
@@ -155,6 +159,12 @@ def class_indices(labels: Tensor) -> Int[Tensor, "..."]:
     return labels.long()
 
 
+def check_are_clusters(clusters: object) -> None:
+    """Raises a TypeError for anything else."""
+    if not isinstance(clusters, Clusters):
+        raise TypeError(f"clusters: expected Clusters, as fit_clusters gives them, got {type(clusters).__name__}")
+
+
 def fit_clusters(
     embeddings: Float[Tensor, "batch dim"],
     labels: Int[Tensor, " batch"],
@@ -176,11 +186,13 @@ def fit_clusters(
         max_iter: Lloyd iterations of each start.
         seed: fixes the starts; the same input and seed give the same clusters.
     Raises:
+        TypeError: if embeddings or labels are no tensor.
         ValueError: if an embedding is not finite, or a class has fewer examples than ``per_class``.
     Source: Alfarra et al. 2021, section 3 (clusters and sigma^2); Arthur and Vassilvitskii 2007 (the starts).
     """
-    if per_class < 1:
-        raise ValueError(f"per_class: expected at least 1, got {per_class}")
+    check_are_tensors(embeddings=embeddings, labels=labels)
+    if isinstance(per_class, bool) or not isinstance(per_class, numbers.Integral) or per_class < 1:
+        raise ValueError(f"per_class: expected a whole number, at least 1, got {brief(per_class)}")
     if len(embeddings) != len(labels):
         raise ValueError(f"labels: expected one for each of {len(embeddings)} embeddings, got {len(labels)}")
     if labels.is_floating_point() or labels.dtype == torch.bool or not len(labels) or labels.min() < 0:

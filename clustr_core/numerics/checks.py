@@ -16,6 +16,16 @@ def is_name(name: object) -> TypeGuard[str]:
     return isinstance(name, str) and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) is not None
 
 
+def check_are_tensors(**values: object) -> None:
+    """Raises a TypeError unless each is a dense tensor that holds real numbers."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {_described(value)}")
+        if value.layout != torch.strided or value.is_meta or value.is_complex():
+            got = f"{value.dtype}, {value.layout}, on {value.device}"
+            raise TypeError(f"{name}: expected a dense tensor of real numbers, got {got}")
+
+
 def check_finite(embeddings: Float[Tensor, "batch dim"]) -> None:
     """Raises a ValueError unless every number is finite."""
     # two numbers tell of all; each alone, since autocast refuses to stack some dtypes
@@ -38,6 +48,7 @@ def check_images(images: Tensor) -> None:
     """Refuse what is no batch of images.
 
     Raises:
+        TypeError: if it is no tensor.
         ValueError: unless images are floating, of shape [batch, channel, height, width], with pixels in [0, 1].
     """
     check_image_shape(images)
@@ -47,6 +58,7 @@ def check_images(images: Tensor) -> None:
 
 def check_image_shape(images: Tensor) -> None:
     """The part of `check_images` that reads no pixel."""
+    check_are_tensors(images=images)
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(
             "images: expected a floating dtype and shape [batch, channel, height, width], "
@@ -58,8 +70,10 @@ def check_labels(labels: Tensor, count: int) -> None:
     """Refuse what is not one integer for each of ``count`` images, in whichever integer dtype.
 
     Raises:
+        TypeError: if it is no tensor.
         ValueError: with what came.
     """
+    check_are_tensors(labels=labels)
     if labels.shape != (count,):
         got = len(labels) if labels.dim() == 1 else f"shape {list(labels.shape)}"
         raise ValueError(f"labels: expected one for each of {count} images, got {got}")
@@ -124,8 +138,11 @@ def check_evaluating(model: object, name: str = "model") -> None:
     ``self.training``, unless it is dropout of probability 0 or batch norm that keeps no running statistics.
 
     Raises:
+        TypeError: if it cannot be called.
         ValueError: that names the first such layer. A plain function is not looked into.
     """
+    if not callable(model):
+        raise TypeError(f"{name}: expected a module, or a function of images, got {_described(model)}")
     if not isinstance(model, nn.Module):
         return
     for path, module in model.named_modules():

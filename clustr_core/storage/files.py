@@ -14,9 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from clustr_core.storage.gate import JSON_LIMIT, is_stream, named_place, pour, read_text, shortened, target_of
+from clustr_core.storage.gate import JSON_LIMIT, brief, is_stream, named_place, pour, read_text, shortened, target_of
 
 log = logging.getLogger(__name__)
+# the variable in which a headless run says where figures wait until its chapter is whole
+FIGURES = "CLUSTR_FIGURES"
+PROFILE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def _pid_space() -> str:
@@ -41,6 +44,20 @@ def home() -> Path:
         return expanded(given)
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / "myst.yml").exists()), here)
+
+
+def figure_folder(profile: str | None = None) -> Path:
+    """Where figures are written: figures/<profile> in the book, or in the folder that `FIGURES` names.
+
+    Args:
+        profile: None takes ``$CLUSTR_PROFILE``, or "quick".
+    Raises:
+        ValueError: if it is no name of a profile.
+    """
+    profile = profile or os.environ.get("CLUSTR_PROFILE") or "quick"
+    if not PROFILE_NAME.fullmatch(profile):
+        raise ValueError(f"profile: expected a name of letters, digits, - and _, got {brief(profile)}")
+    return Path(os.environ.get(FIGURES) or home() / "figures", profile)
 
 
 def expanded(path: str | Path) -> Path:

@@ -172,9 +172,9 @@ def named_place(path: Path) -> Path:
 
 
 def check_own(folder: Path) -> None:
-    """Raises a ValueError if a folder inside a run is a link: what came with somebody else's run would lead outside."""
+    """Raises a ValueError if a folder of the book is a link: what came with somebody else's run would lead outside."""
     if folder.is_symlink():
-        raise ValueError(f"{shown(folder)}: expected a folder of the run's own, got a link")
+        raise ValueError(f"{shown(folder)}: expected a folder, got a link, which may lead outside of the book")
 
 
 def brief(value: object) -> str:

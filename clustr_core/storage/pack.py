@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import os
 import re
 import tempfile
 import zipfile
@@ -266,6 +267,8 @@ def _cost(member: Member) -> int:
 
 def _cut(archive: IO[bytes], folder: Path, size: int) -> list[dict[str, Any]]:
     """Write the parts of an archive that are not there yet, and say what each of them is."""
+    # a larger part is all of it: so much memory is taken for one
+    size = min(size, archive.seek(0, os.SEEK_END) or 1)
     archive.seek(0)
     parts = []
     while content := archive.read(size):

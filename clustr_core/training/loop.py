@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from clustr_core import data
 from clustr_core.models.clusters import Clusters
 from clustr_core.storage.files import alone, digest, seal_of, write_json, written_whole
+from clustr_core.storage.gate import brief
 from clustr_core.storage.provenance import environment
 from clustr_core.storage.tables import write_table
 from clustr_core.training.captured import (
@@ -80,7 +81,7 @@ def fit(
     recipe: Recipe,
     *,
     dataset: data.Dataset | None = None,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
     half: bool = False,
@@ -113,7 +114,9 @@ def fit(
             impossible; if the training diverges or collapses, in the epoch where it does. What was kept so far stays.
     """
     check_registered(recipe)
-    folder = folder or run_folder(recipe)
+    folder = Path(folder or run_folder(recipe))
+    if not isinstance(dataset, data.Dataset | None):
+        raise TypeError(f"dataset: expected a Dataset, as load_dataset gives one, got {brief(dataset)}")
     if dataset is not None and dataset.name != recipe.dataset:
         raise ValueError(f"dataset: expected {recipe.dataset!r} as in the recipe, got {dataset.name!r}")
     processes = join(device, recipe.precision)

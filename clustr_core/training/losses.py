@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clustr_core.models.clusters import Clusters
-from clustr_core.numerics.checks import check_finite, check_positive
+from clustr_core.models.clusters import Clusters, check_are_clusters
+from clustr_core.numerics.checks import check_are_tensors, check_finite, check_positive
 from clustr_core.numerics.chunks import rows_within
 from clustr_core.numerics.derivatives import Gradients, gradients_of
 from clustr_core.numerics.distances import squared_distances
@@ -52,6 +52,7 @@ def magnet_loss(
     Source: Rippel et al. 2016, equation 5. Deviation from the paper's released code: a logsumexp instead of
         the logarithm of a sum + 1e-8, which caps the loss at 18.4 and stops the gradient of badly wrong examples.
     """
+    check_are_tensors(assignments=assignments)
     _check_lengths(embeddings, labels, assignments)
     per_example, variance = magnet_of_slots(embeddings, slots_of(assignments, labels), gap)
     # whatever is not finite makes the variance so: only then look for it
@@ -367,6 +368,7 @@ def _log_one_plus_sum_exp(values: Float[Tensor, "batch column"]) -> Float[Tensor
 
 
 def _check_classes(labels: Tensor, clusters: Clusters) -> None:
+    check_are_clusters(clusters)
     if clusters.num_classes < 2:
         raise ValueError("clusters: expected at least two classes, got one")
     if len(labels) and (labels.min() < 0 or labels.max() >= clusters.num_classes):
@@ -381,6 +383,7 @@ def _check_rows(embeddings: Tensor, labels: Tensor) -> None:
 
 
 def _check_lengths(embeddings: Tensor, labels: Tensor, assignments: Tensor | None = None) -> None:
+    check_are_tensors(embeddings=embeddings, labels=labels)
     for name, rows in (("labels", labels), ("assignments", assignments)):
         if rows is not None and len(rows) != len(embeddings):
             raise ValueError(f"{name}: expected one for each of {len(embeddings)} embeddings, got {len(rows)}")

@@ -193,7 +193,7 @@ def device_here(name: str | torch.device | None = None) -> torch.device:
     Raises:
         ValueError: if several processes are sent to one GPU.
     """
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
     if count() == 1 or device.type == "cpu":
         return device
     own = int(os.environ["LOCAL_RANK"])

@@ -7,11 +7,11 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeGuard, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeGuard
 
 from clustr_core.storage.files import digest, home
 from clustr_core.storage.gate import brief
-from clustr_core.training.fields import build, field_values
+from clustr_core.training.fields import build, field_value, field_values
 
 Augmentation = Literal["none", "crop", "crop-flip"]
 Optimiser = Literal["adam", "sgd"]
@@ -99,17 +99,17 @@ class Recipe:
     warm_start: "Recipe | None" = None
 
     def __post_init__(self) -> None:
-        """Every number must be positive where zero has no meaning, every choice a known one."""
+        """Every value is of its field's kind, as a file gives it back: lists are tuples, and NumPy's numbers Python's.
+        Every number must be positive where zero has no meaning, every choice a known one."""
         for item in fields(self):
-            value = getattr(self, item.name)
-            if get_origin(item.type) is Literal and value not in get_args(item.type):
-                raise ValueError(f"{item.name}: expected one of {get_args(item.type)}, got {brief(value)}")
+            value = field_value(getattr(self, item.name), item.type, item.name)
+            object.__setattr__(self, item.name, value)
             if item.name in _POSITIVE and value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{item.name}: expected a positive number, got {value}")
             if item.name in LARGEST and value is not None and value > LARGEST[item.name]:
                 raise ValueError(f"{item.name}: expected at most {LARGEST[item.name]:,}, got {brief(value)}")
-            if item.type in (int, int | None) and value is not None and type(value) is not int:
-                raise ValueError(f"{item.name}: expected a whole number, got {value!r}")
+        if not isinstance(self.warm_start, Recipe | None):
+            raise ValueError(f"warm_start: expected a recipe or None, got {brief(self.warm_start)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 or more, and less than 2^63, got {brief(self.seed)}")
         if not 0 <= self.weight_decay < math.inf:

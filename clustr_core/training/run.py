@@ -98,8 +98,10 @@ class Run:
         """The classifier as its method defines it, in evaluation mode."""
         if self.recipe.clustered:
             return self.cluster_model(device)
+        tensors = prefixed(self.weights(), "network.")
+        _check_size(tensors, self.recipe, self.image_shape, self.num_classes, self.path / WEIGHTS)
         net = new_network(self.recipe, self.image_shape, self.num_classes)
-        load_tensors(net, prefixed(self.weights(), "network."), self.path / WEIGHTS)
+        load_tensors(net, tensors, self.path / WEIGHTS)
         assert isinstance(net, LinearClassifier)
         return finished(net, device)
 
@@ -124,12 +126,13 @@ class Run:
         """
         if epoch not in self.recipe.snapshots:
             raise ValueError(f"epoch: expected one of the snapshots {self.recipe.snapshots}, got {epoch}")
-        net = new_network(self.recipe, self.image_shape, self.num_classes)
         path = snapshot_path(self.path, epoch)
         tensors, facts = read_tensors(path, SNAPSHOT)
         if seal_of(facts) != seal_of(progress_facts(self.recipe, self.train_data_sha256, epoch)):
             found = f"epoch {facts.get('epoch')}" + ("" if facts.get("epoch") != epoch else " of another run")
             raise ValueError(f"{path}: expected the snapshot of epoch {epoch} of this run, got that of {found}")
+        _check_size(tensors, self.recipe, self.image_shape, self.num_classes, path)
+        net = new_network(self.recipe, self.image_shape, self.num_classes)
         load_tensors(net, tensors, path)
         return finished(net.encoder, device)
 
@@ -171,6 +174,33 @@ class Run:
         return content
 
 
+def _check_size(
+    tensors: Mapping[str, Tensor],
+    recipe: Recipe,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    where: Path | str,
+) -> None:
+    """Refuse a file with fewer numbers than a recipe's network has, before memory is taken for that.
+
+    Args:
+        num_classes: 0 for an encoder alone.
+    Raises:
+        ValueError: if there are fewer.
+    """
+    try:
+        with torch.device("meta"):
+            encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
+    except (RuntimeError, NotImplementedError):
+        # one that looks at its numbers as it is built
+        return
+    rows = num_classes * (recipe.per_class if recipe.learnable_centroids else 1)
+    dim: int = encoder.embedding_dim  # pyright: ignore[reportAssignmentType]
+    wanted = sum(tensor.numel() for tensor in encoder.state_dict().values()) + rows * dim
+    if wanted > (found := sum(tensor.numel() for tensor in tensors.values())):
+        raise ValueError(f"{where}: expected the {wanted:,} numbers of its recipe's network, got {found:,}")
+
+
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: Path | str) -> None:
     """Give a module its tensors, which must be its own: no name more or less, each of its shape, all numbers finite.
 
@@ -209,8 +239,10 @@ def cluster_network(
     Raises:
         ValueError: if they are not the recipe's; ``where`` begins the message.
     """
+    own = prefixed(tensors, "network.encoder.")
+    _check_size(own, recipe, image_shape, 0, where)
     encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
-    load_tensors(encoder, prefixed(tensors, "network.encoder."), where)
+    load_tensors(encoder, own, where)
     clusters = _clusters(prefixed(tensors, "clusters."), where)
     dim: int = encoder.embedding_dim  # pyright: ignore[reportAssignmentType]
     if clusters.centroids.shape[1] != dim:
@@ -275,7 +307,7 @@ def check_digest(path: Path, trained_on: str, found: str, name: str) -> None:
         )
 
 
-def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
+def load_run(folder: str | Path, *, expected: Recipe | None = None) -> Run:
     """A finished run.
 
     Raises:
@@ -283,6 +315,7 @@ def load_run(folder: Path, *, expected: Recipe | None = None) -> Run:
         ValueError: if it is of another recipe than ``expected``, or of another version of its training; if its method
             is not registered here; if the file is damaged.
     """
+    folder = Path(folder)
     if not (folder / DONE).exists():
         made_by = "make figures, clustr train or fit(recipe) makes one"
         raise FileNotFoundError(f"folder: expected a finished run with {DONE} in {folder}, got none: {made_by}")

@@ -24,6 +24,7 @@ from clustr_core.drawing.results import (
     draw_shares,
 )
 from clustr_core.measuring.study import METHOD_NAMES
+from clustr_core.storage.files import FIGURES
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.training.recipes import METHODS
 
@@ -90,6 +91,16 @@ def test_where_a_figure_goes(home, monkeypatch):
     assert save_figure(a_figure(), "fig-a", TABLE) == home / "figures/quick/fig-a.csv"
     monkeypatch.setenv("CLUSTR_PROFILE", "cpu")
     assert save_figure(a_figure(), "fig-a", TABLE) == home / "figures/cpu/fig-a.csv"
+    monkeypatch.setenv(FIGURES, str(home / "elsewhere"))
+    assert save_figure(a_figure(), "fig-a", TABLE) == home / "elsewhere/cpu/fig-a.csv"
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere", "a b", "."])
+def test_a_figure_goes_nowhere_else(home, monkeypatch, name):
+    monkeypatch.setenv("CLUSTR_PROFILE", name)
+    with pytest.raises(ValueError, match="profile: expected a name of letters, digits, - and _, got "):
+        save_figure(a_figure(), "fig-a", TABLE)
+    assert contents(home) == {}
 
 
 def test_what_is_no_figure_is_refused_and_leaves_nothing(home):

@@ -24,7 +24,7 @@ from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.measuring.written import made_by, write_rows
 from clustr_core.storage.files import alone, digest, read_json, seal_of, write_json
-from clustr_core.storage.pack import INDEX, Bounds, read_index, unpack
+from clustr_core.storage.pack import INDEX, Bounds, Member, pack, read_index, unpack
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import run_folder
@@ -608,7 +608,9 @@ def test_a_link_in_the_place_of_a_runs_folder_leads_nowhere(whole, home, tmp_pat
     shutil.rmtree(run / kind, ignore_errors=True)
     (run / kind).symlink_to(outside)
     if kind == "tables":
-        with pytest.raises(ValueError, match="tables: expected a folder of the run's own, got a link"):
+        with pytest.raises(
+            ValueError, match="tables: expected a folder, got a link, which may lead outside of the book"
+        ):
             leg(tmp_path / "pack")
     else:
         leg(tmp_path / "pack")
@@ -661,3 +663,59 @@ def test_runs_and_results_may_lie_on_two_disks(whole, carried, home, monkeypatch
     monkeypatch.setattr(Path, "replace", other_disk)
     assert leg(carried).left == ()
     assert tables(place) == tables(whole)
+
+
+@pytest.mark.parametrize("name", ["certificates-ce", "partial/attacks-ce"])
+def test_a_table_that_is_outdated_here_gives_way_to_the_one_that_travelled(whole, home, tmp_path, name):
+    """Else the pack would be written again without it, and a finished table lost."""
+    home("there")
+    folder, profile = tmp_path / "pack", load_profile("tiny")
+    table = run_folder(profile.recipes["ce"]).parents[1] / f"results/tiny/{name}.csv"
+    for readings in itertools.count(30, 10):
+        leg(folder, readings)
+        if table.exists():
+            break
+    good = table.read_bytes()
+    place = home("here")
+    outdated = place / f"results/tiny/{name}.csv"
+    attacks = {"linf": replace(profile.attacks["linf"], steps=1)}
+    old = replace(profile, certified_examples=3, attacks=attacks)
+    outdated.parent.mkdir(parents=True)
+    write_rows(outdated, pd.DataFrame({"x": [1]}), made_by(old, Path(name).name.partition("-")[0], "cpu"))
+    # ends before anything is measured
+    leg(folder, 0)
+    assert outdated.read_bytes() == good
+    unpack(folder, tmp_path / "again")
+    assert contents(tmp_path / "again")[f"results/tiny/{name}.csv"] == good
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "runs/{run}/tables/deep/x.csv", "runs/{run}/x.sh", "runs/{run}/.x/y.csv", "runs/other/run.json",
+        "results/tiny/x.csv", "results/tiny/deep/x.csv", "results/other/x.csv", "notebooks/x.ipynb",
+    ],
+)  # fmt: skip
+def test_a_pack_with_anything_else_is_refused_and_nothing_is_moved(home, tmp_path, name):
+    place = home("here")
+    profile = load_profile("tiny")
+    leg(tmp_path / "pack", 0)
+    name = name.format(run=run_folder(profile.recipes["ce"]).name)
+    content = tmp_path / "x"
+    content.write_text("x", encoding="utf-8")
+    facts = {key: value for key, value in read_index(tmp_path / "pack").items() if key not in ("parts", "left_out")}
+    pack(tmp_path / "pack", [[Member(name, content)]], BOUNDS, facts)
+    before = contents(place)
+    with pytest.raises(ValueError, match=f"expected a pack of runs and tables, got one with {name}"):
+        leg(tmp_path / "pack", 0)
+    assert contents(place) == before
+
+
+def test_a_link_in_the_place_of_the_partial_tables_is_refused(carried, home, tmp_path):
+    place = home("here")
+    (place / "results/tiny").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (place / "results/tiny/partial").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="partial: expected a folder, got a link, which may lead outside of the book"):
+        leg(carried, 0)
+    assert contents(tmp_path / "outside") == {}

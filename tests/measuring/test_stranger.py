@@ -44,6 +44,20 @@ class Backwards(Flat):
 def backwards():
     return Backwards()
 
+class Sparse(Flat):
+    def forward(self, x):
+        return self.inner(x).to_sparse()
+
+def sparse():
+    return Sparse()
+
+class Empty(Flat):
+    def forward(self, x):
+        return self.inner(x).to("meta")
+
+def empty():
+    return Empty()
+
 class Cut(Flat):
     def forward(self, x):
         return self.inner(x.detach())
@@ -247,6 +261,8 @@ def test_what_the_attack_climbs_may_be_another_network(here, capsys):
         (["--model", "{}:refuses", *ASKED], "model: expected one that the battery can attack, got KeyError: 'slopes'"),
         (["--model", "{}:fewer", *ASKED], "model: expected outputs of shape ["),
         (["--model", "{}:complex_", *ASKED], "model: expected outputs that are real numbers, got torch.complex64"),
+        (["--model", "{}:sparse", *ASKED], "model: expected outputs that are dense and on cpu, got torch.sparse_coo"),
+        (["--model", "{}:empty", *ASKED], "expected outputs that are dense and on cpu, got torch.strided"),
         (["--model", "{}:build", *ASKED, "--steps", "9" * 400], "--steps: expected at most 1,000,000, got an integer"),
         (["--model", "{}:build", *ASKED, "--restarts", "9" * 20], "--restarts: expected at most 100,000, got 999"),
         (["--model", "{}:build", "--surface", "{}:other", *ASKED], "surface: expected one that takes images of shape"),

@@ -143,6 +143,15 @@ def test_a_published_profile_of_which_a_table_is_missing_is_named(home: Path) ->
         study.read_study("quick", published=True)
 
 
+def test_published_rows_of_another_recipe_are_not_the_profiles(home: Path) -> None:
+    text = home / "profiles/quick.yaml"
+    text.write_text(text.read_text(encoding="utf-8").replace("seed: 111", "seed: 112"), encoding="utf-8")
+    expected = r"attacks-ce\.csv: expected rows of profile quick as it is today, got those of another"
+    with pytest.raises(ValueError, match=expected):
+        study.read_study("quick", published=True)
+    assert study.read_study("quick").source == "measured now"
+
+
 def test_the_larger_profiles_stand_beside_ones_own() -> None:
     assert list(study.studies_beside(study.read_study("quick", published=True))) == ["quick", "cpu", "cpu-cifar10"]
     assert list(study.studies_beside(study.read_study("cpu", published=True))) == ["cpu", "cpu-cifar10"]

@@ -63,7 +63,7 @@ def test_a_released_file_is_measured_in_both_protocols(official, cifar10, home, 
     out = capsys.readouterr().out
     assert "each attack" in out
     assert "both protocols" in out
-    (path,) = (home / "runs").glob("official-cifar10-*/attacks.csv")
+    (path,) = (home / "runs").glob("official-cifar10-*/attacks-*.csv")
     table = pd.read_csv(path)
     # the transfer needs a run of ours
     assert set(table["attack"]) == {"pgd", "paper"}

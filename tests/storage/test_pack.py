@@ -40,6 +40,10 @@ def parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.part"))
 
 
+def test_a_part_may_be_as_large_as_anybody_says(members, tmp_path):
+    assert pack(tmp_path / "pack", members, Bounds(10**20), {}).files == 2
+
+
 def test_the_same_bytes_come_back_from_files_of_bounded_size(members, tmp_path):
     folder = tmp_path / "pack"
     packed = pack(folder, members, BOUNDS, {"profile": "p"})

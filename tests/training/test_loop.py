@@ -1174,6 +1174,30 @@ def test_damaged_weights_are_named(kept):
             load()
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"recipe": {"width": 2**15}}, {"num_classes": 10**9}, {"recipe": {"encoder": "lip-cnn", "width": 2**16}}],
+)
+def test_a_run_that_says_more_than_its_weights_hold_is_refused_before_memory_is_taken(kept, changed):
+    """Of the networks that they speak of, the smallest takes 4 GB."""
+    run = kept(CE)
+    content = read_json(run.path / "run.json")
+    content |= changed | {"recipe": content["recipe"] | changed.get("recipe", {})}
+    content.pop("sha256")
+    if "encoder" in content["recipe"] and content["recipe"]["encoder"] == "lip-cnn":
+        content["image_shape"] = [3, 32, 32]
+    write_json(run.path / "run.json", content)
+    greedy, message = (
+        load_run(run.path),
+        r"model\.safetensors: expected the [0-9,]+ numbers of its recipe's network, got",
+    )
+    with pytest.raises(ValueError, match=message):
+        greedy.model()
+    if "recipe" in changed:
+        with pytest.raises(ValueError, match=message):
+            greedy.cluster_model()
+
+
 def test_no_run_is_no_run(home):
     with pytest.raises(FileNotFoundError, match=r"folder: expected a finished run with run\.json in"):
         load_run(home / "none")

@@ -8,6 +8,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clustr_core.attacks.names import ATTACKS
@@ -15,6 +16,7 @@ from clustr_core.measuring.profile import Profile, Protocol, SandwichBudget, Smo
 from clustr_core.storage.files import digest
 from clustr_core.training import recipes
 from clustr_core.training.fields import read_yaml
+from clustr_core.training.loop import fit
 from clustr_core.training.recipes import (
     _POSITIVE,
     METHODS,
@@ -39,6 +41,7 @@ from clustr_core.training.recipes import (
     run_folder,
     run_key,
 )
+from clustr_core.training.run import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,6 +160,12 @@ def test_every_profile_of_the_book_loads_and_survives_json(path, monkeypatch):
         ),
         ("attacks: {linf: {eps: [0.1], losses: ce}}", r"attacks\.linf: losses: expected a list, got 'ce'"),
         ("attacks: {linf: {eps: [0.1, -0.1]}}", r"attacks\.linf: eps: expected a positive number, got -0\.1"),
+        ("attacks: {linf: {eps: [0.1, 0.1]}}", r"attacks\.linf: eps: expected each once, got \(0\.1, 0\.1\)"),
+        ("attacks: {a: {eps: [0.1], losses: [ce, ce]}}", r"attacks\.a: losses: expected each once, got \('ce', 'ce'\)"),
+        (
+            "attacks: {weak: {eps: [0.1], steps: 1}, strong: {eps: [0.2, 0.1], steps: 40}}",
+            r"attacks\.strong: expected another attack, norm, eps or loss than that of weak, got both with pgd, linf, 0\.1,",
+        ),
         ("attacks: {linf: {eps: [0.1], steps: 0}}", r"attacks\.linf: steps: expected a positive number, got 0"),
         (
             "attacks: {linf: {eps: [0.1], steps: 2000000}}",
@@ -613,3 +622,30 @@ def test_names_are_found_without_reading_tensors():
 def test_a_recipe_cannot_be_changed_in_place():
     with pytest.raises(AttributeError):
         Recipe().epochs = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_recipe_holds_its_values_as_a_file_gives_them_back(tmp_path, digits):
+    """Else a training would end in a run that is never again taken for the recipe's."""
+    given = {"milestones": [1], "snapshots": [0, 1], "learning_rate": np.float64(0.01), "width": np.int64(4)}
+    recipe = CrossEntropy(epochs=1, train_examples=100, **given)
+    assert (recipe.milestones, recipe.snapshots) == ((1,), (0, 1))
+    assert (type(recipe.learning_rate), type(recipe.width)) == (float, int)
+    run = fit(recipe, dataset=digits, folder=str(tmp_path / "run"), progress=False)
+    assert load_run(str(run.path), expected=recipe).recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rate": True}, "learning_rate: expected a number or a fraction, got True"),
+        ({"milestones": (1.5,)}, "milestones: expected a whole number, got 1.5"),
+        ({"milestones": 3}, "milestones: expected a list, got 3"),
+        ({"epochs": None}, "epochs: expected a number or a fraction, got None"),
+        ({"seed": None}, "seed: expected a number or a fraction, got None"),
+        ({"dataset": 5}, "dataset: expected a name, got 5"),
+        ({"warm_start": "ce"}, "warm_start: expected a recipe or None, got 'ce'"),
+    ],
+)
+def test_a_value_that_a_file_could_not_give_back_is_refused(given, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        CrossEntropy(**given)
