@@ -203,7 +203,7 @@ def test_a_broken_certificate_is_one_line_and_status_2(certifying, home, capsys,
 
 def test_a_sandwich_of_a_changed_recipe_lies_beside_its_run(certifying, home):
     assert certifies("sandwich", "--set", "epochs=1") == 0
-    (table,) = home.glob("runs/*/sandwich-clustr-cert.csv")
+    (table,) = home.glob("runs/*/sandwich-clustr-cert-certifying.csv")
     changed = override(load_profile("certifying").recipes["clustr-cert"], {"epochs": 1})
     assert table.parent == run_folder(changed)
     assert not (home / "results").exists()
@@ -287,7 +287,7 @@ def test_precision_is_part_of_the_run(home, capsys):
     assert clustr("certify", "--precision", "bf16-mixed") == 0
     changed = override(recipe(), {"precision": "bf16-mixed"})
     assert json.loads((run_folder(changed) / "run.json").read_text())["recipe"]["precision"] == "bf16-mixed"
-    assert (run_folder(changed) / "certificates-ce.csv").exists()
+    assert (run_folder(changed) / "certificates-ce-tiny.csv").exists()
     assert not run_folder(recipe()).exists()
     assert not (home / "results").exists()
 
@@ -313,7 +313,7 @@ def test_a_second_time_nothing_is_trained(home, capsys):
 def test_changed_fields_are_another_run_whose_tables_lie_beside_it(home, capsys):
     assert clustr("attack", "--set", "epochs=1", "--set", "learning_rate=1/100", "--set", "snapshots=[0, 1]") == 0
     changed = override(recipe(), {"epochs": 1, "learning_rate": 0.01, "snapshots": (0, 1)})
-    assert (run_folder(changed) / f"attacks-ce-{PROFILE}.csv").exists()
+    assert (run_folder(changed) / "attacks-ce-tiny.csv").exists()
     assert not (home / "results").exists()
     assert not run_folder(recipe()).exists()
 

@@ -293,6 +293,11 @@ def test_a_parameter_of_another_kind_is_refused(given: str) -> None:
         given_parameters([given], DECLARED, Path("01-test.md"))
 
 
+def test_the_profile_is_no_other_than_the_one_named_for_all():
+    with pytest.raises(ValueError, match="-p profile: expected none, since --profile says it, got 'quick'"):
+        given_parameters(["profile=quick"], {"profile": "smoke"}, Path("01-test.md"))
+
+
 def test_a_changed_source_cannot_be_published(one_chapter: Path) -> None:
     assert execute(one_chapter, "01-test").returncode == 0
     (one_chapter / "notebooks/01-test.md").write_text(CHAPTER.replace("A line.", "A straight line."))

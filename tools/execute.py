@@ -53,6 +53,8 @@ def given_parameters(pairs: Sequence[str], declared: Mapping[str, Any], source: 
     given = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
+        if name == "profile":
+            raise ValueError(f"-p profile: expected none, since --profile says it, got {value!r}")
         if not equals or name not in declared:
             raise ValueError(
                 f"-p: expected NAME=VALUE, NAME one of {', '.join(declared) or 'none'} in {source.name}, got {pair!r}"

@@ -259,7 +259,7 @@ def _check_told_apart(protocols: dict[str, Protocol], where: str) -> None:
         for mark in ((each.attack, each.norm, eps, loss) for eps in each.eps for loss in each.climbed):
             if (other := seen.setdefault(mark, name)) != name:
                 raise ValueError(
-                    f"{where}: attacks.{name}: expected another attack, norm, eps or loss than that of {other}, got both "
+                    f"{where}: attacks.{name}: expected another attack, norm, eps or loss than {other}, got both "
                     f"with {', '.join(map(str, mark))}; put the other strength into a profile of its own"
                 )
 

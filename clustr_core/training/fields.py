@@ -153,6 +153,29 @@ def field_values(kind: type, values: dict[str, Any], where: str) -> dict[str, An
     return {name: field_value(value, types[name], f"{where}: {name}") for name, value in values.items()}
 
 
+def as_kept(value: Any, kind: Any, where: str) -> Any:
+    """A value from a program as a file will give it back: lists as tuples, the numbers of NumPy as Python's.
+
+    Raises:
+        ValueError: if the field cannot hold it; a text is no number here, nor 2.0 a whole one.
+    """
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: expected a list, got {brief(value)}")
+        return tuple(as_kept(item, get_args(kind)[0], where) for item in value)
+    kinds = {kind, *get_args(kind)}
+    if value is None and type(None) in kinds:
+        return value
+    if str in kinds and not isinstance(value, str):
+        raise ValueError(f"{where}: expected a name, got {brief(value)}")
+    if not kinds & {float, int}:
+        return value
+    whole = float not in kinds
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+        raise ValueError(f"{where}: expected a {'whole ' if whole else ''}number, got {brief(value)}")
+    return int(value) if whole else float(value)
+
+
 def field_value(value: Any, kind: Any, where: str) -> Any:
     """A value as its field's type: numbers from numbers or fractions, tuples from lists, the rest as it is.
 

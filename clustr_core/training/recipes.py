@@ -7,11 +7,11 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeGuard
+from typing import Any, ClassVar, Literal, TypeGuard, get_args, get_origin
 
 from clustr_core.storage.files import digest, home
 from clustr_core.storage.gate import brief
-from clustr_core.training.fields import build, field_value, field_values
+from clustr_core.training.fields import as_kept, build, field_values
 
 Augmentation = Literal["none", "crop", "crop-flip"]
 Optimiser = Literal["adam", "sgd"]
@@ -102,8 +102,10 @@ class Recipe:
         """Every value is of its field's kind, as a file gives it back: lists are tuples, and NumPy's numbers Python's.
         Every number must be positive where zero has no meaning, every choice a known one."""
         for item in fields(self):
-            value = field_value(getattr(self, item.name), item.type, item.name)
+            value = as_kept(getattr(self, item.name), item.type, item.name)
             object.__setattr__(self, item.name, value)
+            if get_origin(item.type) is Literal and value not in get_args(item.type):
+                raise ValueError(f"{item.name}: expected one of {get_args(item.type)}, got {brief(value)}")
             if item.name in _POSITIVE and value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{item.name}: expected a positive number, got {value}")
             if item.name in LARGEST and value is not None and value > LARGEST[item.name]:
