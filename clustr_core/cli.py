@@ -30,7 +30,7 @@ from clustr_core.measuring.leg import Clock, run_leg
 from clustr_core.measuring.pieces import CachedRows, Share, fill_cache
 from clustr_core.measuring.profile import MOST, Examination, Profile, load_profile
 from clustr_core.measuring.sandwiched import sandwich_of, sandwich_pieces
-from clustr_core.measuring.targets import AttackTarget
+from clustr_core.measuring.targets import AttackTarget, check_source
 from clustr_core.measuring.written import made_by, made_of, write_rows
 from clustr_core.models.official import NUM_CLASSES, official_model
 from clustr_core.storage.files import LONGEST_NAME, digest, expanded, home, write_string
@@ -50,7 +50,7 @@ from clustr_core.training.fields import read_yaml
 from clustr_core.training.loop import fit
 from clustr_core.training.names import DONE
 from clustr_core.training.processes import count, device_here, is_first
-from clustr_core.training.recipes import CERTIFIABLE, METHODS, Precision, Recipe, override, run_folder
+from clustr_core.training.recipes import CERTIFIABLE, METHODS, CrossEntropy, Precision, Recipe, override, run_folder
 from clustr_core.training.run import Run
 from clustr_core.training.stopping import NAMES, deferred
 
@@ -429,6 +429,10 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     if recipe.guarantee == "lipschitz" and recipe.encoder not in CERTIFIABLE:
         expected = f"one of {CERTIFIABLE} for {recipe.method}, since the rounding of others has no known bound"
         raise ValueError(f"encoder: expected {expected}, got {recipe.encoder!r}")
+    # before anything is trained: attacks are transferred from networks of the same data
+    transferred = [each.source for each in profile.attacks.values() if each.attack == "transfer"]
+    for source in {_attack: transferred, _diagnose: [CrossEntropy.method]}.get(options.command, []):
+        check_source(recipe, profile, source)
     return recipe
 
 

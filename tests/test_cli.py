@@ -302,6 +302,18 @@ def test_a_diagnosis_is_not_shared_out(capsys, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("command", ["attack", "diagnose"])
+def test_attacks_are_not_transferred_from_networks_of_other_data(home, capsys, command):
+    text = (home / "profiles/tiny.yaml").read_text(encoding="utf-8")
+    transfer = "attacks:\n  transfer: {attack: transfer, eps: [0.1], steps: 2, examples: 4, source: ce}\n"
+    (home / "profiles/tiny.yaml").write_text(text.replace("attacks:\n", transfer), encoding="utf-8")
+    assert clustr(command, "--set", "dataset=mnist5k", method="clustr") == 2
+    assert capsys.readouterr().err.startswith(
+        "clustr: dataset: expected 'digits', as of ce in profile tiny, from which"
+    )
+    assert contents(home / "runs") == {}
+
+
 def test_a_second_time_nothing_is_trained(home, capsys):
     assert clustr("train") == 0
     first, before = capsys.readouterr().out, contents(home / "runs")

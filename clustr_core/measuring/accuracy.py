@@ -31,7 +31,8 @@ def robust_accuracy_by_loss(table: pd.DataFrame) -> pd.DataFrame:
     clean accuracy."""
     keys = [*(name for name in ("method", "attack", "norm") if name in table), "loss"]
     clean = table.drop_duplicates([*keys, "index"]).assign(eps=0.0, robust=lambda t: t["correct"])
-    return _proportions(pd.concat([clean, table]), [*keys, "eps"], "robust", "robust_accuracy")
+    worst = pd.concat([clean, table]).groupby([*keys, "eps", "index"], sort=False)["robust"].all()
+    return _proportions(worst.reset_index(), [*keys, "eps"], "robust", "robust_accuracy")
 
 
 def on_common_images(table: pd.DataFrame) -> pd.DataFrame:
@@ -42,7 +43,8 @@ def on_common_images(table: pd.DataFrame) -> pd.DataFrame:
         return table
     kinds = pd.DataFrame(table[[*keys, *attack]].drop_duplicates().groupby(keys)[attack].count().iloc[:, 0])
     kinds.columns = ["kinds"]
-    seen = table.assign(seen=1).groupby([*keys, "index"], as_index=False).agg({"seen": "sum"})
+    once = table.drop_duplicates([*keys, *attack, "index"])
+    seen = once.assign(seen=1).groupby([*keys, "index"], as_index=False).agg({"seen": "sum"})
     common = seen.merge(kinds.reset_index(), on=keys).query("seen == kinds")
     return table.merge(common[[*keys, "index"]], on=[*keys, "index"])
 

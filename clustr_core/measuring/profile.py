@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -165,7 +166,7 @@ def _check_numbers(asked: Protocol | Examination | SandwichBudget | SmoothingBud
     for item in fields(asked):
         value = getattr(asked, item.name)
         most = MOST.get(item.name, math.inf)
-        if isinstance(value, tuple) and len(set(value)) < len(value):
+        if isinstance(value, tuple) and len(set(map(_as_in_a_table, value))) < len(value):
             raise ValueError(f"{item.name}: expected each once, got {brief(value)}")
         for number in value if isinstance(value, tuple) else (value,):
             if number is None or isinstance(number, str):
@@ -176,6 +177,11 @@ def _check_numbers(asked: Protocol | Examination | SandwichBudget | SmoothingBud
                 raise ValueError(f"{item.name}: expected at most {most:,}, got {brief(number)}")
         if item.type in (int, int | None) and value is not None and type(value) is not int:
             raise ValueError(f"{item.name}: expected a whole number, got {brief(value)}")
+
+
+def _as_in_a_table(value: float | str) -> str:
+    """A number with the digits that tables keep."""
+    return value if isinstance(value, str) else f"{value:.9g}"
 
 
 @dataclass(frozen=True)
@@ -256,7 +262,8 @@ def _check_told_apart(protocols: dict[str, Protocol], where: str) -> None:
     """Raises a ValueError if two attacks are of one kind, norm, eps and loss, by which alone rows tell them apart."""
     seen: dict[tuple[object, ...], str] = {}
     for name, each in protocols.items():
-        for mark in ((each.attack, each.norm, eps, loss) for eps in each.eps for loss in each.climbed):
+        radii = map(_as_in_a_table, each.eps)
+        for mark in ((each.attack, each.norm, eps, loss) for eps, loss in product(radii, each.climbed)):
             if (other := seen.setdefault(mark, name)) != name:
                 raise ValueError(
                     f"{where}: attacks.{name}: expected another attack, norm, eps or loss than {other}, got both "

@@ -16,7 +16,7 @@ from clustr_core.measuring.pieces import image_chunks
 from clustr_core.measuring.profile import Profile
 from clustr_core.models.repeated import Repeated
 from clustr_core.training.captured import can_be_captured
-from clustr_core.training.recipes import CrossEntropy, run_folder
+from clustr_core.training.recipes import CrossEntropy, Recipe, run_folder
 from clustr_core.training.run import Run, load_run
 
 Head = Literal["own", "clusters"]
@@ -107,7 +107,22 @@ def heads_of(run: Run) -> tuple[Head, ...]:
     return ("own", "clusters") if isinstance(run.recipe, CrossEntropy) else ("own",)
 
 
+def check_source(recipe: Recipe, profile: Profile, method: str) -> None:
+    """Raises a ValueError if the profile's recipe of a method, to transfer attacks from, is of other data."""
+    source = profile.recipes.get(method)
+    if source is not None and source.dataset != recipe.dataset:
+        raise ValueError(
+            f"dataset: expected {source.dataset!r}, as of {method} in profile {profile.name}, from which attacks are "
+            f"transferred, got {recipe.dataset!r}; put both into a profile of their own"
+        )
+
+
 def source_of(run: Run, profile: Profile, method: str) -> Run | None:
-    """The profile's run of a method, to transfer attacks from; None for that run itself, or if there is no such run."""
+    """The profile's run of a method, to transfer attacks from; None for that run itself, or if there is no such run.
+
+    Raises:
+        ValueError: as `check_source`.
+    """
+    check_source(run.recipe, profile, method)
     recipe = profile.recipes.get(method)
     return None if recipe is None or recipe == run.recipe else load_run(run_folder(recipe), expected=recipe)

@@ -1,6 +1,7 @@
 """Tables of a profile as files, each with the sidecar that says how it was made; and whether one is there already."""
 
 import json
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,21 @@ def made_by(profile: Profile, kind: str, device: str) -> dict[str, Any]:
         "version": VERSIONS[MEASUREMENT_OF[kind]],
         "sources": sources_of(profile, kind),
         "data": _data(profile),
+        **_asked_beside(profile, kind),
     }
+
+
+def _asked_beside(profile: Profile, kind: str) -> dict[str, Any]:
+    """What decides the rows of a kind of table beside its protocol: versions of attacks of one's own, and how many
+    prototypes a class has, of which no run says it."""
+    if kind == "certificates":
+        return {"per_class": next((recipe.per_class for recipe in profile.recipes.values()), None)}
+    # loaded by whoever registers one
+    registry = sys.modules.get("clustr_core.attacks.registry")
+    if kind != "attacks" or registry is None:
+        return {}
+    named = {each.attack for each in profile.attacks.values()} & set(registry.OWN_ATTACKS)
+    return {"own_attacks": {name: registry.OWN_ATTACKS[name].version for name in sorted(named)}} if named else {}
 
 
 def _data(profile: Profile) -> str | None:
@@ -66,6 +81,7 @@ def made_of(method: str, run: "Run | None") -> dict[str, Any]:
         "weights_dtype": run.weights_dtype,
         "seed": run.recipe.seed,
         "trained_on": list(run.trained_on),
+        "data": run.recipe.dataset,
     }
 
 
@@ -114,6 +130,8 @@ def asked_of(profile: Profile, kind: str, method: str) -> dict[str, Any]:
     """What the sidecar of a method's table says, whatever the machine, if the profile asks for it today."""
     recipe = profile.recipes.get(method)
     return {
+        # of a trained method its run says it
+        **(_asked_beside(profile, kind) if kind == "attacks" or recipe is None else {}),
         "method": method,
         "protocol": json.loads(json.dumps(profile.protocol(kind))),
         "version": VERSIONS[MEASUREMENT_OF[kind]],

@@ -34,18 +34,19 @@ class Clusters:
 
     def __post_init__(self) -> None:
         """Check every field; the message names the field, what came and what was expected."""
-        check_are_tensors(centroids=self.centroids, labels=self.labels, variance=self.variance)
+        check_are_tensors(centroids=self.centroids)
         if self.centroids.dim() != 2 or not len(self.centroids):
             raise ValueError(f"centroids: expected shape [cluster, dim], got {list(self.centroids.shape)}")
         count = len(self.centroids)
         for name in ("labels", "variance"):
             each = getattr(self, name)
+            if isinstance(each, Tensor) and each.device != self.centroids.device:
+                raise ValueError(f"{name}: expected the centroids' device {self.centroids.device}, got {each.device}")
+            check_are_tensors(**{name: each})
             if each.shape != (count,):
                 raise ValueError(
                     f"{name}: expected one entry for each of {count} centroids, got shape {list(each.shape)}"
                 )
-            if each.device != self.centroids.device:
-                raise ValueError(f"{name}: expected the centroids' device {self.centroids.device}, got {each.device}")
         if not self.centroids.is_floating_point():
             raise ValueError(f"centroids: expected a floating dtype, got {self.centroids.dtype}")
         if self.variance.dtype != self.centroids.dtype:

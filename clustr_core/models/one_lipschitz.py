@@ -287,11 +287,14 @@ class CayleyConv2d(nn.Module):
 
 
 def orthogonal_linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
-    """A dense layer with orthonormal rows or columns, by PyTorch's Cayley parametrisation.
+    """A dense layer with orthonormal rows or columns, by PyTorch's Cayley parametrisation; on the device "meta", where
+    there are no numbers, a dense layer of that shape.
 
     Source: Helfrich et al. 2018, through `torch.nn.utils.parametrizations.orthogonal`.
     """
     linear = nn.Linear(in_features, out_features, bias=bias)
+    if linear.weight.is_meta:
+        return linear
     return orthogonal(linear, orthogonal_map="cayley")  # pyright: ignore[reportReturnType]
 
 

@@ -5,6 +5,7 @@ This module reads no tensors, so that a pipeline can ask it for names in no time
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeGuard, get_args, get_origin
@@ -112,6 +113,7 @@ class Recipe:
                 raise ValueError(f"{item.name}: expected at most {LARGEST[item.name]:,}, got {brief(value)}")
         if not isinstance(self.warm_start, Recipe | None):
             raise ValueError(f"warm_start: expected a recipe or None, got {brief(self.warm_start)}")
+        check_warm_starts(self, lambda recipe: recipe.warm_start)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 or more, and less than 2^63, got {brief(self.seed)}")
         if not 0 <= self.weight_decay < math.inf:
@@ -440,10 +442,10 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return {"method": recipe.method, **content}
 
 
-def check_warm_starts(content: Any) -> None:
+def check_warm_starts(content: Any, start_of: Callable[[Any], Any]) -> None:
     """Refuse a chain of recipes, each the start of the next, that is longer than anybody trains."""
     for _ in range(LONGEST_CHAIN):
-        if not isinstance(content, dict) or not (content := content.get("warm_start")):
+        if not (content := start_of(content)):
             return
     raise ValueError(f"warm_start: expected at most {LONGEST_CHAIN} recipes, one the start of the next, got more")
 
@@ -454,7 +456,7 @@ def recipe_from_dict(content: dict[str, Any]) -> Recipe:
     Raises:
         ValueError: for an unknown method or field.
     """
-    check_warm_starts(content)
+    check_warm_starts(content, lambda each: each.get("warm_start") if isinstance(each, dict) else None)
     content = dict(content)
     method = content.pop("method", None)
     if method not in METHODS:

@@ -3,12 +3,12 @@
 import json
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from clustr_core.numerics.checks import is_name
 from clustr_core.training.fields import build
 from clustr_core.training.objectives import objective as objectives
-from clustr_core.training.recipes import METHODS, Recipe, recipe_to_dict
+from clustr_core.training.recipes import METHODS, Guarantee, Recipe, Smoothing, recipe_to_dict
 from clustr_core.training.step import Step, Terms
 
 _Kind = TypeVar("_Kind", bound=type[Recipe])
@@ -17,6 +17,10 @@ NEEDED_FIELDS = {
     "cluster_batches": ("clusters_per_batch", "per_cluster", "gap"),
     "persistent_perturbation": ("replays", "eps", "step_size"),
 }
+
+
+# rows of prototypes have no recipe, and those of clusters fitted to a method's embeddings are called METHOD-clusters
+RESERVED = ("prototypes",)
 
 
 def register_recipe(*, objective: Callable[[Any, Step], Terms] | None = None) -> Callable[[_Kind], _Kind]:
@@ -61,6 +65,8 @@ def _check_name(kind: type[Recipe]) -> None:
     name = vars(kind).get("method")
     if not is_name(name):
         raise ValueError(f"{kind.__name__}.method: expected a name of its own such as 'my-method', got {name!r}")
+    if name in RESERVED or name.endswith("-clusters"):
+        raise ValueError(f"{kind.__name__}.method: expected a free name, got {name!r}, which tables use for other rows")
     known = METHODS.get(name, kind)
     if (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
         raise ValueError(f"{kind.__name__}.method: expected a free name, got {name!r}, which is {known.__name__}'s")
@@ -68,6 +74,12 @@ def _check_name(kind: type[Recipe]) -> None:
 
 def _check_fields(kind: type[Recipe]) -> None:
     name = kind.__name__
+    if kind.guarantee not in get_args(Guarantee):
+        raise ValueError(f"{name}.guarantee: expected one of {get_args(Guarantee)}, got {kind.guarantee!r}")
+    if (kind.guarantee == "smoothing") != issubclass(kind, Smoothing):
+        raise ValueError(
+            f"{name}.guarantee: expected smoothing of a class that derives from Smoothing, and of no other"
+        )
     words = [item.name for item in fields(kind) if isinstance(item.type, str) and item.name != "warm_start"]
     if words:
         raise ValueError(f"{name}: expected types, got text for {words} (from __future__ import annotations?)")

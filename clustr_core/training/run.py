@@ -191,8 +191,8 @@ def _check_size(
     try:
         with torch.device("meta"):
             encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
-    except (RuntimeError, NotImplementedError):
-        # one that looks at its numbers as it is built
+    except (RuntimeError, ValueError, TypeError):
+        # one of somebody's own, which looks at its numbers as it is built
         return
     rows = num_classes * (recipe.per_class if recipe.learnable_centroids else 1)
     dim: int = encoder.embedding_dim  # pyright: ignore[reportAssignmentType]

@@ -61,6 +61,15 @@ def test_the_worst_loss_of_each_example_counts():
         assert (row.low, row.high) == binomial_interval(successes, 4)
 
 
+def test_an_image_that_a_table_has_twice_counts_once_at_its_worst():
+    """As that of two attacks of one kind: no interval is narrower for it."""
+    broken = TABLE.assign(robust=False)
+    for accuracy in (robust_accuracy, robust_accuracy_by_loss):
+        once, twice = accuracy(broken), accuracy(pd.concat([TABLE, broken], ignore_index=True))
+        rows = once["eps"] > 0
+        pd.testing.assert_frame_equal(once[rows], twice[rows])
+
+
 def test_losses_on_their_own():
     found = robust_accuracy_by_loss(TABLE).set_index(["loss", "eps"])["robust_accuracy"]
     attacked = {("ce", 0.1): 0.75, ("ce", 0.2): 0.5, ("margin", 0.1): 0.5, ("margin", 0.2): 0.25}

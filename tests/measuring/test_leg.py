@@ -17,12 +17,14 @@ import torch
 from disk import contents
 from safetensors.torch import load_file
 
+from clustr_core.attacks.gradient import pgd
+from clustr_core.attacks.registry import OWN_ATTACKS, OwnAttack
 from clustr_core.cli import main
 from clustr_core.measuring import leg as leg_module
 from clustr_core.measuring.leg import Clock, TimeIsUp, early_attacks, plan, run_leg, steps_left, tables_left
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
-from clustr_core.measuring.written import made_by, write_rows
+from clustr_core.measuring.written import is_current, made_by, write_rows
 from clustr_core.storage.files import alone, digest, read_json, seal_of, write_json
 from clustr_core.storage.pack import INDEX, Bounds, Member, pack, read_index, unpack
 from clustr_core.storage.provenance import check_sidecar
@@ -719,3 +721,22 @@ def test_a_link_in_the_place_of_the_partial_tables_is_refused(carried, home, tmp
     with pytest.raises(ValueError, match="partial: expected a folder, got a link, which may lead outside of the book"):
         leg(carried, 0)
     assert contents(tmp_path / "outside") == {}
+
+
+def test_prototypes_of_another_number_are_not_done(whole, home):
+    """Of prototypes no run says how many a class has."""
+    place = home("here")
+    shutil.copytree(whole / "results", place / "results")
+    profile = load_profile("tiny")
+    recipes = {name: replace(each, per_class=5, warm_start=None) for name, each in profile.recipes.items()}
+    assert "certificates-prototypes" not in tables_left(profile)
+    assert "certificates-prototypes" in tables_left(replace(profile, recipes=recipes))
+
+
+def test_rows_of_another_version_of_an_attack_of_ones_own_are_not_done(home, monkeypatch):
+    profile = replace(load_profile("tiny"), attacks={"mine": load_profile("tiny").attacks["linf"]})
+    monkeypatch.setitem(OWN_ATTACKS, "pgd", OwnAttack(pgd, 1))
+    made = made_by(profile, "attacks", "cpu") | {"method": "ce"}
+    assert is_current(made, profile, "attacks", "ce")
+    monkeypatch.setitem(OWN_ATTACKS, "pgd", OwnAttack(pgd, 2))
+    assert not is_current(made, profile, "attacks", "ce")

@@ -85,7 +85,7 @@ def test_points_without_any_spread_have_no_variance():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"per_class": 0}, r"per_class: expected at least 1, got 0"),
+        ({"per_class": 0}, r"per_class: expected a whole number, at least 1, got 0"),
         ({"per_class": 50}, r"class 0 has 40 examples, fewer than per_class=50"),
     ],
 )

@@ -649,3 +649,13 @@ def test_a_recipe_holds_its_values_as_a_file_gives_them_back(tmp_path, digits, a
 def test_a_value_that_a_file_could_not_give_back_is_refused(given, message, as_installed):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         CrossEntropy(**given)
+
+
+def test_a_chain_of_starts_is_as_long_as_can_be_read_back():
+    recipe = CrossEntropy()
+    with pytest.raises(
+        ValueError, match="warm_start: expected at most 16 recipes, one the start of the next, got more"
+    ):
+        for _ in range(17):
+            recipe = CrossEntropy(warm_start=recipe)
+    assert recipes.recipe_from_dict(recipes.recipe_to_dict(recipe)) == recipe

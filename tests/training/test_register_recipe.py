@@ -297,7 +297,29 @@ def test_what_a_registered_class_lacks_is_named():
         method: ClassVar[str] = "mine"
         persistent_perturbation: ClassVar[bool] = True
 
+    @dataclass(frozen=True, kw_only=True)
+    class Derived(Recipe):
+        method: ClassVar[str] = "mine-clusters"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Prototypes(Recipe):
+        method: ClassVar[str] = "prototypes"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Misspelt(Recipe):
+        method: ClassVar[str] = "mine"
+        guarantee: ClassVar = "Lipschitz"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Smoothed(Recipe):
+        method: ClassVar[str] = "mine"
+        guarantee: ClassVar = "smoothing"
+
     for kind, message in (
+        (Derived, r"Derived\.method: expected a free name, got 'mine-clusters', which tables use for other rows"),
+        (Prototypes, r"Prototypes\.method: expected a free name, got 'prototypes', which tables use for other rows"),
+        (Misspelt, r"Misspelt\.guarantee: expected one of \('none', 'lipschitz', 'smoothing'\), got 'Lipschitz'"),
+        (Smoothed, r"Smoothed\.guarantee: expected smoothing of a class that derives from Smoothing, and of no other"),
         (Undecorated, r"Undecorated: expected a dataclass\(frozen=True, kw_only=True\)"),
         (Nameless, r"Nameless\.method: expected a name of its own such as 'my-method', got None"),
         (Spaced, r"Spaced\.method: .* got 'My method'"),
