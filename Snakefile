@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(workflow.basedir))
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
+from clustr_core.measuring.written import asked_beside
 from clustr_core.storage.files import digest
 from clustr_core.training.recipes import run_key
 from tools import notebooks
@@ -99,6 +100,7 @@ rule attack:
     params:
         version=VERSIONS["attack"],
         protocol=PROFILE.protocol("attacks"),
+        beside=asked_beside(PROFILE, "attacks"),
     threads: PROCESSES
     resources:
         **needs(mem_mb=16000, runtime=1440),
@@ -131,6 +133,7 @@ rule certify:
     params:
         version=VERSIONS["certificate"],
         protocol=PROFILE.protocol("certificates"),
+        beside=asked_beside(PROFILE, "certificates"),
         dataset=sorted({recipe.dataset for recipe in PROFILE.recipes.values()}),
     threads: PROCESSES
     resources:

@@ -29,6 +29,7 @@ from clustr_core.training.recipes import (
     FreeClustr,
     Recipe,
     Trades,
+    epochs_in_words,
 )
 
 Kind = Literal["forward", "gradient", "training", "distances", "kmeans", "certificate"]
@@ -545,7 +546,6 @@ def bills_table(recipes: Mapping[str, Recipe], an_epoch: Mapping[str, float], ta
     for method, recipe in recipes.items():
         if method in an_epoch:
             taken = training_seconds(recipe, an_epoch)
-            epochs = f"{recipe.warm_start.epochs} + {recipe.epochs}" if recipe.warm_start else str(recipe.epochs)
-            rows.append([method_name(method), an_epoch[method], epochs, taken / 60,
+            rows.append([method_name(method), an_epoch[method], epochs_in_words(recipe), taken / 60,
                          tariff.money(taken), tariff.kilowatt_hours(taken)])  # fmt: skip
     return pd.DataFrame(rows, columns=["method", "s an epoch", "epochs", "minutes", "money", "kWh"])

@@ -65,6 +65,7 @@ def measure_pieces(target: AttackTarget, protocol: Protocol, *, source: AttackTa
             _rows_path(target, protocol, eps, loss, chunk, source),
             partial(attack_rows, target, chunk, protocol, eps, loss, source),
             len(chunk),
+            kind="attack",
         )
         for eps, loss, chunk in product(protocol.eps, protocol.climbed, chunks)
     ]

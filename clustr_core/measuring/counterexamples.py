@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clustr_core.storage.gate import check_own
+from clustr_core.storage.gate import check_own, shortened
 from clustr_core.storage.tensors import read_tensors, write_tensors
 
 # in units of pixels, L2. A certificate speaks of the real model: the rounding of an image's pixels in float32 (3e-6 for
@@ -98,9 +98,12 @@ def load_counterexample(path: Path) -> Counterexample:
         ValueError: if the file is not as it was written.
     """
     tensors, facts = read_tensors(path, "a counterexample")
-    label, index = (int(tensors[name]) for name in ("label", "index"))
-    radius, norm = (float(tensors[name]) for name in ("radius", "norm"))
-    return Counterexample(tensors["image"], tensors["adversarial"], label, index, radius, norm, facts["attack"])
+    try:
+        label, index = (int(tensors[name]) for name in ("label", "index"))
+        radius, norm = (float(tensors[name]) for name in ("radius", "norm"))
+        return Counterexample(tensors["image"], tensors["adversarial"], label, index, radius, norm, facts["attack"])
+    except (KeyError, RuntimeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: expected a counterexample, got something else ({shortened(str(error))})") from error
 
 
 def kept_counterexample(found: Counterexample, folder: Path) -> CertificateBroken:

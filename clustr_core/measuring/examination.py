@@ -132,7 +132,7 @@ class ExaminedRun:
         for head, each in self.heads.items():
             what = {**asdict(each.asked), "head": head, "source": source}
             path = cache_path(self.run, each.target.dataset, kind, what, device=each.target.device)
-            pieces.append(CachedRows(path, partial(rows, each), count))
+            pieces.append(CachedRows(path, partial(rows, each), count, kind=kind))
         return pieces
 
 

@@ -36,7 +36,7 @@ from clustr_core.storage.files import alone, copy_whole, home
 from clustr_core.storage.gate import check_own, shown
 from clustr_core.storage.pack import Bounds, Member, Packed, pack, read_index, unpack
 from clustr_core.storage.provenance import check_sidecar, sidecar_of
-from clustr_core.storage.tables import read_sealed
+from clustr_core.storage.tables import read_sealed, read_table
 from clustr_core.storage.tensors import read_tensors
 from clustr_core.training.captured import check_captured
 from clustr_core.training.loop import fit
@@ -757,6 +757,11 @@ READERS: Mapping[str, Callable[[Path], object]] = {
 
 def _restore_run(theirs: Path, mine: Path) -> None:
     finished, behind = (mine / DONE).exists(), _is_behind(mine, theirs)
+    gives_way = behind or ((theirs / DONE).exists() and not finished)
+    if gives_way and (noted := _losses(mine)) != _losses(theirs)[: len(noted)]:
+        # snapshots of another training than the one that takes its place
+        check_own(mine / "snapshots")
+        shutil.rmtree(mine / "snapshots", ignore_errors=True)
     # what says that a run is whole comes last
     for path in sorted(_files(theirs), key=lambda path: (path.name == DONE, path)):
         target = mine / path.relative_to(theirs)
@@ -779,6 +784,21 @@ def _is_sound(path: Path, read: Callable[[Path], object]) -> bool:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _losses(run: Path) -> list[str]:
+    """What a training has noted so far, to the digits that tables keep: by this, two of one recipe are told apart."""
+    try:
+        if (run / DONE).exists():
+            rows = read_table(run / HISTORY).to_dict("records")
+        elif (run / CHECKPOINT).exists():
+            rows = read_tensors(run / CHECKPOINT, "a checkpoint")[1]["history"]
+        else:
+            rows = []
+        return [f"{row['loss']:.9g}" for row in rows]
+    except (ValueError, KeyError, TypeError, OSError):
+        # what is damaged is like no other
+        return [str(run)]
 
 
 def _is_behind(mine: Path, theirs: Path) -> bool:

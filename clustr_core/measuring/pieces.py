@@ -1,7 +1,7 @@
 """Measurements in pieces that are kept beside the run: which rows are there, and who computes the others."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from clustr_core import data
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.numerics.rounding import full_precision
 from clustr_core.storage.files import digest
-from clustr_core.storage.gate import check_own
+from clustr_core.storage.gate import check_own, listed
 from clustr_core.storage.provenance import order_of_sums
 from clustr_core.storage.tables import read_sealed, write_table
 from clustr_core.training.processes import device_here, join
@@ -27,6 +27,29 @@ from clustr_core.training.stopping import finished_first
 CHUNK = 128
 # and of an attack on a GPU with so many bytes of memory: fewer leave it waiting for Python
 GPU_CHUNK, GPU_BYTES = 1024, 70e9
+# what the rows of a kind of measurement are made of: texts, truths, whole numbers and any numbers
+_SEEN = {"index": "whole number", "label": "whole number", "prediction": "whole number", "correct": "truth"}
+COLUMNS = {
+    "attack": {
+        "attack": "text", "norm": "text", "eps": "number", "loss": "text", "steps": "whole number", "restarts": "whole number",
+        **_SEEN, "adversarial_prediction": "whole number", "robust": "truth", "gradients": "whole number",
+    },
+    "certificate": {
+        "bound": "text", **_SEEN, "feature_radius": "number", "radius": "number", "lipschitz": "number",
+        "lipschitz_lower_bound": "number",
+    },
+    "sandwich": {
+        "attack": "text", "index": "whole number", "label": "whole number", "correct": "truth", "radius": "number", "norm": "number",
+        "gradients": "whole number",
+    },
+    "diagnostics": {
+        "method": "text", "check": "text", "value": "number", "threshold": "number", "flagged": "truth",
+        "source": "text", "meaning": "text",
+    },
+    "ablation": {"method": "text", "change": "text", "robust_accuracy": "number", "drop": "number"},
+}  # fmt: skip
+# by pandas' letters
+_LETTERS = {"text": "OSUT", "truth": "b", "whole number": "iu", "number": "iuf"}
 # the i-th of n shares, counted from 1
 Share = tuple[int, int]
 
@@ -40,12 +63,14 @@ class CachedRows:
         rows: computes them.
         count: how many rows there are. A file that holds another number of whole rows is damaged.
         digits: how many significant digits of a number the file keeps.
+        kind: of measurement, one of `COLUMNS` if the file's columns shall be held against it.
     """
 
     path: Path
     rows: Callable[[], pd.DataFrame]
     count: int
     digits: int = 9
+    kind: str = ""
 
     def kept(self) -> bool:
         """Whether the file is there.
@@ -91,7 +116,18 @@ class CachedRows:
             raise ValueError(f"{error}; {remedy}") from error
         if len(table) != self.count:
             raise ValueError(f"{self.path}: expected {self.count} rows, got {len(table)}; {remedy}")
+        columns = COLUMNS.get(self.kind)
+        if columns is not None and (wrong := _wrong_columns(table, columns)):
+            raise ValueError(f"{self.path}: expected the columns of {self.kind} rows, got {wrong}; {remedy}")
         return table
+
+
+def _wrong_columns(table: pd.DataFrame, columns: Mapping[str, str]) -> str:
+    """What is wrong with the columns of a table, in words; nothing where all are what they should be."""
+    if list(table) != list(columns):
+        return f"[{listed(list(table))}]"
+    wrong = [name for name, holds in columns.items() if table[name].dtype.kind not in _LETTERS[holds]]
+    return f"no {columns[wrong[0]]} in each cell of {wrong[0]}" if len(table) and wrong else ""
 
 
 def fill_cache(
@@ -226,6 +262,6 @@ def cached_chunks(
     chunks = [chunk.sort().values for chunk in image_chunks(dataset, examples)]
     paths = [cache_path(run, dataset, kind, {**what, "chunk": chunk.tolist()}, device=device) for chunk in chunks]
     return [
-        CachedRows(path, partial(rows, chunk), rows_per_image * len(chunk), digits)
+        CachedRows(path, partial(rows, chunk), rows_per_image * len(chunk), digits, kind)
         for path, chunk in zip(paths, chunks, strict=True)
     ]

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from clustr_core.attacks.names import ATTACKS, LOSSES, PAPER_STEP_SIZE, Norm
 from clustr_core.storage.files import PROFILE_NAME, digest, expanded, home
-from clustr_core.storage.gate import PROFILE_LIMIT, brief, check_file, read_text, shortened, shown
+from clustr_core.storage.gate import PROFILE_LIMIT, brief, check_file, listed, read_text, shortened, shown
 from clustr_core.training.fields import build, field_value, mapping, read_yaml
 from clustr_core.training.recipes import METHODS, Recipe
 
@@ -233,9 +233,9 @@ class Profile:
         return {
             "attacks": [*self.attacked],
             "certificates": [*self.recipes, "prototypes"] if self.recipes else [],
-            "diagnostics": [*self.ordinary],
-            "ablations": [*self.ordinary],
-            "sandwich": [*self.lipschitz],
+            "diagnostics": [*self.ordinary] if self.examination else [],
+            "ablations": [*self.ordinary] if self.examination else [],
+            "sandwich": [*self.lipschitz] if self.sandwich else [],
         }
 
     @property
@@ -315,6 +315,7 @@ def _loaded(path: Path) -> Profile:
     # before anything that may be named by what they register
     for plugin in field_value(content.get("plugins") or (), tuple[str, ...], f"{path.name}: plugins"):
         _import_plugin(plugin, path)
+    chapters = {key: mapping(values, f"{path.name}: chapters.{key}") for key, values in chapters.items()}
     protocols = {key: _protocol(values, f"{path.name}: attacks.{key}") for key, values in attacks.items()}
     _check_told_apart(protocols, path.name)
     where = f"{path.name}: certified_examples"
@@ -327,6 +328,8 @@ def _loaded(path: Path) -> Profile:
         if content.get(key) is not None
     }
     recipes, source = _recipes(methods, shared, path.name), {"sha256": digest(text), "path": path}
+    if len(datasets := sorted({recipe.dataset for recipe in recipes.values()})) > 1:
+        raise ValueError(f"{path.name}: methods: expected one data set for all, got {listed(datasets)}")
     try:
         return Profile(_name_of(path), recipes, protocols, examples, chapters=chapters, **source, **budgets)
     except ValueError as error:

@@ -31,8 +31,8 @@ from clustr_core.measuring.profile import PARTIAL, Profile, Protocol, load_profi
 from clustr_core.measuring.written import asked_of, differing, is_current
 from clustr_core.storage.files import home, read_json
 from clustr_core.storage.provenance import check_sidecar, read_checked, sidecar_of
-from clustr_core.training.fields import build
-from clustr_core.training.recipes import run_folder
+from clustr_core.training.fields import build, field_value
+from clustr_core.training.recipes import epochs_in_words, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -363,7 +363,8 @@ def _table(folder: Path, kind: str, method: str) -> Path:
 
 
 def _radii(profile: Profile) -> tuple[float, ...]:
-    return tuple(profile.chapters.get("07-certified", {}).get("radii", RADII))
+    given = profile.chapters.get("07-certified", {}).get("radii", RADII)
+    return field_value(given, tuple[float, ...], f"profile {profile.name}: chapters.07-certified: radii")
 
 
 def in_order(methods: Sequence[str] | set[str] | Mapping[str, object]) -> list[str]:
@@ -423,9 +424,8 @@ def protocol_table(study: Study) -> pd.DataFrame:
 
 def epochs_of(study: Study, method: str) -> str:
     """How long a method was trained, in passes of its own: "12", or "12 + 5" after a start from cross-entropy."""
-    recipe = study.profile.recipes["ce" if method == "ce-clusters" else method]
-    start = getattr(recipe, "warm_start", None)
-    return f"{start.epochs} + {recipe.epochs}" if start else str(recipe.epochs)
+    recipes = study.profile.recipes
+    return epochs_in_words(recipes[method if method in recipes else method.removesuffix("-clusters")])
 
 
 def l2_table(study: Study) -> pd.DataFrame:

@@ -35,11 +35,11 @@ def made_by(profile: Profile, kind: str, device: str) -> dict[str, Any]:
         "version": VERSIONS[MEASUREMENT_OF[kind]],
         "sources": sources_of(profile, kind),
         "data": _data(profile),
-        **_asked_beside(profile, kind),
+        **asked_beside(profile, kind),
     }
 
 
-def _asked_beside(profile: Profile, kind: str) -> dict[str, Any]:
+def asked_beside(profile: Profile, kind: str) -> dict[str, Any]:
     """What decides the rows of a kind of table beside its protocol: versions of attacks of one's own, and how many
     prototypes a class has, of which no run says it."""
     if kind == "certificates":
@@ -131,7 +131,7 @@ def asked_of(profile: Profile, kind: str, method: str) -> dict[str, Any]:
     recipe = profile.recipes.get(method)
     return {
         # of a trained method its run says it
-        **(_asked_beside(profile, kind) if kind == "attacks" or recipe is None else {}),
+        **(asked_beside(profile, kind) if kind == "attacks" or recipe is None else {}),
         "method": method,
         "protocol": json.loads(json.dumps(profile.protocol(kind))),
         "version": VERSIONS[MEASUREMENT_OF[kind]],

@@ -442,6 +442,12 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return {"method": recipe.method, **content}
 
 
+def epochs_in_words(recipe: Recipe) -> str:
+    """How long a recipe trains, its starts first: "12", or "12 + 5"."""
+    before = f"{epochs_in_words(recipe.warm_start)} + " if recipe.warm_start else ""
+    return f"{before}{recipe.epochs}"
+
+
 def check_warm_starts(content: Any, start_of: Callable[[Any], Any]) -> None:
     """Refuse a chain of recipes, each the start of the next, that is longer than anybody trains."""
     for _ in range(LONGEST_CHAIN):

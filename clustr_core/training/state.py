@@ -240,7 +240,7 @@ def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
     state.optimiser.load_state_dict({"state": slots, "param_groups": state.optimiser.state_dict()["param_groups"]})
     try:
         state.generator.set_state(tensors["generator"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: expected the state of a generator, got another ({shortened(str(error))})") from error
     if state.perturbation is not None:
         state.perturbation.copy_(tensors["perturbation"])

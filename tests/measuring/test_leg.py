@@ -17,10 +17,12 @@ import torch
 from disk import contents
 from safetensors.torch import load_file
 
+from clustr_core import data
 from clustr_core.attacks.gradient import pgd
 from clustr_core.attacks.registry import OWN_ATTACKS, OwnAttack
 from clustr_core.cli import main
 from clustr_core.measuring import leg as leg_module
+from clustr_core.measuring.counterexamples import load_counterexample
 from clustr_core.measuring.leg import Clock, TimeIsUp, early_attacks, plan, run_leg, steps_left, tables_left
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
@@ -28,9 +30,10 @@ from clustr_core.measuring.written import is_current, made_by, write_rows
 from clustr_core.storage.files import alone, digest, read_json, seal_of, write_json
 from clustr_core.storage.pack import INDEX, Bounds, Member, pack, read_index, unpack
 from clustr_core.storage.provenance import check_sidecar
+from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import run_folder
-from clustr_core.training.run import load_run, round_to_half
+from clustr_core.training.run import SNAPSHOT, load_run, round_to_half
 from clustr_core.training.state import epochs_kept
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -740,3 +743,44 @@ def test_rows_of_another_version_of_an_attack_of_ones_own_are_not_done(home, mon
     assert is_current(made, profile, "attacks", "ce")
     monkeypatch.setitem(OWN_ATTACKS, "pgd", OwnAttack(pgd, 2))
     assert not is_current(made, profile, "attacks", "ce")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_snapshots_are_those_of_the_training_that_is_taken(home, tmp_path, same):
+    """A run that was begun here gives way to the finished one, and its snapshots, if it is another training."""
+    recipe = replace(load_profile("tiny").recipes["ce"], snapshots=(0, 1, 3))
+    profile = replace(load_profile("tiny"), recipes={"ce": recipe}, attacks={}, examination=None)
+    there, folder = home("there"), tmp_path / "pack"
+    leg(folder, profile=profile)
+    theirs = contents(there / "runs")
+    home("here")
+    digits = data.load_dataset("digits")
+    epochs = itertools.count()
+
+    def stops():
+        if next(epochs) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, dataset=digits, before_epoch=stops, progress=False)
+    mine = run_folder(recipe)
+    if not same:
+        state, facts = read_tensors(mine / "checkpoint.safetensors", "a checkpoint")
+        facts["history"][0]["loss"] += 1
+        write_tensors(mine / "checkpoint.safetensors", "a checkpoint", state, facts)
+        path = mine / "snapshots/epoch-0001.safetensors"
+        assert path.exists()
+        tensors, said = read_tensors(path, SNAPSHOT)
+        write_tensors(path, SNAPSHOT, {name: 2 * each for name, each in tensors.items()}, said)
+    leg(folder, profile=profile)
+    found = contents(mine.parent)
+    snapshots = {name: content for name, content in theirs.items() if "/snapshots/" in name}
+    assert len(snapshots) == 3
+    assert {name: content for name, content in found.items() if "/snapshots/" in name} == snapshots
+
+
+def test_what_is_no_counterexample_is_named(tmp_path):
+    path = tmp_path / "counterexample-fmn-1.safetensors"
+    write_tensors(path, "a counterexample", {"image": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match=f"{path}: expected a counterexample, got something else"):
+        load_counterexample(path)

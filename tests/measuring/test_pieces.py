@@ -1,11 +1,13 @@
 """Pieces of measurements on disk: whole, or refused by the name of their file."""
 
+import math
 import re
 
 import pandas as pd
 import pytest
 
 from clustr_core.measuring.pieces import CachedRows, collected, fill_cache
+from clustr_core.storage.tables import write_table
 
 ROWS = pd.DataFrame({"bound": ["nearest", "exact", "exact"], "index": [3, 14, 159], "radius": [0.25, 1 / 3, 2e-9]})
 
@@ -76,3 +78,24 @@ def test_another_number_of_rows_than_was_promised_is_not_kept(tmp_path):
     with pytest.raises(ValueError, match=r"attack-1.csv: expected 4 rows of this measurement, got 3"):
         one.read()
     assert not one.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"columns": ["a"]}, r"expected the columns of sandwich rows, got \[a\]"),
+        ({"norm": "far"}, "expected the columns of sandwich rows, got no number in each cell of norm"),
+        ({"correct": math.nan}, "expected the columns of sandwich rows, got no truth in each cell of correct"),
+        ({"index": 0.5}, "expected the columns of sandwich rows, got no whole number in each cell of index"),
+        ({"attack": 1}, "expected the columns of sandwich rows, got no text in each cell of attack"),
+    ],
+)
+def test_a_sealed_piece_of_other_columns_is_refused_by_name(changed, said, tmp_path):
+    row = {"attack": "fmn", "index": 1, "label": 2, "correct": True, "radius": 0.5, "norm": 1.0, "gradients": 9}
+    good = pd.DataFrame([row, row])
+    one = CachedRows(tmp_path / "sandwich-1.csv", lambda: good, 2, kind="sandwich")
+    assert one.read().equals(good)
+    bad = pd.DataFrame({"a": [1, 2]}) if "columns" in changed else good.assign(**changed)
+    write_table(one.path, bad, sealed=True)
+    with pytest.raises(ValueError, match=f"{one.path}: {said}; delete it"):
+        one.read()

@@ -160,6 +160,15 @@ def test_every_profile_of_the_book_loads_and_survives_json(path, monkeypatch):
         ),
         ("attacks: {linf: {eps: [0.1], losses: ce}}", r"attacks\.linf: losses: expected a list, got 'ce'"),
         ("attacks: {linf: {eps: [0.1, -0.1]}}", r"attacks\.linf: eps: expected a positive number, got -0\.1"),
+        ("chapters: {07-certified: 3}", r"chapters\.07-certified: expected keys with values, got 3"),
+        (
+            "methods: {ce: {}, clustr: {dataset: mnist5k}}",
+            r"methods: expected one data set for all, got digits, mnist5k",
+        ),
+        (
+            "attacks: {a: {eps: [8/255], steps: 1}, b: {eps: [0.031372549], steps: 2}}",
+            r"attacks\.b: expected another attack, norm, eps or loss than a, got both with pgd, linf, 0\.0313725",
+        ),
         ("attacks: {linf: {eps: [0.1, 0.1]}}", r"attacks\.linf: eps: expected each once, got \(0\.1, 0\.1\)"),
         ("attacks: {a: {eps: [0.1], losses: [ce, ce]}}", r"attacks\.a: losses: expected each once, got \('ce', 'ce'\)"),
         (
@@ -659,3 +668,10 @@ def test_a_chain_of_starts_is_as_long_as_can_be_read_back():
         for _ in range(17):
             recipe = CrossEntropy(warm_start=recipe)
     assert recipes.recipe_from_dict(recipes.recipe_to_dict(recipe)) == recipe
+
+
+def test_epochs_are_told_with_those_of_every_start():
+    start = CrossEntropy(epochs=5)
+    middle = recipes.Clustr(epochs=3, warm_start=start)
+    assert recipes.epochs_in_words(start) == "5"
+    assert recipes.epochs_in_words(replace(middle, epochs=2, warm_start=middle)) == "5 + 3 + 2"
