@@ -6,10 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from book_copy import ROOT, called, copy_of_the_book, execute, planned, run
 
 from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.written import write_rows
 from clustr_core.storage.files import alone
 from clustr_core.training.recipes import run_key
 from tools import notebooks, publish
@@ -247,6 +249,18 @@ def test_two_runs_publish_the_same_bytes(one_chapter: Path) -> None:
     assert drawn.data["text/plain"] == drawn.metadata["image/png"]["alt"] == "A line that rises from zero."
     assert [output.data for output in shown] == [{"text/plain": "3"}]
     assert (one_chapter / "figures/published/quick/fig-test.csv").read_text() == "row\n0\n1\n2\n"
+
+
+def test_a_profile_replaces_no_tables_that_are_published_of_something_else(one_chapter: Path) -> None:
+    (one_chapter / "profiles/smoke.yaml").rename(one_chapter / "profiles/bench.yaml")
+    theirs = one_chapter / "results/published/bench"
+    theirs.mkdir(parents=True, exist_ok=True)
+    write_rows(theirs / "race.csv", pd.DataFrame({"x": [1]}), {"profile": None})
+    assert execute(one_chapter, "01-test", "bench").returncode == 0
+    done = called(publish.main, one_chapter, "--profile", "bench")
+    assert done.returncode == 1
+    assert "--profile: expected a name under which nothing else is published, got bench: " in done.stderr
+    assert (theirs / "race.csv").exists()
 
 
 def test_another_profile_publishes_its_figures_and_no_twin(one_chapter: Path) -> None:

@@ -134,6 +134,7 @@ def publish(root: Path, profile: str) -> list[Path]:
                 f"results/{profile}/{kind}-{method}.csv: expected the table that the profile makes today, got none or "
                 "another: make figures first"
             )
+    _check_is_its_own(root / "results/published" / profile, profile)
     twins = _twins(root, profile)
     tables = sorted((root / "results" / profile).glob("*.csv"))
     figures = _figures(root, profile)
@@ -151,6 +152,17 @@ def publish(root: Path, profile: str) -> list[Path]:
         with written_whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return list(twins)
+
+
+def _check_is_its_own(folder: Path, profile: str) -> None:
+    """Raises a ValueError if a folder has published tables that are not of a profile of this name, as ``bench`` has."""
+    for table in sorted(folder.glob("*.csv")):
+        of = check_sidecar(table)["made"].get("profile") or {}
+        if of.get("name") != profile:
+            raise ValueError(
+                f"--profile: expected a name under which nothing else is published, got {profile}: {table.name} is of "
+                f"{of.get('name') or 'no profile'}"
+            )
 
 
 def _figures(root: Path, profile: str) -> list[Path]:

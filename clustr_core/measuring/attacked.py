@@ -132,7 +132,7 @@ def attacked_targets(
     on = {"device": device, "captured": captured}
     targets = [target_of(run, dataset, head=head, **on) for head in heads_of(run)]
     methods = {protocol.source for protocol in profile.attacks.values() if protocol.attack == "transfer"}
-    others = {method: source_of(run, profile, method) for method in sorted(methods)}
+    others = {method: source_of(run, profile, method, dataset) for method in sorted(methods)}
     sources = {method: target_of(other, dataset, **on) for method, other in others.items() if other is not None}
     return [
         (target, protocol, sources[protocol.source] if protocol.attack == "transfer" else None)

@@ -50,7 +50,8 @@ def examined(
     asked = profile.examination
     if asked is None:
         raise ValueError(f"profile {profile.name}: expected an entry examination, got none")
-    dataset, other = dataset_of(run, dataset), source_of(run, profile, CrossEntropy.method)
+    dataset = dataset_of(run, dataset)
+    other = source_of(run, profile, CrossEntropy.method, dataset)
     source = None if other is None else target_of(other, dataset, device=device)
     heads: dict[Head, ExaminedHead] = {
         head: ExaminedHead(target_of(run, dataset, head=head, device=device), source, asked) for head in heads_of(run)

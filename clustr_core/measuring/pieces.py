@@ -29,18 +29,17 @@ CHUNK = 128
 GPU_CHUNK, GPU_BYTES = 1024, 70e9
 # what the rows of a kind of measurement are made of: texts, truths, whole numbers and any numbers
 _SEEN = {"index": "whole number", "label": "whole number", "prediction": "whole number", "correct": "truth"}
+_ATTACKED = {"steps": "whole number", "restarts": "whole number", **_SEEN, "adversarial_prediction": "whole number"}
+_LENGTHS = dict.fromkeys(("feature_radius", "radius", "lipschitz", "lipschitz_lower_bound"), "number")
 COLUMNS = {
     "attack": {
-        "attack": "text", "norm": "text", "eps": "number", "loss": "text", "steps": "whole number", "restarts": "whole number",
-        **_SEEN, "adversarial_prediction": "whole number", "robust": "truth", "gradients": "whole number",
-    },
-    "certificate": {
-        "bound": "text", **_SEEN, "feature_radius": "number", "radius": "number", "lipschitz": "number",
-        "lipschitz_lower_bound": "number",
-    },
-    "sandwich": {
-        "attack": "text", "index": "whole number", "label": "whole number", "correct": "truth", "radius": "number", "norm": "number",
+        "attack": "text", "norm": "text", "eps": "number", "loss": "text", **_ATTACKED, "robust": "truth",
         "gradients": "whole number",
+    },
+    "certificate": {"bound": "text", **_SEEN, **_LENGTHS},
+    "sandwich": {
+        "attack": "text", "index": "whole number", "label": "whole number", "correct": "truth", "radius": "number",
+        "norm": "number", "gradients": "whole number",
     },
     "diagnostics": {
         "method": "text", "check": "text", "value": "number", "threshold": "number", "flagged": "truth",

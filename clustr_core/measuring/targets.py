@@ -117,12 +117,16 @@ def check_source(recipe: Recipe, profile: Profile, method: str) -> None:
         )
 
 
-def source_of(run: Run, profile: Profile, method: str) -> Run | None:
+def source_of(run: Run, profile: Profile, method: str, dataset: data.Dataset) -> Run | None:
     """The profile's run of a method, to transfer attacks from; None for that run itself, or if there is no such run.
 
     Raises:
-        ValueError: as `check_source`.
+        ValueError: as `check_source`; if the run was trained on other images than those of the dataset today.
     """
     check_source(run.recipe, profile, method)
     recipe = profile.recipes.get(method)
-    return None if recipe is None or recipe == run.recipe else load_run(run_folder(recipe), expected=recipe)
+    if recipe is None or recipe == run.recipe:
+        return None
+    source = load_run(run_folder(recipe), expected=recipe)
+    source.check_data(dataset)
+    return source

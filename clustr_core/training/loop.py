@@ -97,7 +97,8 @@ def fit(
     one file system: the first process writes, all read.
 
     Args:
-        dataset: the recipe's dataset if it is in memory already.
+        dataset: the recipe's dataset if it is in memory already. A finished run is held against the data only where
+            they are given: reading them may take longer than loading it.
         folder: where the run lies; default ``runs/<run_key>``.
         device: default the GPU if there is one; of several processes each takes its own.
         half: keep the finished network in half precision (`run.stored_dtype`), from the warm start on.

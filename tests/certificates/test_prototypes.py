@@ -133,7 +133,7 @@ def test_bad_arguments_are_named(digits, as_installed):
     images, labels = digits.train_images, digits.train_labels
     with pytest.raises(ValueError, match=r"class 0 has \d+ examples, fewer than per_class=500"):
         pixel_prototypes(images, labels, per_class=500)
-    with pytest.raises(ValueError, match="per_class: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="per_class: expected a whole number, at least 1, got 0"):
         pixel_prototype_rows(digits, per_class=0)
     with pytest.raises(ValueError, match="labels: expected one for each of 1437 embeddings, got 9"):
         pixel_prototypes(images, labels[:9], per_class=1)

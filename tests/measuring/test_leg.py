@@ -737,6 +737,7 @@ def test_prototypes_of_another_number_are_not_done(whole, home):
 
 
 def test_rows_of_another_version_of_an_attack_of_ones_own_are_not_done(home, monkeypatch):
+    home("here")
     profile = replace(load_profile("tiny"), attacks={"mine": load_profile("tiny").attacks["linf"]})
     monkeypatch.setitem(OWN_ATTACKS, "pgd", OwnAttack(pgd, 1))
     made = made_by(profile, "attacks", "cpu") | {"method": "ce"}
@@ -748,9 +749,9 @@ def test_rows_of_another_version_of_an_attack_of_ones_own_are_not_done(home, mon
 @pytest.mark.parametrize("same", [True, False])
 def test_snapshots_are_those_of_the_training_that_is_taken(home, tmp_path, same):
     """A run that was begun here gives way to the finished one, and its snapshots, if it is another training."""
+    there, folder = home("there"), tmp_path / "pack"
     recipe = replace(load_profile("tiny").recipes["ce"], snapshots=(0, 1, 3))
     profile = replace(load_profile("tiny"), recipes={"ce": recipe}, attacks={}, examination=None)
-    there, folder = home("there"), tmp_path / "pack"
     leg(folder, profile=profile)
     theirs = contents(there / "runs")
     home("here")

@@ -94,7 +94,7 @@ def test_a_sealed_piece_of_other_columns_is_refused_by_name(changed, said, tmp_p
     row = {"attack": "fmn", "index": 1, "label": 2, "correct": True, "radius": 0.5, "norm": 1.0, "gradients": 9}
     good = pd.DataFrame([row, row])
     one = CachedRows(tmp_path / "sandwich-1.csv", lambda: good, 2, kind="sandwich")
-    assert one.read().equals(good)
+    pd.testing.assert_frame_equal(one.read(), good, check_dtype=False)
     bad = pd.DataFrame({"a": [1, 2]}) if "columns" in changed else good.assign(**changed)
     write_table(one.path, bad, sealed=True)
     with pytest.raises(ValueError, match=f"{one.path}: {said}; delete it"):
