@@ -42,12 +42,8 @@ def accuracies(path: Path) -> pd.DataFrame | None:
     """The accuracies that a table of rows stands for, one a row: ``at value low high``; None for other tables."""
     table = read_checked(path)
     if path.name.startswith("attacks-"):
-        is_paper = table["attack"] == "paper"
-        found = pd.concat(
-            robust_accuracy(pd.DataFrame(table[rows])).assign(by=by)
-            for rows, by in ((~is_paper, ""), (is_paper, " paper's protocol"))
-            if rows.any()
-        )
+        parts = {"": table.query("attack != 'paper'"), " paper's protocol": table.query("attack == 'paper'")}
+        found = pd.concat(robust_accuracy(rows).assign(by=by) for by, rows in parts.items() if len(rows))
         at = found["method"] + found["by"] + " " + found["norm"] + " " + found["eps"].map("{:.4g}".format)
         return pd.DataFrame({"at": at, "value": found["robust_accuracy"], "low": found["low"], "high": found["high"]})
     if path.name.startswith("certificates-"):

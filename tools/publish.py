@@ -170,7 +170,13 @@ def _figures(root: Path, profile: str) -> list[Path]:
     paths = []
     for source in notebooks.sources(root):
         executed = _executed(root, source, profile)
-        for name, found in nbformat.read(executed, as_version=4).metadata.clustr.get("drawn", {}).items():
+        drawn = nbformat.read(executed, as_version=4).metadata.clustr.get("drawn", {})
+        labels = notebooks.figure_labels(notebooks.read_source(source))
+        wanted = {f"{profile}/{label}{kind}" for label in labels for kind in (".png", ".svg")}
+        if missing := sorted(wanted - set(drawn)):
+            where = executed.relative_to(root)
+            raise ValueError(f"figures/{missing[0]}: expected a figure that {where} drew, got none: make figures first")
+        for name, found in drawn.items():
             path = root / "figures" / name
             if not path.exists() or digest(path.read_bytes()) != found:
                 raise ValueError(

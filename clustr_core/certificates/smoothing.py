@@ -1,5 +1,6 @@
 """Randomised smoothing, a rival of the book's certificates: the class that a model gives most often under noise."""
 
+import math
 import numbers
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 
 from clustr_core.attacks.ball import Images
 from clustr_core.attacks.result import Model
-from clustr_core.numerics.checks import check_are_tensors, check_logits, check_positive
+from clustr_core.numerics.checks import check_are_tensors, check_logits
 
 ABSTAIN = -1
 BATCH = 256
@@ -185,8 +186,9 @@ def _generator(seed: int, index: int, device: torch.device) -> torch.Generator:
 
 
 def _check_numbers(noise: float, failure_prob: float, **counts: int) -> None:
-    check_positive(noise=noise, failure_prob=failure_prob)
-    if not failure_prob < 1:
+    if not isinstance(noise, numbers.Real) or not 0 < noise < math.inf:
+        raise ValueError(f"noise: expected a positive finite number, got {noise}")
+    if not isinstance(failure_prob, numbers.Real) or not 0 < failure_prob < 1:
         raise ValueError(f"failure_prob: expected a number between 0 and 1, got {failure_prob}")
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:

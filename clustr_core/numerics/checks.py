@@ -17,13 +17,12 @@ def is_name(name: object) -> TypeGuard[str]:
 
 
 def check_are_tensors(**values: object) -> None:
-    """Raises a TypeError unless each is a dense tensor that holds real numbers."""
+    """Raises a TypeError unless each is a dense tensor of real numbers, on whichever device."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {_described(value)}")
-        if value.layout != torch.strided or value.is_meta or value.is_complex():
-            got = f"{value.dtype}, {value.layout}, on {value.device}"
-            raise TypeError(f"{name}: expected a dense tensor of real numbers, got {got}")
+        if value.layout != torch.strided or value.is_complex():
+            raise TypeError(f"{name}: expected a dense tensor of real numbers, got {value.dtype}, {value.layout}")
 
 
 def check_finite(embeddings: Float[Tensor, "batch dim"]) -> None:

@@ -170,10 +170,11 @@ def as_kept(value: Any, kind: Any, where: str) -> Any:
         raise ValueError(f"{where}: expected a name, got {brief(value)}")
     if not kinds & {float, int}:
         return value
-    whole = float not in kinds
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
-        raise ValueError(f"{where}: expected a {'whole ' if whole else ''}number, got {brief(value)}")
-    return int(value) if whole else float(value)
+    if isinstance(value, numbers.Real) and float in kinds and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and float not in kinds:
+        return int(value)
+    raise ValueError(f"{where}: expected a {'' if float in kinds else 'whole '}number, got {brief(value)}")
 
 
 def field_value(value: Any, kind: Any, where: str) -> Any:
