@@ -178,7 +178,7 @@ def test_a_profile_finds_what_its_plugin_registers(tmp_path, monkeypatch):
     cells = [cell for cell in notebooks.read_source(source).cells if cell.cell_type == "code"]
     own = {cell.metadata.get("label", ""): cell.source for cell in cells}
     imports = next(cell.source for cell in cells if cell.source.startswith("import")).partition("\n\ntorch.")[0]
-    wanted = [own["own-encoder"].split("\n\n\n")[0], own["own-method"].split("\n\n\nshared")[0], own["own-attack"]]
+    wanted = [own["own-encoder"].split("\n\n\n")[0], own["own-method"].split("\n\n\nce = ")[0], own["own-attack"]]
     (tmp_path / "mine_of_chapter.py").write_text("\n\n\n".join([imports, *wanted]), encoding="utf-8")
     text = source.read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
     (tmp_path / "mine.yaml").write_text(text.replace("mine.py", "mine_of_chapter.py"), encoding="utf-8")
