@@ -147,7 +147,9 @@ def test_findings_cover_every_method_and_follow_their_thresholds(profile: str) -
     assert set(findings["method"]) == methods == set(rows(profile, "ablations")["method"])
     assert (findings["flagged"] == (findings["value"] > findings["threshold"])).all()
     # the photographs were measured before the checks that others have published came in
-    asked = {name for name, check in CHECKS.items() if profile != "cpu-cifar10" or check.ask.__module__ == checks.__name__}
+    asked = {
+        name for name, check in CHECKS.items() if profile != "cpu-cifar10" or check.ask.__module__ == checks.__name__
+    }
     assert set(findings["check"]) == asked
     thresholds = findings.groupby("check")["threshold"].agg(["min", "max"])
     assert thresholds.eq(pd.Series({name: CHECKS[name].threshold for name in asked}), axis=0).all(axis=None)

@@ -25,7 +25,7 @@ from clustr_core.models.one_lipschitz import (
     SLLConv2d,
     SLLLinear,
 )
-from clustr_core.numerics.checks import check_are_tensors, check_evaluating
+from clustr_core.numerics.checks import check_are_tensors, check_callable, check_evaluating
 from clustr_core.numerics.distances import flat_norm, per_item
 from clustr_core.numerics.rounding import full_precision
 
@@ -137,8 +137,7 @@ def lipschitz_lower_bound(
         ValueError: if there is no image or no iteration.
     """
     check_are_tensors(images=images)
-    if not callable(encoder):
-        raise TypeError(f"encoder: expected a module, or a function of images, got {type(encoder).__name__}")
+    check_callable(encoder, "encoder")
     if not len(images) or iterations < 1:
         raise ValueError(f"images, iterations: expected at least one of each, got {len(images)} and {iterations}")
     generator = torch.Generator(images.device).manual_seed(seed)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from clustr_core.attacks.ball import Images
 from clustr_core.attacks.result import Model
-from clustr_core.numerics.checks import check_are_tensors, check_logits
+from clustr_core.numerics.checks import check_are_tensors, check_callable, check_logits
 
 ABSTAIN = -1
 BATCH = 256
@@ -143,8 +143,7 @@ def _votes(
     progress: bool,
 ) -> dict[str, Int[Tensor, "batch class"]]:
     """How often the model gives each class to independent sets of so many noisy copies of each image, on the CPU."""
-    if not callable(model):
-        raise TypeError(f"model: expected a module, or a function of images, got {type(model).__name__}")
+    check_callable(model)
     _check_numbers(noise, failure_prob, batch_size=batch_size, **sizes)
     _check_images(images, indices, seed)
     numbered = range(len(images)) if indices is None else indices.tolist()

@@ -130,6 +130,12 @@ def _examples(which: Bool[Tensor, " batch"]) -> str:
     return f"example {found[0]}" if len(found) == 1 else f"{len(found)} of {len(which)} examples, first {found[0]}"
 
 
+def check_callable(model: object, name: str = "model") -> None:
+    """Raises a TypeError for what cannot be called on images."""
+    if not callable(model):
+        raise TypeError(f"{name}: expected a module, or a function of images, got {_described(model)}")
+
+
 def check_evaluating(model: object, name: str = "model") -> None:
     """Refuse a model that is not a function of one image, since a layer of it is in training mode.
 
@@ -140,8 +146,7 @@ def check_evaluating(model: object, name: str = "model") -> None:
         TypeError: if it cannot be called.
         ValueError: that names the first such layer. A plain function is not looked into.
     """
-    if not callable(model):
-        raise TypeError(f"{name}: expected a module, or a function of images, got {_described(model)}")
+    check_callable(model, name)
     if not isinstance(model, nn.Module):
         return
     for path, module in model.named_modules():

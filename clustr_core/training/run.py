@@ -1,5 +1,6 @@
 """A finished run on disk."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -174,6 +175,11 @@ class Run:
         return content
 
 
+# a network of such a width, for such images, with so many rows of a head, takes little memory whatever its file holds;
+# and PyTorch takes seconds to get ready to plan some of them without numbers
+SMALL_WIDTH, SMALL_IMAGE, SMALL_HEAD = 128, 3 * 64 * 64, 10_000
+
+
 def _check_size(
     tensors: Mapping[str, Tensor],
     recipe: Recipe,
@@ -181,20 +187,22 @@ def _check_size(
     num_classes: int,
     where: Path | str,
 ) -> None:
-    """Refuse a file with fewer numbers than a recipe's network has, before memory is taken for that.
+    """Refuse a file with fewer numbers than a recipe's network has, before much memory is taken for that.
 
     Args:
         num_classes: 0 for an encoder alone.
     Raises:
         ValueError: if there are fewer.
     """
+    rows = num_classes * (recipe.per_class if recipe.learnable_centroids else 1)
+    if recipe.width <= SMALL_WIDTH and math.prod(image_shape) <= SMALL_IMAGE and rows <= SMALL_HEAD:
+        return
     try:
         with torch.device("meta"):
             encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
     except (RuntimeError, ValueError, TypeError):
         # one of somebody's own, which looks at its numbers as it is built
         return
-    rows = num_classes * (recipe.per_class if recipe.learnable_centroids else 1)
     dim: int = encoder.embedding_dim  # pyright: ignore[reportAssignmentType]
     wanted = sum(tensor.numel() for tensor in encoder.state_dict().values()) + rows * dim
     if wanted > (found := sum(tensor.numel() for tensor in tensors.values())):
