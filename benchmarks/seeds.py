@@ -1,0 +1,87 @@
+"""One recipe, several seeds: how far the numbers of a profile stand from those of the same methods trained again.
+
+    python -m benchmarks.seeds --profile cpu --seeds 111 112 113
+
+Each method is trained at each seed, with what it starts from, and attacked as the profile says at the eps of its
+examination; where it certifies, it is certified. Of the profile's own seed the published rows are counted. Adds a
+training at a time to results/bench/seeds.csv; runs and measured pieces are kept as always: killed, run it again.
+"""
+
+import argparse
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+
+import pandas as pd
+import torch
+
+from benchmarks.repeat import seeded
+from clustr_core.measuring.attacked import attacks_of
+from clustr_core.measuring.certified import certificates_of
+from clustr_core.measuring.profile import Profile, Protocol, load_profile
+from clustr_core.measuring.seeds import counted, pooled
+from clustr_core.measuring.study import RADII, as_far_as_published
+from clustr_core.storage.files import home
+from clustr_core.storage.tables import read_table, write_table
+from clustr_core.training.loop import fit
+
+METHODS = ["ce", "pgd-at", "clustr", "clustr-qtrades", "clustr-cert", "lip-linear"]
+KEY = ["profile", "method", "seed"]
+
+
+def at_one_eps(profile: Profile) -> dict[str, Protocol]:
+    """The L-infinity attacks of a profile that are asked at its examination's eps, at that eps alone."""
+    eps = profile.examination.eps
+    asked = {name: each for name, each in profile.attacks.items() if each.norm == "linf" and eps in each.eps}
+    return {name: replace(each, eps=(eps,)) for name, each in asked.items()}
+
+
+def rows_of(name: str, method: str, seed: int) -> pd.DataFrame:
+    """The counts of one training."""
+    torch.set_num_threads(1)
+    profile = load_profile(name)
+    about = dict(zip(KEY, (name, method, seed), strict=True))
+    radii = profile.sandwich.apgd_eps if profile.sandwich else RADII
+    if profile.recipes[method].seed == seed:
+        study = as_far_as_published(name)
+        attacks, certificates = (_of_method(rows, method) for rows in (study.attacks, study.certificates))
+    else:
+        recipes = {other: seeded(recipe, seed) for other, recipe in profile.recipes.items()}
+        seen = replace(profile, recipes=recipes, attacks=at_one_eps(profile))
+        for source in {each.source for each in seen.attacks.values() if each.attack == "transfer"} - {method}:
+            fit(recipes[source], device="cpu", progress=False)
+        run = fit(recipes[method], device="cpu", progress=False)
+        attacks, certificates = attacks_of(run, seen, progress=False), certificates_of(run, seen, progress=False)
+    if profile.recipes[method].guarantee == "none":
+        certificates = certificates.iloc[:0]
+    return counted(attacks, certificates, eps=profile.examination.eps, radii=radii).assign(**about)
+
+
+def _of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:
+    return pd.DataFrame(rows[rows["method"].isin([method, f"{method}-clusters"])])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", default="cpu")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[111, 112, 113])
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, a thread each")
+    options = parser.parse_args(arguments)
+    path = home() / "results/bench" / "seeds.csv"
+    asked = [(options.profile, method, seed) for seed in options.seeds for method in options.methods]
+    found = read_table(path) if path.exists() else pd.DataFrame(columns=KEY)
+    done = set(found[KEY].itertuples(index=False, name=None))
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        waiting = [pool.submit(rows_of, *key) for key in asked if key not in done]
+        for finished in as_completed(waiting):
+            rows = finished.result()[[*KEY, "model", "number", "holds", "images"]]
+            found = pd.concat([found, rows], ignore_index=True) if len(found) else rows
+            write_table(path, found.sort_values(KEY, kind="stable"))
+    print(pooled(found).to_string(index=False, float_format="%.1f"))
+
+
+if __name__ == "__main__":
+    main()

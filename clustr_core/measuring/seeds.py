@@ -1,0 +1,58 @@
+"""One recipe, several seeds: the numbers of each training as counts of images, and what they are together."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from clustr_core.measuring.accuracy import best_bound, binomial_interval, both_protocols, certified_accuracy
+
+KEYS = ["profile", "model", "number"]
+NAMES = {"paper": "paper's protocol", "correct": "correct attacks"}
+
+
+def counted(attacks: pd.DataFrame, certificates: pd.DataFrame, *, eps: float, radii: Sequence[float]) -> pd.DataFrame:
+    """How many images of one training hold, and of how many.
+
+    Args:
+        attacks: of `attacks_of`, with the paper's protocol and another attack at ``eps`` (L-infinity, in pixels of
+            [0, 1]).
+        certificates: of `certificates_of`; the best bound of each method counts. No rows for methods without a promise.
+        radii: L2, at which certified images are counted.
+    Returns:
+        columns ``model number holds images``; ``number`` is "clean", "paper's protocol", "correct attacks" or
+        "certified at R". The first three stand on the images that every attack has seen.
+    Raises:
+        ValueError: if no two protocols meet at eps.
+    """
+    here = attacks[(attacks["eps"] - eps).abs() < 1e-9]
+    both = both_protocols(here).rename(columns={"method": "model", "robust_accuracy": "share"})
+    both["number"] = both["protocol"].map(NAMES.get).where(both["eps"] > 0, "clean")
+    rows = [both.drop_duplicates(["model", "number"])]
+    if len(certificates):
+        certified = certified_accuracy(best_bound(certificates), list(radii))
+        certified["number"] = [f"certified at {radius:g}" for radius in certified["at"]]
+        rows += [certified.rename(columns={"method": "model", "certified_accuracy": "share"})]
+    found = pd.concat(rows, ignore_index=True).rename(columns={"examples": "images"})
+    found["holds"] = (found["share"] * found["images"]).round().astype(int)
+    return pd.DataFrame(found[["model", "number", "holds", "images"]])
+
+
+def pooled(table: pd.DataFrame) -> pd.DataFrame:
+    """Each number over its seeds.
+
+    Args:
+        table: columns ``profile model number seed holds images``.
+    Returns:
+        one row a profile, model and number, in their first order: ``seeds``; in per cent ``mean``, ``least`` and
+        ``most`` over the seeds, and ``low`` and ``high``, the exact 95 % interval of all seeds' images counted
+        together. That interval takes the images for independent trials, though each seed is asked the same ones, and
+        the seeds for one network: the spread stands beside it because either alone is too narrow.
+    Source: `binomial_interval` (Clopper and Pearson 1934).
+    """
+    shares = table.assign(share=100 * table["holds"] / table["images"])
+    groups = shares.groupby(KEYS, sort=False)
+    found = groups["share"].agg(mean="mean", least="min", most="max").reset_index()
+    found.insert(len(KEYS), "seeds", groups["seed"].nunique().to_numpy())
+    counts = groups[["holds", "images"]].sum()
+    bounds = [binomial_interval(holds, images) for holds, images in counts.itertuples(index=False, name=None)]
+    return found.assign(low=[100 * low for low, _ in bounds], high=[100 * high for _, high in bounds])
