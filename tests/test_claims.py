@@ -59,6 +59,11 @@ def measured(text: str) -> list[str]:
         ),
         ("90 pp, 80/100 images, 70 out of 100; 8 x 8, 16 × 16, 1/2", ["90", "80/100", "70"]),
         ("---\ntitle: 0.5\n---\n\n0.7", ["0.7"]),
+        ("It keeps 93&nbsp;% and <b>92</b> %, 91&#160;<em>%</em>, H<sub>2</sub>O.", ["93", "92", "91"]),
+        (
+            "| method | clean, % | images |\n| --- | --- | --- |\n| ce of 8 | 93 | 256 |\n| b | **7** | 64 |",
+            ["93", "7"],
+        ),
     ],
 )
 def test_measured_numbers(text: str, numbers: list[str]) -> None:

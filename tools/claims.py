@@ -25,6 +25,8 @@ A RADIUS or VALUE may be a fraction. An argument with a comma or a parenthesis s
 """
 
 import csv
+import html
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -68,6 +70,8 @@ _FENCE = re.compile(r"(?P<fence>`{3,}|:{3,})\{?(?P<name>[\w-]*)(?P<brace>\}?) *(
 _SILENT = ("code-cell", "math", "code", "code-block", "mermaid")
 # a role whose content is read as it stands
 _TEXT_ROLE = re.compile(r"\{(?:strong|emphasis|abbr|sub|sup|u|del|smallcaps)\}`([^`]+)`")
+# an inline tag of HTML, as a browser would hide it
+_TAG = re.compile(r"</?(?:b|i|u|em|strong|sub|sup|small|span|mark|font|abbr|nobr)(?:\s[^<>]*)?>", re.I)
 # what is no measurement: code, other roles, links, options but the alt text, a list's own numbers, an interval's level
 _MASKED = re.compile(
     r"^(?P<inner>`{3,}).*?^(?P=inner)|`[^`]+`|\]\([^)\s]*\)|https?://\S+|^:(?!alt|caption)[\w-]+:.*?$|^\s*\d+\.\s"
@@ -127,7 +131,9 @@ class Block:
 
     def tokens(self) -> list[Token]:
         """The numbers of its text, in order."""
-        text = "\n".join(line for _, line in self.lines)
+        header = next((line for _, line in self.lines if _in_table(line)), "")
+        lines = (_with_units(line, header) if _in_table(line) else line for _, line in self.lines)
+        text = "\n".join(html.unescape(_TAG.sub("", line)) for line in lines)
         text = _TEXT_ROLE.sub(lambda match: match[1].rjust(len(match[0])), text)
         text = _MASKED.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
         return [self._token(text, match) for match in _TOKEN.finditer(text)]
@@ -136,6 +142,16 @@ class Block:
         measured = not match["number"].replace(",", "").isdecimal() or _MEASURED.match(text, match.end())
         line = self.lines[text.count("\n", 0, match.start())][0]
         return Token(line, match[0].replace("−", "-"), bool(measured))
+
+
+def _with_units(row: str, header: str) -> str:
+    """A table's row with "%" behind the whole numbers that stand alone in cells whose column is headed by "%"."""
+    shares = ["%" in title for title in header.split("|")]
+    cells = row.split("|")
+    return "|".join(
+        f"{cell.rstrip()} %" if share and re.fullmatch(r"\W*\d+\W*", cell) and "%" not in cell else cell
+        for cell, share in itertools.zip_longest(cells, shares[: len(cells)], fillvalue=False)
+    )
 
 
 def parse_cell(text: str) -> Cell:

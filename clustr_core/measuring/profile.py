@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -287,11 +288,11 @@ def load_profile(name: str | Path) -> Profile:
     that two files of one name do not overwrite each other's tables.
 
     Keys: ``shared`` (fields of every recipe), ``methods`` (the fields of each; ``warm_start`` names another method),
-    ``attacks`` (a `Protocol` each), ``certified_examples``, ``examination``, ``sandwich`` and ``smoothing`` (an
-    `Examination`, a `SandwichBudget`, a `SmoothingBudget`), ``chapters`` (parameters of each notebook), ``plugins``
-    (modules, or Python files beside the profile, that register methods, encoders and attacks of one's own; they are
-    imported, which runs them). Fractions such as 8/255 are numbers, everywhere; numbers are decimal; no key may stand
-    twice.
+    ``attacks`` (a `Protocol` each), ``certified_examples`` (at least as many as all attacks see at one eps; None for
+    all), ``examination``, ``sandwich`` and ``smoothing`` (an `Examination`, a `SandwichBudget`, a `SmoothingBudget`),
+    ``chapters`` (parameters of each notebook), ``plugins`` (modules, or Python files beside the profile, that register
+    methods, encoders and attacks of one's own; they are imported, which runs them). Fractions such as 8/255 are
+    numbers, everywhere; numbers are decimal; no key may stand twice.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -322,6 +323,7 @@ def _loaded(path: Path) -> Profile:
     examples = field_value(content.get("certified_examples"), int | None, where)
     if examples is not None and examples < 1:
         raise ValueError(f"{where}: expected a positive number, got {examples}")
+    _check_covered(protocols, examples, where)
     budgets = {
         key: build(kind, mapping(content[key], f"{path.name}: {key}"), f"{path.name}: {key}")
         for key, kind in _BUDGETS.items()
@@ -334,6 +336,18 @@ def _loaded(path: Path) -> Profile:
         return Profile(_name_of(path), recipes, protocols, examples, chapters=chapters, **source, **budgets)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
+
+
+def _check_covered(protocols: Mapping[str, Protocol], examples: int | None, where: str) -> None:
+    """Certificates of as many images as any accuracy under attack stands on: tables print the two side by side."""
+    if examples is None:
+        return
+    balls = {(each.norm, eps) for each in protocols.values() for eps in each.eps}
+    for norm, eps in sorted(balls):
+        seen = [each.examples for each in protocols.values() if each.norm == norm and eps in each.eps]
+        if (fewest := min((count for count in seen if count is not None), default=None)) is None or fewest > examples:
+            expected = "no number (all test images)" if fewest is None else f"{fewest} at least"
+            raise ValueError(f"{where}: expected {expected}, as the attacks at {norm} {eps:g} have, got {examples}")
 
 
 def _path_of(name: str | Path) -> Path:

@@ -53,7 +53,7 @@ methods:
   clustr: {warm_start: ce, snapshots: [0, 2]}
   clustr-qtrades:
 attacks:
-  linf: {norm: linf, eps: [8/255, 0.1], steps: 5}
+  linf: {norm: linf, eps: [8/255, 0.1], steps: 5, examples: 48}
 certified_examples: 64
 sandwich: {steps: 7, apgd_eps: [1/4, 0.5]}
 smoothing: {examples: 9, failure_prob: 1/100}
@@ -83,7 +83,7 @@ def test_a_profile_is_what_its_file_says(profile):
     assert at == AdversarialTraining(eps=0.1, steps=2, width=8)
     assert clustr == Clustr(warm_start=ce, snapshots=(0, 2), width=8)
     assert qtrades == ClustrQTrades(width=8)
-    assert found.attacks == {"linf": Protocol(norm="linf", eps=(8 / 255, 0.1), steps=5)}
+    assert found.attacks == {"linf": Protocol(norm="linf", eps=(8 / 255, 0.1), steps=5, examples=48)}
     assert found.certified_examples == 64
     assert found.sandwich == SandwichBudget(steps=7, apgd_eps=(0.25, 0.5))
     assert found.smoothing == SmoothingBudget(examples=9, failure_prob=0.01)
@@ -204,6 +204,14 @@ def test_every_profile_of_the_book_loads_and_survives_json(path, monkeypatch):
         ("- ce", r"mine\.yaml: expected keys with values, got \['ce'\]"),
         ("methods: {ce: [", r"mine\.yaml: expected YAML, got "),
         ("certified_examples: 0", r"mine\.yaml: certified_examples: expected a positive number, got 0"),
+        (
+            "attacks: {a: {eps: [0.1], examples: 9}, b: {attack: square, eps: [0.1, 0.2]}}\ncertified_examples: 8",
+            r"mine\.yaml: certified_examples: expected 9 at least, as the attacks at linf 0\.1 have, got 8",
+        ),
+        (
+            "attacks: {a: {eps: [0.1], examples: 9}, b: {attack: square, eps: [0.1, 0.2]}}\ncertified_examples: 9",
+            r"certified_examples: expected no number \(all test images\), as the attacks at linf 0\.2 have, got 9",
+        ),
         ("certified_examples: all", r"mine\.yaml: certified_examples: expected a number or a fraction, got 'all'"),
         (
             "methods: {ce: {schedule: cosine}}",
