@@ -6,6 +6,11 @@
 # Training keeps its own checkpoints beside run.json, which appears when the run is complete: Snakemake deletes the
 # declared outputs of a killed job, never the checkpoints, so the next call goes on from the last epoch. Tables are made
 # of pieces that are kept beside the run in the same way.
+#
+# What is done is told by what files say of themselves, not by when they were written, since they are copied in any order
+# and made by hand, too: a finished run is no rule's output, so that nothing deletes it or trains it again; a table that
+# the profile would make so today is given a time after its runs', any other one a time before all.
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -13,9 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(workflow.basedir))
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
-from clustr_core.measuring.written import asked_beside
+from clustr_core.measuring.written import asked_beside, is_written
 from clustr_core.storage.files import digest
-from clustr_core.training.recipes import run_key
+from clustr_core.training.names import DONE
+from clustr_core.training.recipes import run_folder, run_key
 from tools import notebooks
 
 PROFILE = load_profile(config.get("profile", "quick"))
@@ -36,11 +42,29 @@ TOOLS = ["tools/execute.py", "tools/notebooks.py"]
 METHOD_OF = {run_key(recipe): method for method, recipe in PROFILE.recipes.items()}
 RUN_OF = {method: f"runs/{key}/run.json" for key, method in METHOD_OF.items()}
 TABLES = [f"results/{NAME}/{kind}-{method}.csv" for kind, methods in PROFILE.measured.items() for method in methods]
+RESULTS = Path("results") / NAME
+# where Snakemake is started again for one job, what was not there when the job was sent may be there now
+PLANS = workflow.is_main_process
+TRAINED = [key for key, method in METHOD_OF.items() if PLANS and (run_folder(PROFILE.recipes[method]) / DONE).exists()]
 # the runs from which attacks are transferred
 SOURCES = sorted({RUN_OF[each.source] for each in PROFILE.attacks.values() if each.attack == "transfer"})
 # prototypes are certified without a run: what their table depends on is code
 CERTIFYING = [path for path in CORE if "certificates" in Path(path).parts]
 CHAPTERS = {source.stem: notebooks.read_source(source) for source in notebooks.sources(Path("."))}
+
+
+def settle():
+    """Give tables the times of what they are: current ones are no older than what they are of, others older than all."""
+    for kind, method in PROFILE.tables:
+        table = RESULTS / f"{kind}-{method}.csv"
+        if not table.exists():
+            continue
+        latest = 1
+        if is_written(RESULTS, PROFILE, kind, method):
+            radii = f"results/{NAME}/certificates-{method}.csv" if kind == "sandwich" else ""
+            inputs = [RUN_OF.get(method, ""), RUN_OF.get("ce", ""), *SOURCES, radii]
+            latest = max(path.stat().st_mtime_ns for path in [table, *map(Path, inputs)] if path.is_file())
+        os.utime(table, ns=(latest, latest))
 
 
 def needs(mem_mb, runtime, processes=PROCESSES):
@@ -66,8 +90,12 @@ def figures(chapter):
 
 
 wildcard_constraints:
-    key="|".join(METHOD_OF) or "none",
+    key="|".join(key for key in METHOD_OF if key not in TRAINED) or "none",
     method="|".join([*RUN_OF, "prototypes"]),
+
+
+if PLANS:
+    settle()
 
 
 rule all:

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import attacking, certifying, growth, steps, whole
 from benchmarks.harness import Effort, Row, machine
-from clustr_core.storage.files import home
+from clustr_core.storage.files import alone, home
 from clustr_core.storage.tables import read_table, write_table
 
 SUITES: dict[str, Callable[[Effort], list[Row]]] = {
@@ -81,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if suites:
         table = rows_of(suites, effort).assign(**about)
         if folder:
-            write_table(folder / "bench.csv", _with_others(table, folder / "bench.csv"))
+            folder.mkdir(parents=True, exist_ok=True)
+            with alone(folder):
+                write_table(folder / "bench.csv", _with_others(table, folder / "bench.csv"))
     for name in TABLES:
         if name in asked:
             found = TABLES[name](effort)

@@ -24,10 +24,10 @@ import pandas as pd
 import torch
 
 from benchmarks.budget import certified, held_out, trained
+from benchmarks.growing import add_rows, done_at, rows_at
 from clustr_core import data
 from clustr_core.measuring.equal_minutes import TRAINING
 from clustr_core.storage.files import home
-from clustr_core.storage.tables import read_table, write_table
 from clustr_core.training.recipes import ClustrCert, LipschitzMargin, Recipe
 
 LOSSES = ("margin", "emma", "annealed")
@@ -44,6 +44,7 @@ MARGINS = {"mnist5k": (1.0, 2.0), "digits": (0.25, 0.5, 1.0)}
 SHARES = (1 / 8,)
 LARGEST = {"mnist5k": 4.0, "digits": 1.6}
 SETTING_SEED = 1000
+KEY = [*TRAINING, "seconds"]
 Key = tuple[str, str, str, float, float, int]
 
 
@@ -57,7 +58,7 @@ def curves(key: Key, seconds: float) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as folder:
         run, cost = trained(replace(HEADS[head], **changes), seen, Path(folder), seconds)
         found = certified(run, seen, np.linspace(0, LARGEST[dataset], 41).round(6))
-    return found.assign(**dict(zip(TRAINING, key, strict=True)), **cost)
+    return found.assign(**dict(zip(TRAINING, key, strict=True)), **cost, seconds=seconds)
 
 
 def best_settings(table: pd.DataFrame) -> dict[tuple[str, str], tuple[float, float]]:
@@ -69,16 +70,15 @@ def best_settings(table: pd.DataFrame) -> dict[tuple[str, str], tuple[float, flo
 
 def computed(keys: Sequence[Key], seconds: float, jobs: int, path: Path) -> pd.DataFrame:
     """The rows of all trainings; those that are there already are not computed again."""
-    found = read_table(path) if path.exists() else pd.DataFrame(columns=TRAINING)
-    done = {tuple(row) for row in found[TRAINING].itertuples(index=False)}
+    asked, done = [(*key, seconds) for key in keys], done_at(path, KEY)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(curves, key, seconds) for key in keys if key not in done]
+        waiting = [pool.submit(curves, key[:-1], seconds) for key in asked if key not in done]
         for finished in as_completed(waiting):
             rows = finished.result()
             order = [*TRAINING, *(name for name in rows if name not in TRAINING)]
-            found = pd.concat([found, rows[order]], ignore_index=True) if len(found) else rows[order]
-            write_table(path, found.sort_values([*TRAINING, "bound"], kind="stable"))
-    return found[found[TRAINING].apply(tuple, axis=1).isin(set(keys))]
+            add_rows(path, rows[order], KEY, within=["bound"])
+    found = rows_at(path, KEY)
+    return found[found[KEY].apply(tuple, axis=1).isin(set(asked))]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,13 +22,13 @@ import pandas as pd
 import torch
 
 from benchmarks.budget import SECONDS_PER_CPU_MINUTE, certified, held_out, trained
+from benchmarks.growing import add_rows, done_at, rows_at
 from clustr_core import data
 from clustr_core.storage.files import home
-from clustr_core.storage.tables import read_table, write_table
 from clustr_core.training.recipes import LipschitzMargin, Recipe
 
 RADII = [0, 36 / 255, 72 / 255, 108 / 255]
-KEY = ["candidate", "minutes", "seed", "images"]
+KEY = ["dataset", "candidate", "minutes", "seed", "images"]
 COLUMNS = ["clean", "at_36", "at_72", "at_108"]
 _SHARED = {
     "epochs": 1, "batch_size": 256, "learning_rate": 1e-2, "schedule": "triangle", "augmentation": "crop-flip",
@@ -62,7 +62,16 @@ def raced(name: str, dataset: str, minutes: float, seed: int, last: bool) -> dic
     shares = dict(zip(COLUMNS, best.iloc[: len(RADII)].astype(float), strict=True))
     constants = {key: float(best[key]) for key in ("mean_radius", "lipschitz", "lipschitz_lower_bound")}
     where = "test" if last else "held out"
-    return {"candidate": name, "minutes": minutes, "seed": seed, "images": where, **cost, **shares, **constants}
+    return {
+        "dataset": dataset,
+        "candidate": name,
+        "minutes": minutes,
+        "seed": seed,
+        "images": where,
+        **cost,
+        **shares,
+        **constants,
+    }
 
 
 def score(row: pd.Series) -> float:
@@ -76,24 +85,17 @@ def race(dataset: str, minutes: Sequence[float], keep: Sequence[int], seeds: int
     for number, budget in enumerate(minutes):
         last = number == len(minutes) - 1
         images = "test" if last else "held out"
-        asked = [(name, budget, seed, images) for name in going for seed in range(seeds if last else 1)]
-        known = _known(path)
-        missing = [key for key in asked if key not in known.index]
+        asked = [(dataset, name, budget, seed, images) for name in going for seed in range(seeds if last else 1)]
+        done = done_at(path, KEY)
+        missing = [key for key in asked if key not in done]
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            waiting = [pool.submit(raced, name, dataset, given, seed, last) for name, given, seed, _ in missing]
-            for done in as_completed(waiting):
-                row = pd.DataFrame([done.result()])
-                known = (pd.concat([known.reset_index(), row]) if len(known) else row).set_index(KEY)
-                write_table(path, known.reset_index())
+            waiting = [pool.submit(raced, name, dataset, given, seed, last) for _, name, given, seed, _ in missing]
+            for finished in as_completed(waiting):
+                add_rows(path, pd.DataFrame([finished.result()]), KEY)
         if not last:
-            of_round = known.loc[asked]
+            of_round = rows_at(path, KEY).set_index(KEY).loc[asked]
             ranked = of_round.apply(score, axis=1).sort_values(ascending=False, kind="stable")
-            going = [str(key[0]) for key in ranked.index[: keep[number]]]
-
-
-def _known(path: Path) -> pd.DataFrame:
-    table = read_table(path) if path.exists() else pd.DataFrame(columns=KEY)
-    return table.set_index(KEY)
+            going = [str(key[1]) for key in ranked.index[: keep[number]]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--keep: expected {len(options.minutes) - 1} numbers, one a round but the last")
     path = home() / "results/bench" / "race.csv"
     race(options.dataset, options.minutes, options.keep, options.seeds, options.jobs, path)
-    print(read_table(path).to_string(index=False, float_format="%.3f"))
+    print(rows_at(path, KEY).to_string(index=False, float_format="%.3f"))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from multiprocessing import get_context
 import pandas as pd
 import torch
 
+from benchmarks.growing import add_rows, done_at, rows_at
 from clustr_core.measuring.accuracy import best_bound, both_protocols, certified_accuracy
 from clustr_core.measuring.attacked import attacks_of
 from clustr_core.measuring.certified import certificates_of
@@ -25,12 +26,13 @@ from clustr_core.measuring.examination import diagnostics_of
 from clustr_core.measuring.moved import moved_by
 from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.storage.files import home
-from clustr_core.storage.tables import read_table, write_table
+from clustr_core.storage.tables import write_table
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import Recipe
 from clustr_core.training.run import Run
 
-KEY = ["profile", "method", "seed", "trained_by"]
+# `asked` is the digest of the profile's file: rows of what it said before are other rows
+KEY = ["profile", "asked", "method", "seed", "trained_by"]
 RADIUS = 0.5
 
 
@@ -38,6 +40,11 @@ def seeded(recipe: Recipe, seed: int) -> Recipe:
     """A recipe, and what it starts from, of another seed."""
     start = recipe.warm_start and seeded(recipe.warm_start, seed)
     return replace(recipe, seed=seed, warm_start=start)
+
+
+def asked_of(profile: Profile) -> str:
+    """A profile's file, in ten digits."""
+    return profile.sha256[:10]
 
 
 def numbers(run: Run, profile: Profile) -> Iterator[dict[str, object]]:
@@ -72,7 +79,7 @@ def rows_of(name: str, method: str, seed: int, trained_by: int, measured_by: Seq
             # what an attack is transferred from
             fit(seen.recipes["ce"], device="cpu", progress=False)
             rows += [{"measured_by": threads, **row} for row in numbers(run, seen)]
-    return pd.DataFrame(rows).assign(**dict(zip(KEY, (name, method, seed, trained_by), strict=True)))
+    return pd.DataFrame(rows).assign(**dict(zip(KEY, (name, asked_of(profile), method, seed, trained_by), strict=True)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,24 +93,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     path, counts = home() / "results/bench" / "repeat.csv", sorted(set(options.threads))
     asked = [
-        (options.profile, method, seed, threads)
+        (options.profile, asked_of(load_profile(options.profile)), method, seed, threads)
         for seed in range(options.seeds)
         for method in options.methods
         for threads in counts
     ]
-    found = read_table(path) if path.exists() else pd.DataFrame(columns=KEY)
-    done = set(found[[*KEY, "measured_by"]].itertuples(index=False, name=None)) if len(found) else set()
+    done = done_at(path, [*KEY, "measured_by"])
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = [
-            pool.submit(rows_of, *key, missing)
-            for key in asked
-            if (missing := [by for by in (counts if key[-1] == counts[0] else [key[-1]]) if (*key, by) not in done])
+            pool.submit(rows_of, name, method, seed, threads, missing)
+            for name, digest, method, seed, threads in asked
+            if (
+                missing := [
+                    by
+                    for by in (counts if threads == counts[0] else [threads])
+                    if (name, digest, method, seed, threads, by) not in done
+                ]
+            )
         ]
         for finished in as_completed(waiting):
             rows = finished.result()[[*KEY, "measured_by", "model", "number", "value"]]
-            found = pd.concat([found, rows], ignore_index=True) if len(found) else rows
-            write_table(path, found.sort_values([*KEY, "measured_by"], kind="stable"))
-    moved = moved_by(found)
+            add_rows(path, rows, [*KEY, "measured_by"])
+    found = rows_at(path, KEY)
+    moved = moved_by(found[found["asked"].isin({key[1] for key in asked})])
     write_table(path.with_name("moved.csv"), moved)
     print(moved.to_string(index=False, float_format="%.1f"))
 

@@ -8,6 +8,7 @@ training at a time to results/bench/seeds.csv; runs and measured pieces are kept
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -16,18 +17,18 @@ from multiprocessing import get_context
 import pandas as pd
 import torch
 
-from benchmarks.repeat import seeded
+from benchmarks.growing import add_rows, done_at, rows_at
+from benchmarks.repeat import asked_of, seeded
 from clustr_core.measuring.attacked import attacks_of
 from clustr_core.measuring.certified import certificates_of
 from clustr_core.measuring.profile import Profile, Protocol, load_profile
 from clustr_core.measuring.seeds import counted, pooled
 from clustr_core.measuring.study import RADII, as_far_as_published
 from clustr_core.storage.files import home
-from clustr_core.storage.tables import read_table, write_table
 from clustr_core.training.loop import fit
 
 METHODS = ["ce", "pgd-at", "clustr", "clustr-qtrades", "clustr-cert", "lip-linear"]
-KEY = ["profile", "method", "seed"]
+KEY = ["profile", "asked", "method", "seed"]
 
 
 def at_one_eps(profile: Profile) -> dict[str, Protocol]:
@@ -41,7 +42,7 @@ def rows_of(name: str, method: str, seed: int) -> pd.DataFrame:
     """The counts of one training."""
     torch.set_num_threads(1)
     profile = load_profile(name)
-    about = dict(zip(KEY, (name, method, seed), strict=True))
+    about = dict(zip(KEY, (name, asked_of(profile), method, seed), strict=True))
     radii = profile.sandwich.apgd_eps if profile.sandwich else RADII
     if profile.recipes[method].seed == seed:
         study = as_far_as_published(name)
@@ -70,17 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[111, 112, 113])
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, a thread each")
     options = parser.parse_args(arguments)
-    path = home() / "results/bench" / "seeds.csv"
-    asked = [(options.profile, method, seed) for seed in options.seeds for method in options.methods]
-    found = read_table(path) if path.exists() else pd.DataFrame(columns=KEY)
-    done = set(found[KEY].itertuples(index=False, name=None))
+    path, digest = home() / "results/bench" / "seeds.csv", asked_of(load_profile(options.profile))
+    done, trainings = done_at(path, KEY), [*itertools.product(options.seeds, options.methods)]
+    missing = [(method, seed) for seed, method in trainings if (options.profile, digest, method, seed) not in done]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        waiting = [pool.submit(rows_of, *key) for key in asked if key not in done]
+        waiting = [pool.submit(rows_of, options.profile, *each) for each in missing]
         for finished in as_completed(waiting):
             rows = finished.result()[[*KEY, "model", "number", "holds", "images"]]
-            found = pd.concat([found, rows], ignore_index=True) if len(found) else rows
-            write_table(path, found.sort_values(KEY, kind="stable"))
-    print(pooled(found).to_string(index=False, float_format="%.1f"))
+            add_rows(path, rows, KEY)
+    found = rows_at(path, KEY)
+    print(pooled(found[found["asked"] == digest]).to_string(index=False, float_format="%.1f"))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """Datasets as uint8 tensors in memory; batches and augmentation as whole-tensor operations."""
 
 import hashlib
-import io
 import math
 import os
-import struct
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,12 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer, UInt8
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from clustr_core.storage.files import digest, expanded, home
-from clustr_core.storage.gate import MB, brief, listed, named, named_place, opened, read_bytes, shortened
+from clustr_core.storage.gate import brief, listed, named, named_place, opened, shortened
+from clustr_core.storage.images import IMAGE_FILE_LIMIT, NotUsable, decoded
 from clustr_core.storage.tensors import read_tensors, write_tensors
 
 ImageBytes = UInt8[Tensor, "batch channel height width"]
@@ -31,20 +28,6 @@ CACHE_FOLDER = ".cache"
 IMAGES = "decoded images"
 _CACHED = {"train_images", "train_labels", "test_images", "test_labels"}
 SPLIT_SEED = 111
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-# portable bitmaps in text, which Pillow takes minutes over where they are mostly comments
-_IN_TEXT = (b"P1", b"P2", b"P3")
-# a photograph of the largest camera has as many; of an image of the book it would be the side of a wall
-MOST_PIXELS_A_SIDE = 4096
-IMAGE_FILE_LIMIT = 64 * MB
-# of a progressive JPEG; encoders write some ten
-MOST_SCANS = 100
-# a line of pixels may be a strip of its own, in each of a few bands
-MOST_TAGS, MOST_NUMBERS = 1000, 8 * MOST_PIXELS_A_SIDE
-# kinds of a TIFF's numbers that are kept as bytes
-_TIFF_BYTES = (1, 2, 6, 7)
-# a tile's sides are multiples of 16, and often 256 or 512 whatever the image's
-_TILES, LARGEST_MARGIN = {"TileWidth": 322, "TileLength": 323}, 512
 GREY_MODES = ("L", "1")
 COLOUR_MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr")
 
@@ -408,7 +391,7 @@ def _read_cache(cache: Path, fingerprint: str) -> dict[str, Tensor] | None:
 
 def _decode(files: dict[str, list[tuple[Path, int]]]) -> dict[str, Tensor]:
     everything = [path for part in files.values() for path, _ in part]
-    with _decoding(everything[0]) as image:
+    with decoded(everything[0]) as image:
         grey, size, tensors = image.mode in GREY_MODES, image.size, {}
     with tqdm(total=len(everything), desc="decoding images", unit="image") as bar:
         for part, entries in files.items():
@@ -432,76 +415,13 @@ def _room_for(shape: tuple[int, ...]) -> np.ndarray:
         raise ValueError(f"folder: expected images that fit into memory, got {asked:,} bytes") from error
 
 
-@contextmanager
-def _decoding(path: Path) -> Iterator[Image.Image]:
-    """A decoded image; Pillow raises errors of many kinds, in decoding and converting, none of which names the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            content = read_bytes(path, limit=IMAGE_FILE_LIMIT)
-            _check_tiff(content)
-            with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
-                _check_sides(image.size)
-                _check_work(image, content)
-                image.load()
-                yield image
-    except Exception as error:
-        if isinstance(error, _NotUsable):
-            raise ValueError(f"folder: expected {error} in {path}") from None
-        raise ValueError(
-            f"folder: expected an image ({', '.join(IMAGE_FORMATS)}), got an unreadable file {path} "
-            f"({shortened(str(error), 200)})"
-        ) from error
-
-
-def _check_sides(size: tuple[int, int]) -> None:
-    """What the header says is held against what an image of the book can be, before a pixel is decoded."""
-    if max(size) > MOST_PIXELS_A_SIDE:
-        raise _NotUsable(f"an image of at most {MOST_PIXELS_A_SIDE:,} pixels a side, got {size[0]:,} x {size[1]:,},")
-
-
-def _check_tiff(content: bytes) -> None:
-    """An entry of a TIFF's directory may say that it has millions of numbers, which Pillow reads one by one."""
-    order, big = {b"II": "<", b"MM": ">"}.get(content[:2]), content[2:4] in (b"+\0", b"\0+")
-    if order is None or not (big or content[2:4] in (b"*\0", b"\0*")):
-        return
-    length, entry = (f"{order}Q", f"{order}HHQQ") if big else (f"{order}H", f"{order}HHII")
-    try:
-        (start,) = struct.unpack_from(f"{order}Q" if big else f"{order}I", content, 8 if big else 4)
-        (entries,) = struct.unpack_from(length, content, start)
-        first, step = start + struct.calcsize(length), struct.calcsize(entry)
-        said = [struct.unpack_from(entry, content, first + step * i)[1:3] for i in range(min(entries, MOST_TAGS + 1))]
-    except (struct.error, OverflowError):
-        # Pillow says what is wrong with it
-        return
-    if entries > MOST_TAGS or any(count > MOST_NUMBERS for kind, count in said if kind not in _TIFF_BYTES):
-        raise _NotUsable(f"a TIFF of at most {MOST_TAGS:,} tags, each of at most {MOST_NUMBERS:,} numbers, got more")
-
-
-def _check_work(image: Image.Image, content: bytes) -> None:
-    """What would be decoded beside the pixels that the header promises, or over and over."""
-    if content[:2] in _IN_TEXT:
-        raise _NotUsable("a portable bitmap in bytes, got one in text,")
-    if image.format == "JPEG" and content.count(b"\xff\xda") > MOST_SCANS:
-        raise _NotUsable(f"a JPEG of at most {MOST_SCANS} scans, got more")
-    tags = getattr(image, "tag_v2", {})
-    for name, side in zip(("TileWidth", "TileLength"), image.size, strict=True):
-        tile = tags.get(_TILES[name], 0)
-        if not isinstance(tile, int) or tile > side + LARGEST_MARGIN:
-            raise _NotUsable(f"tiles of a TIFF that are not larger than it, got {name} {brief(tile)}")
-
-
-class _NotUsable(Exception):
-    """What was expected of an image, and what came."""
-
-
 def _read_pixels(path: Path, size: tuple[int, int], grey: bool) -> np.ndarray:
-    with _decoding(path) as image:
+    with decoded(path) as image:
         if image.size != size:
-            raise _NotUsable(f"every image to be {size[0]} x {size[1]} pixels, got {image.size}")
+            raise NotUsable(f"every image to be {size[0]} x {size[1]} pixels, got {image.size}")
         modes = GREY_MODES if grey else GREY_MODES + COLOUR_MODES
         if image.mode not in modes:
-            raise _NotUsable(f"8-bit images of one of the modes {modes}, got {image.mode!r}")
+            raise NotUsable(f"8-bit images of one of the modes {modes}, got {image.mode!r}")
         # Pillow warns unless alpha is dropped in two steps
         opaque = image.convert("RGBA") if "transparency" in image.info else image
         pixels = np.asarray(opaque.convert("L" if grey else "RGB"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import integrate
 
-from benchmarks import budget, heads, race
+from benchmarks import budget, growing, heads, race
 from clustr_core import data
 from clustr_core.certificates.names import HARD_BOUNDS
 from clustr_core.storage.tables import read_table, write_table
@@ -81,6 +81,7 @@ def test_the_best_half_goes_on_and_what_is_known_is_not_computed_again(tmp_path,
         share = {"a": 0.1, "b": 0.4, "c": 0.3}[name]
         images = "test" if last else "held out"
         return {
+            "dataset": dataset,
             "candidate": name,
             "minutes": minutes,
             "seed": seed,
@@ -99,6 +100,9 @@ def test_the_best_half_goes_on_and_what_is_known_is_not_computed_again(tmp_path,
     then = [("b", 2.0, 0, False), ("c", 2.0, 0, False)]
     assert asked == [*first, *then, ("b", 4.0, 0, True), ("b", 4.0, 1, True)]
     assert len(read_table(path)) == len(asked)
+    # of other images nothing is there yet
+    race.race("mnist5k", [1.0], [], seeds=1, jobs=1, path=path)
+    assert asked[-3:] == [(name, 1.0, 0, True) for name in "abc"]
 
 
 class InPlace:
@@ -161,7 +165,9 @@ def test_heads_go_on_where_they_stopped(tmp_path, monkeypatch):
 
     def curves(key, seconds):
         asked.append(key)
-        return pd.DataFrame([{**dict(zip(heads.TRAINING, key, strict=True)), "bound": "margin", "mean_radius": 0.5}])
+        return pd.DataFrame(
+            [{**dict(zip(heads.TRAINING, key, strict=True)), "bound": "margin", "mean_radius": 0.5}]
+        ).assign(seconds=seconds)
 
     monkeypatch.setattr(heads, "curves", curves)
     monkeypatch.setattr(heads, "ProcessPoolExecutor", InPlace)
@@ -171,3 +177,24 @@ def test_heads_go_on_where_they_stopped(tmp_path, monkeypatch):
     write_table(path, read_table(path))
     assert len(heads.computed(keys, 1.0, 1, path)) == 4
     assert asked == keys
+    # of another budget none
+    assert len(heads.computed(keys[:1], 2.0, 1, path)) == 1
+    assert asked == [*keys, keys[0]]
+
+
+def test_two_that_add_to_a_table_lose_nothing(tmp_path):
+    path, one = tmp_path / "bench/t.csv", pd.DataFrame([{"asked": "a", "seed": 1, "value": 0.5}])
+    growing.add_rows(path, one, ["asked", "seed"])
+    # by another process, since this one has read the table
+    growing.add_rows(path, one.assign(seed=0), ["asked", "seed"])
+    found = growing.add_rows(path, one.assign(value=0.7), ["asked", "seed"])
+    assert found.to_dict("list") == {"asked": ["a", "a"], "seed": [0, 1], "value": [0.5, 0.7]}
+    pd.testing.assert_frame_equal(read_table(path), found)
+
+
+def test_a_table_that_does_not_say_what_was_asked_is_not_added_to(tmp_path):
+    path = tmp_path / "t.csv"
+    write_table(path, pd.DataFrame([{"seed": 1, "value": 0.5}]))
+    with pytest.raises(ValueError, match=r"t\.csv: expected the columns \[asked, seed\], got none called asked"):
+        growing.rows_at(path, ["asked", "seed"])
+    assert growing.done_at(tmp_path / "none.csv", ["asked"]) == set()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,3 +215,33 @@ def test_a_lost_training_and_a_lost_attack_go_on_and_nothing_else_runs(home: Pat
     assert "Nothing to be done" in text
     assert rules == {}
     assert (contents(home / "runs"), contents(home / "results")) == after
+
+
+def test_what_is_done_is_told_by_what_files_say(home: Path, start) -> None:
+    """Runs and tables that were copied in any order are kept; those of another question are made anew, whoever wrote
+    them."""
+    (home / "profiles/lost.yaml").write_text(PROFILE)
+    text, _ = said(pipeline := start())
+    assert pipeline.returncode == 0, text
+    runs, results = contents(home / "runs"), contents(home / "results")
+
+    # as a copy leaves them: runs later than tables, the checkpoints left behind, nothing of the pipeline's own
+    shutil.rmtree(home / ".snakemake")
+    for run in (home / "runs").glob("*/run.json"):
+        run.touch()
+    text, rules = said(start())
+    assert rules == {}, text
+    assert (contents(home / "runs"), contents(home / "results")) == (runs, results)
+
+    # measured by hand under another protocol, and the profile put back: the pipeline had made the table itself
+    profile = home / "profiles/lost.yaml"
+    profile.write_text(PROFILE.replace("steps: 8", "steps: 2"))
+    command = [sys.executable, "-m", "clustr_core", "attack", "--profile", "lost", "--method", "pgd-at"]
+    subprocess.run(command, cwd=home, env=os.environ | environment(home), check=True, capture_output=True)
+    assert contents(home / "results") != results
+    profile.write_text(PROFILE)
+    text, rules = said(start())
+    assert rules == {"attack": 1}, text
+    assert {path: bytes_ for path, bytes_ in contents(home / "results").items() if str(path).endswith(".csv")} == {
+        path: bytes_ for path, bytes_ in results.items() if str(path).endswith(".csv")
+    }

@@ -21,6 +21,7 @@ from clustr_core.models.encoders import build_encoder, to_channels_last_frozen
 from clustr_core.models.one_lipschitz import fold_parametrizations
 from clustr_core.storage.files import digest, read_json, seal_of
 from clustr_core.storage.gate import TENSORS_LIMIT, VALUE_LIMIT, brief, listed, read_bytes, shortened
+from clustr_core.storage.images import MOST_PIXELS_A_SIDE
 from clustr_core.storage.tables import read_table
 from clustr_core.storage.tensors import read_tensors
 from clustr_core.training.names import DONE, HISTORY, WEIGHTS
@@ -370,7 +371,7 @@ def check_places(found: Any, epochs: int, where: Path) -> None:
 
 def _check_facts(shape: tuple[Any, ...], num_classes: Any, sha256: Any, dtype: Any) -> None:
     """What a run says of its data, before a network of that size is built."""
-    counts = [("image_shape", side, data.MOST_PIXELS_A_SIDE) for side in shape] + [
+    counts = [("image_shape", side, MOST_PIXELS_A_SIDE) for side in shape] + [
         ("num_classes", num_classes, MOST_CLASSES)
     ]
     for name, count, most in counts:

@@ -26,10 +26,10 @@ from hypothesis import HealthCheck, Phase, given, settings, target
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from clustr_core import data
 from clustr_core.measuring.profile import load_profile
 from clustr_core.models.official import load_official
 from clustr_core.storage.files import digest
+from clustr_core.storage.images import IMAGE_FORMATS
 from clustr_core.storage.tables import read_table
 from clustr_core.storage.tensors import read_tensors, write_tensors
 from clustr_core.training.loop import fit
@@ -178,7 +178,7 @@ def _reading(path: Path, content: bytes, read: Callable[[], object]) -> Callable
 
 
 def _images(folder: Path) -> Made:
-    good = [images.good(kind) for kind in data.IMAGE_FORMATS]
+    good = [images.good(kind) for kind in IMAGE_FORMATS]
 
     def made(drawn: random.Random, value: Any) -> Callable[[], object]:
         content = bytes_changed(drawn.choice(good), drawn)

@@ -33,8 +33,11 @@ def cases(folder: Path, canaries: Path) -> Iterator[Case]:
         yield _file(folder, name, content)
     for name, content in _large().items():
         yield _file(folder, name, content)
+    for name, content in _noted().items():
+        yield _file(folder, name, content, "accepted" if name.startswith("a few") else "refused")
     remarks = b"P6\n" + b"# remark\n" * 200_000 + b"8 8 255\n" + bytes(192)
-    yield _file(folder, "a portable bitmap of remarks", remarks, "accepted")
+    yield _file(folder, "a portable bitmap of remarks", remarks)
+    yield _file(folder, "a portable bitmap with a remark", b"P6\n# remark\n8 8 255\n" + bytes(192), "accepted")
     yield _file(folder, "a PNG with a ZIP behind it", good + b"PK\x03\x04" + b"x" * 1000, "accepted")
     for mode in ("L", "1", "RGBA", "LA", "P", "CMYK", "I", "F", "I;16"):
         kind = "TIFF" if mode in ("CMYK", "F", "I", "I;16") else "PNG"
@@ -123,6 +126,59 @@ def _large() -> dict[str, bytes]:
             for kind in ("P1", "P2", "P3")
         },
     }
+
+
+def _noted() -> dict[str, bytes]:
+    """A few pixels, and many notes."""
+    jpeg, gif, png = good("JPEG"), good("GIF"), good("PNG")
+    pictures = 13 + (3 << (gif[10] & 7) + 1)
+    note = b"\xff\xe1" + struct.pack(">H", 2 + 6 + 40) + b"Exif\0\0" + b"MM\0*" + bytes(36)
+    several = _segment(0xE2, b"MPF\0II*\0" + struct.pack("<IHHHII", 8, 1, 0xB001, 4, 1, 2) + bytes(4))
+    runs = struct.pack("<IiiHHIIiiII", 40, 4096, 4096, 1, 8, 1, 5_000_000, 0, 0, 1, 1) + bytes(4)
+    return {
+        "a few notes of a JPEG": jpeg[:2] + note * 3 + jpeg[2:],
+        "a few comments of a GIF": gif[:pictures] + b"!\xfe\x05hello\0" * 9 + gif[pictures:],
+        "a few chunks of a PNG": png[:33] + _chunk(b"tEXt", b"a\0b") * 9 + png[33:],
+        "a JPEG of 100,000 notes": jpeg[:2] + note * 100_000 + jpeg[2:],
+        "an MPO of 2,000 scans": (scans := _scans())[:2] + several + scans[2:],
+        **{f"a {name}TIFF of 500,000 notes": _further(order, big) for name, order, big in
+           (("", "<", False), ("big-endian ", ">", False), ("large ", "<", True), ("large big-endian ", ">", True))},
+        "a TIFF whose further directory is its own": _further("<", False, place=8),
+        "a PNG of 200,000 chunks": png[:33] + _chunk(b"abCd", b"") * 200_000 + png[33:],
+        "a GIF of 100,000 comments": gif[:pictures] + b"!\xfe\1x\0" * 100_000 + gif[pictures:],
+        "a GIF of a million other bytes": gif[:pictures] + bytes(1_000_000) + gif[pictures:],
+        "a BMP of 2,500,000 runs": b"BM" + struct.pack("<IHHI", 5_000_058, 0, 0, 58) + runs + b"\1\0" * 2_500_000,
+    }  # fmt: skip
+
+
+def _segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, 2 + len(content)) + content
+
+
+def _further(order: str, big: bool, *, place: int = 0) -> bytes:
+    """A TIFF of 8 x 8 pixels with a directory of Exif notes, one of which is 500,000 fractions."""
+    head, count, entry, end = (16, "Q", "HHQQ", 8) if big else (8, "H", "HHII", 4)
+
+    def directory(*tags: tuple[int, int, int, int]) -> bytes:
+        def packed(tag: int, kind: int, number: int, value: int) -> bytes:
+            letter = {3: "H", 4: "I"}.get(kind) if number == 1 else None
+            field = struct.pack(order + (letter or entry[-1]), value).ljust(end, b"\0")
+            return struct.pack(order + entry[:-1], tag, kind, number) + field
+
+        return struct.pack(order + count, len(tags)) + b"".join(packed(*tag) for tag in tags) + bytes(end)
+
+    size = struct.calcsize(order + entry)
+    first = struct.calcsize(order + count) + 9 * size + end
+    second = struct.calcsize(order + count) + size + end
+    pixels = head + first + second
+    tags = [
+        (256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, pixels),
+        (278, 3, 1, 8), (279, 4, 1, 64), (34665, 4, 1, place or head + first),
+    ]  # fmt: skip
+    marks = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "H", 43 if big else 42)
+    begin = marks + (struct.pack(order + "HHQ", 8, 0, 16) if big else struct.pack(order + "I", 8))
+    fractions = struct.pack(order + "II", 1, 3) * 500_000
+    return begin + directory(*tags) + directory((33434, 5, 500_000, pixels + 64)) + bytes(64) + fractions
 
 
 def _places(folder: Path) -> Iterator[Case]:

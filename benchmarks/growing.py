@@ -1,0 +1,48 @@
+"""Tables that grow a training at a time, whoever else adds to them: killed calls go on, two at once lose nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from clustr_core.storage.files import alone
+from clustr_core.storage.gate import listed
+from clustr_core.storage.tables import read_table, write_table
+
+
+def rows_at(path: Path, key: Sequence[str]) -> pd.DataFrame:
+    """The rows that are there; none, with the columns of the key, where there is no table.
+
+    Args:
+        key: the columns that say what was asked: all that decides a row.
+    Raises:
+        ValueError: if the table lacks one of them.
+    """
+    if not path.exists():
+        return pd.DataFrame(columns=list(key))
+    found = read_table(path)
+    if lacking := [name for name in key if name not in found]:
+        raise ValueError(f"{path}: expected the columns [{listed(list(key))}], got none called {listed(lacking)}")
+    return found
+
+
+def done_at(path: Path, key: Sequence[str]) -> set[tuple]:
+    """What was asked of the rows that are there."""
+    return set(rows_at(path, key)[list(key)].itertuples(index=False, name=None))
+
+
+def add_rows(path: Path, rows: pd.DataFrame, key: Sequence[str], *, within: Sequence[str] = ()) -> pd.DataFrame:
+    """Put rows in the place of those that were asked the same, and give the table as it is then, sorted by its key.
+
+    Args:
+        within: more columns by which rows are sorted.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with alone(path.parent):
+        there = rows_at(path, key)
+        asked = set(rows[list(key)].itertuples(index=False, name=None))
+        others = there[[one not in asked for one in there[list(key)].itertuples(index=False, name=None)]]
+        table = pd.concat([others, rows], ignore_index=True) if len(others) else rows
+        table = table.sort_values([*key, *within], kind="stable", ignore_index=True)
+        write_table(path, table)
+    return table
