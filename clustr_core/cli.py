@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -295,6 +296,8 @@ def _diagnose_stranger(options: argparse.Namespace) -> None:
     html = None if options.html is None else Path(options.html)
     if html is not None and (html.suffix != ".html" or html.is_dir() or not html.absolute().parent.is_dir()):
         raise ValueError(f"--html: expected a file name that ends in .html, in a folder that is there, got {html}")
+    if html is not None:
+        _check_writable("html", html)
     device, dataset = _device(options), data.load_dataset(options.data)
     model = stranger.built(options.model, device)
     surface = None if options.surface is None else stranger.built(options.surface, device, argument="surface")
@@ -311,9 +314,24 @@ def _diagnose_stranger(options: argparse.Namespace) -> None:
             from clustr_core.drawing.verdict import verdict_page
 
             # first, since nobody may listen any more
-            write_string(html, verdict_page(title, lines, evaluation, table), asked_for=True)
+            try:
+                write_string(html, verdict_page(title, lines, evaluation, table), asked_for=True)
+            except OSError:
+                print("\n".join(lines))
+                raise
             lines += ["", f"{html}: the same with pictures, and the source of each check"]
         print("\n".join(lines))
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Refuse a file that could not be written at the end, before hours of work are done for it."""
+    try:
+        if not is_stream(path):
+            os.fsencode(path)
+            with tempfile.TemporaryFile(dir=target_of(path).absolute().parent):
+                pass
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--{option}: expected a file that can be written, got {path} ({error})") from error
 
 
 def _protocol_name(asked: Examination | None) -> str:

@@ -1,8 +1,11 @@
 """The pipeline: one small chapter runs headlessly, profiles are held to the chapters, the DAG is what it should be."""
 
+import json
+import math
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -252,15 +255,49 @@ def test_two_runs_publish_the_same_bytes(one_chapter: Path) -> None:
 
 
 def test_a_profile_replaces_no_tables_that_are_published_of_something_else(one_chapter: Path) -> None:
-    (one_chapter / "profiles/smoke.yaml").rename(one_chapter / "profiles/bench.yaml")
-    theirs = one_chapter / "results/published/bench"
+    (one_chapter / "profiles/smoke.yaml").rename(one_chapter / "profiles/race.yaml")
+    theirs = one_chapter / "results/published/race"
     theirs.mkdir(parents=True, exist_ok=True)
     write_rows(theirs / "race.csv", pd.DataFrame({"x": [1]}), {"profile": None})
-    assert execute(one_chapter, "01-test", "bench").returncode == 0
-    done = called(publish.main, one_chapter, "--profile", "bench")
+    assert execute(one_chapter, "01-test", "race").returncode == 0
+    done = called(publish.main, one_chapter, "--profile", "race")
     assert done.returncode == 1
-    assert "--profile: expected a name under which nothing else is published, got bench: " in done.stderr
+    assert "--profile: expected a name under which nothing else is published, got race: " in done.stderr
     assert (theirs / "race.csv").exists()
+
+
+HOSTILE: dict[str, Callable[[dict], object]] = {
+    "no notebook": lambda _: [],
+    "no cells": lambda run: run | {"cells": 3},
+    "nothing of ours": lambda run: run | {"metadata": {}},
+    "ours a list": lambda run: run | {"metadata": run["metadata"] | {"clustr": [1]}},
+    "no papermill": lambda run: run | {"metadata": {"clustr": run["metadata"]["clustr"]}},
+    "no duration": lambda run: _with(run, "papermill", duration=None),
+    "a duration that is no number": lambda run: _with(run, "papermill", duration=math.nan),
+    "nothing made": lambda run: _with(run, "clustr", made=3),
+    "given a number": lambda run: _with(run, "clustr", given=3),
+    "drawn elsewhere": lambda run: _with(run, "clustr", drawn={"smoke/../../x.png": "0"}),
+    "drawn a list": lambda run: _with(run, "clustr", drawn=[1]),
+    "another output": lambda run: run | {"cells": [run["cells"][1] | {"outputs": [{"output_type": "x"}]}]},
+    "an output that is none": lambda run: run | {"cells": [run["cells"][1] | {"outputs": [3]}]},
+}
+
+
+def _with(run: dict, key: str, **changes: object) -> dict:
+    return run | {"metadata": run["metadata"] | {key: run["metadata"][key] | changes}}
+
+
+def test_an_executed_chapter_that_is_none_is_refused_by_name(one_chapter: Path) -> None:
+    assert execute(one_chapter, "01-test").returncode == 0
+    executed = one_chapter / "_build/smoke/01-test.ipynb"
+    run = json.loads(executed.read_text(encoding="utf-8"))
+    for name, change in HOSTILE.items():
+        executed.write_text(json.dumps(change(run)), encoding="utf-8")
+        done = called(publish.main, one_chapter, "--profile", "smoke")
+        expected = "_build/smoke/01-test.ipynb: expected a chapter as tools.execute leaves it, got another ("
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), (name, done.stderr)
+        assert done.stderr.startswith(expected), (name, done.stderr)
+    assert not (one_chapter / "figures/published").exists()
 
 
 def test_another_profile_publishes_its_figures_and_no_twin(one_chapter: Path) -> None:

@@ -13,6 +13,7 @@ protocol on that network, beside what the published attacks on it left of the sa
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -71,6 +72,8 @@ def _measured(options: argparse.Namespace) -> int:
     dataset, sha256 = data.load_dataset(f"folder:{options.data}"), digest(options.weights.read_bytes())
     kept = home() / "runs" / f"given-{sha256[:10]}" / "tables"
     target_of = partial(AttackTarget, tables=kept, dataset=dataset, device=options.device)
+    # the rule, and what pixels are centred by, are the recipe's
+    asked_of = digest(sha256, json.dumps(recipe_to_dict(recipe), sort_keys=True))
 
     def network() -> nn.Module:
         tensors = load_file(options.weights)
@@ -86,7 +89,7 @@ def _measured(options: argparse.Namespace) -> int:
     if options.battery:
         return _battery(options, recipe, dataset, network(), stranger())
     other = digest(options.source.read_bytes())
-    target, source = target_of(recipe.method, network, sha256), target_of("source", stranger, other)
+    target, source = target_of(recipe.method, network, asked_of), target_of("source", stranger, other)
     parts = []
     for name, protocol in PROTOCOLS.items():
         asked = replace(protocol, examples=options.examples)

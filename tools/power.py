@@ -23,12 +23,11 @@ from clustr_core import data
 from clustr_core.attacks.ball import Images, check_counts
 from clustr_core.measuring import power
 from clustr_core.measuring.diagnostics import asked_with
-from clustr_core.measuring.pieces import CachedRows, drawn_order
+from clustr_core.measuring.pieces import CachedRows, drawn_order, kept_at
 from clustr_core.measuring.profile import Profile, load_profile
-from clustr_core.measuring.versions import VERSIONS
 from clustr_core.measuring.written import write_rows
 from clustr_core.numerics.checks import check_positive
-from clustr_core.storage.files import digest, home
+from clustr_core.storage.files import home
 from clustr_core.storage.provenance import environment
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import Recipe
@@ -90,11 +89,12 @@ def pieces(options: argparse.Namespace, dataset: data.Dataset) -> Pieces:
             for judged in power.evaluations_of(networks, images, labels, **asked):
                 source = networks["pgd-at" if judged.network is networks["ce"] else "ce"]
                 rows = partial(power.measured, judged, source=source)
-                path = _kept_at(runs, judged.name, {**asked, "examples": options.examples})
+                path = _kept_at(runs, judged.name, dataset, {**asked, "examples": options.examples})
                 yield "battery", about, CachedRows(path, rows, len(asked_with(source=True)))
             for name, network in networks.items():
                 rows = partial(_planted, name, network, images, labels, asked["eps"])
-                path = _kept_at(runs, f"planted in {name}", {"eps": asked["eps"], "examples": options.examples})
+                size = {"eps": asked["eps"], "examples": options.examples}
+                path = _kept_at(runs, f"planted in {name}", dataset, size)
                 yield "planted", about, CachedRows(path, rows, 1)
 
 
@@ -110,10 +110,15 @@ def _planted(name: str, network: nn.Module, images: Images, labels: Tensor, eps:
     return pd.DataFrame([{"network": name, **power.planted_found(network, images, labels, eps=eps)}])
 
 
-def _kept_at(runs: dict[str, Run], name: str, asked: dict[str, object]) -> Path:
-    weights = {method: run.weights_sha256 for method, run in runs.items()}
-    key = digest(repr((weights, name, asked, VERSIONS["diagnostics"], power.VERSION)))[:12]
-    return home() / "runs/power" / f"{name.replace(' ', '-').replace(',', '')}-{key}.csv"
+def _kept_at(runs: dict[str, Run], name: str, dataset: data.Dataset, asked: dict[str, object]) -> Path:
+    what = {
+        "weights": {method: run.weights_sha256 for method, run in runs.items()},
+        "of": name,
+        "power": power.VERSION,
+        **asked,
+    }
+    path = kept_at(home() / "runs/power", "diagnostics", what, dataset.test_digest)
+    return path.with_name(path.name.replace("diagnostics", name.replace(" ", "-").replace(",", "")))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,11 +20,15 @@ from nbformat import NotebookNode
 from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.measuring.written import is_written
 from clustr_core.storage.files import copy_whole, digest, home, written_whole
+from clustr_core.storage.gate import MB, brief, read_text, shortened
 from clustr_core.storage.provenance import check_sidecar, sidecar_of
 from clustr_core.training.names import DONE, HISTORY, WEIGHTS
 from clustr_core.training.recipes import run_key
 from tools import notebooks
 
+NOTEBOOK_LIMIT = 256 * MB
+# what a chapter draws: a figure's files in its profile's folder
+DRAWN = re.compile(r"[\w-]+/[\w-]+\.(?:png|svg|csv|json)")
 LANGUAGE = {
     "codemirror_mode": {"name": "ipython", "version": 3},
     "file_extension": ".py",
@@ -135,9 +139,10 @@ def publish(root: Path, profile: str) -> list[Path]:
                 "another: make figures first"
             )
     _check_is_its_own(root / "results/published" / profile, profile)
-    twins = _twins(root, profile)
+    executed = _executed(root, profile)
+    twins = {source.with_suffix(".ipynb"): _twin_text(root, source, run, profile) for source, run in executed.items()}
     tables = sorted((root / "results" / profile).glob("*.csv"))
-    figures = _figures(root, profile)
+    figures = _figures(root, profile, executed)
     for table in (*tables, *(path for path in figures if path.suffix == ".csv")):
         check_sidecar(table)
     rows = [path for table in tables for path in (table, sidecar_of(table))]
@@ -165,43 +170,57 @@ def _check_is_its_own(folder: Path, profile: str) -> None:
             )
 
 
-def _figures(root: Path, profile: str) -> list[Path]:
+def _figures(root: Path, profile: str, executed: Mapping[Path, NotebookNode]) -> list[Path]:
     """What the executed chapters drew, held against what they noted of it."""
     paths = []
-    for source in notebooks.sources(root):
-        executed = _executed(root, source, profile)
-        drawn = nbformat.read(executed, as_version=4).metadata.clustr.get("drawn", {})
+    for source, run in executed.items():
+        drawn, where = run.metadata.clustr.get("drawn", {}), _place(profile, source)
         labels = notebooks.figure_labels(notebooks.read_source(source))
         wanted = {f"{profile}/{label}{kind}" for label in labels for kind in (".png", ".svg")}
         if missing := sorted(wanted - set(drawn)):
-            where = executed.relative_to(root)
             raise ValueError(f"figures/{missing[0]}: expected a figure that {where} drew, got none: make figures first")
         for name, found in drawn.items():
             path = root / "figures" / name
             if not path.exists() or digest(path.read_bytes()) != found:
                 raise ValueError(
-                    f"figures/{name}: expected the one that {executed.relative_to(root)} drew, got "
+                    f"figures/{name}: expected the one that {where} drew, got "
                     f"{'another' if path.exists() else 'none'}: make figures first"
                 )
             paths.append(path)
     return paths
 
 
-def _executed(root: Path, source: Path, profile: str) -> Path:
-    return root / "_build" / profile / f"{source.stem}.ipynb"
+def _place(profile: str, source: Path) -> str:
+    return f"_build/{profile}/{source.stem}.ipynb"
 
 
-def _twins(root: Path, profile: str) -> dict[Path, str]:
-    """The text of every chapter's twin, by its path."""
-    twins = {}
+def _executed(root: Path, profile: str) -> dict[Path, NotebookNode]:
+    """Every executed chapter, by its source."""
+    runs = {}
     for source in notebooks.sources(root):
-        executed = _executed(root, source, profile)
-        if not executed.exists():
-            raise ValueError(
-                f"{executed.relative_to(root)}: expected an executed chapter, got none: make figures first"
-            )
-        twins[source.with_suffix(".ipynb")] = _twin_text(root, source, executed, profile)
-    return twins
+        path = root / (name := _place(profile, source))
+        if not path.exists():
+            raise ValueError(f"{name}: expected an executed chapter, got none: make figures first")
+        try:
+            runs[source] = _as_executed(nbformat.reads(read_text(path, limit=NOTEBOOK_LIMIT), as_version=4))
+        except Exception as error:  # of many kinds, for what is no notebook
+            said = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+            raise ValueError(f"{name}: expected a chapter as tools.execute leaves it, got another ({said})") from error
+    return runs
+
+
+def _as_executed(run: NotebookNode) -> NotebookNode:
+    """A notebook, if `tools.execute` noted in it what it notes."""
+    nbformat.validate(run)
+    said, duration = run.metadata["clustr"], run.metadata["papermill"]["duration"]
+    drawn, given = said.get("drawn", {}), said.get("given", [])
+    if not (isinstance(said["made"], dict) and isinstance(duration, (int, float)) and 0 <= duration < math.inf):
+        raise ValueError(f"made {brief(said['made'])}, duration {brief(duration)}")
+    if not all(isinstance(name, str) and DRAWN.fullmatch(name) for name in dict(drawn)):
+        raise ValueError(f"drawn {brief(list(drawn))}")
+    if not (isinstance(given, list) and all(isinstance(name, str) for name in given)):
+        raise ValueError(f"given {brief(given)}")
+    return run
 
 
 def _replace(folder: Path, files: Sequence[Path]) -> None:
@@ -226,8 +245,7 @@ def _weights(root: Path, profile: Profile) -> dict[str, list[Path]]:
     return files
 
 
-def _twin_text(root: Path, source: Path, executed: Path, profile: str) -> str:
-    run = nbformat.read(executed, as_version=4)
+def _twin_text(root: Path, source: Path, run: NotebookNode, profile: str) -> str:
     current = notebooks.provenance(root, source, load_profile(root / "profiles" / f"{profile}.yaml"))
     if given := run.metadata.clustr.get("given"):
         raise ValueError(

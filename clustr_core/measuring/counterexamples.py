@@ -1,19 +1,25 @@
 """Certificates that are broken: which rows break one, and the pair of images that is kept as the proof."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clustr_core.storage.gate import check_own, shortened
+from clustr_core.storage.files import PROFILE_NAME
+from clustr_core.storage.gate import brief, check_own, listed
 from clustr_core.storage.tensors import read_tensors, write_tensors
 
 # in units of pixels, L2. A certificate speaks of the real model: the rounding of an image's pixels in float32 (3e-6 for
 # 3072 of them) and that inside the encoder move the border that is found.
 ROUNDING = 1e-5
+# what is kept beside the two images
+_NUMBERS = {"label": torch.int64, "index": torch.int64, "radius": torch.float64, "norm": torch.float64}
 
 
 class CertificateBroken(RuntimeError):
@@ -98,12 +104,27 @@ def load_counterexample(path: Path) -> Counterexample:
         ValueError: if the file is not as it was written.
     """
     tensors, facts = read_tensors(path, "a counterexample")
-    try:
-        label, index = (int(tensors[name]) for name in ("label", "index"))
-        radius, norm = (float(tensors[name]) for name in ("radius", "norm"))
-        return Counterexample(tensors["image"], tensors["adversarial"], label, index, radius, norm, facts["attack"])
-    except (KeyError, RuntimeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: expected a counterexample, got something else ({shortened(str(error))})") from error
+    if fault := _fault(tensors, facts):
+        raise ValueError(f"{path}: expected a counterexample, got {fault}")
+    numbers = {name: tensors[name].item() for name in _NUMBERS}
+    return Counterexample(tensors["image"], tensors["adversarial"], attack=facts["attack"], **numbers)
+
+
+def _fault(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    """What is no counterexample's, in words."""
+    if set(tensors) != {"image", "adversarial", *_NUMBERS}:
+        return f"tensors called [{listed(sorted(tensors))}]"
+    pair = [tensors["image"], tensors["adversarial"]]
+    if pair[0].dim() != 3 or pair[0].shape != pair[1].shape or pair[0].dtype != pair[1].dtype:
+        return f"images of shapes {[list(each.shape) for each in pair]}"
+    if not all(each.is_floating_point() and each.isfinite().all() for each in pair):
+        return "pixels that are no finite numbers"
+    for name, dtype in _NUMBERS.items():
+        value = tensors[name]
+        if value.dtype != dtype or value.dim() or not 0 <= value.item() < math.inf:
+            return f"{name} {brief(value.tolist())}"
+    attack = facts.get("attack")
+    return "" if isinstance(attack, str) and PROFILE_NAME.fullmatch(attack) else f"attack {brief(attack)}"
 
 
 def kept_counterexample(found: Counterexample, folder: Path) -> CertificateBroken:

@@ -278,14 +278,16 @@ def _as_dict(budget: Examination | SandwichBudget | SmoothingBudget | None) -> d
 
 # profiles in a message
 MOST_NAMED = 12
+# folders of results/ and results/published/ that are of no profile
+OTHERS = ("published", "bench", "full-width", "strangers")
 _BUDGETS = {"examination": Examination, "sandwich": SandwichBudget, "smoothing": SmoothingBudget}
 
 
 def load_profile(name: str | Path) -> Profile:
     """The profile ``profiles/<name>.yaml`` of the book's root, or a YAML file (.yaml, .yml) by its path.
 
-    A file in the book's own folder is called by its stem; any other by its stem and six digits of its path's digest, so
-    that two files of one name do not overwrite each other's tables.
+    A file in the book's own folder is called by its stem; any other, and one there that ends in .yml, by its stem and
+    six digits of its path's digest, so that two files of one name do not overwrite each other's tables.
 
     Keys: ``shared`` (fields of every recipe), ``methods`` (the fields of each; ``warm_start`` names another method),
     ``attacks`` (a `Protocol` each), ``certified_examples`` (at least as many as all attacks see at one eps; None for
@@ -364,7 +366,11 @@ def _path_of(name: str | Path) -> Path:
 
 
 def _name_of(path: Path) -> str:
-    own = path.parent == (home() / "profiles").resolve()
+    own = path.parent == (home() / "profiles").resolve() and path.suffix == ".yaml"
+    if own and path.stem in OTHERS:
+        raise ValueError(
+            f"profile: expected another name than those of folders in results/, {list(OTHERS)}, got {path.stem}"
+        )
     return path.stem if own else f"{path.stem}-{digest(str(path))[:6]}"
 
 

@@ -32,6 +32,7 @@ class Stranger(nn.Module):
     def __init__(self, model: nn.Module, argument: str) -> None:
         super().__init__()
         self.model, self.argument = model, argument
+        self.classes: int | None = None
 
     def forward(self, images: Images) -> Tensor:
         """What the model returns.
@@ -45,11 +46,16 @@ class Stranger(nn.Module):
         if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(images):
             got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise Failed(f"{self.argument}: expected outputs of shape [{len(images)}, class], got {got}")
-        # copied, since it may be a buffer of the model's, written again at the next call
-        if outputs.layout == torch.strided and outputs.device == images.device and not outputs.is_quantized:
-            return outputs.clone()
-        got = f"{outputs.layout} {outputs.dtype} on {outputs.device}"
-        raise Failed(f"{self.argument}: expected outputs that are dense and on {images.device}, got {got}")
+        if self.classes not in (None, outputs.shape[1]):
+            got = f"{self.classes}, then {outputs.shape[1]}"
+            raise Failed(f"{self.argument}: expected as many classes at each call, got {got}")
+        self.classes = outputs.shape[1]
+        dense = outputs.layout == torch.strided and outputs.device == images.device and not outputs.is_quantized
+        if not dense or not outputs.is_floating_point():
+            got = f"{outputs.layout} {outputs.dtype} on {outputs.device}"
+            raise Failed(f"{self.argument}: expected outputs that are dense real numbers on {images.device}, got {got}")
+        # copied, since it may be a buffer of the model's, written again at the next call; NumPy has no bfloat16
+        return outputs.clone() if outputs.dtype in (torch.float32, torch.float64) else outputs.to(torch.float32)
 
 
 class Failed(ValueError):
@@ -142,8 +148,6 @@ def _asked(name: str, model: nn.Module, images: Images, dataset: data.Dataset) -
         outputs = model(images)
     if (got := list(outputs.shape)) != [len(images), count]:
         raise ValueError(f"{name}: expected outputs of shape [{len(images)}, {count}] for {dataset.name}, got {got}")
-    if not outputs.is_floating_point():
-        raise ValueError(f"{name}: expected outputs that are real numbers, got {outputs.dtype}")
     return outputs
 
 

@@ -382,6 +382,9 @@ def _clusters(content: Mapping[str, Any], dataset: str, dim: int) -> tuple[Clust
         )
     if not centers.isfinite().all():
         raise ValueError("cluster_centers: expected finite values, got NaN or infinity")
+    if not _float32(centers).square().sum(dim=1).isfinite().all():
+        largest = brief(centers.abs().max().item())
+        raise ValueError(f"cluster_centers: expected values whose squares single precision holds, got {largest}")
     clusters = Clusters(_float32(centers), labels, _variance(content["variance"], count))
     if not normalize:
         return clusters, None

@@ -27,12 +27,23 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: M
     Raises:
         OSError: as the file system says.
     """
-    kept, said = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(facts)
+    kept, said = _apart(tensors), dict(facts)
     # one entry, since safetensors writes several in any order
     content = {"kind": kind, "facts": said, "sha256": _digest_of(kind, kept, said)}
     with written_whole(path) as temporary:
         # not by save_file, which begins a file of its own beside it, and leaves it there if it is killed
         temporary.write_bytes(save(kept, metadata={ENTRY: json.dumps(content)}))
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each in memory of its own, as safetensors wants them."""
+    kept, places = {}, set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        place = here.untyped_storage().data_ptr()
+        kept[name] = here.clone() if place in places else here
+        places.add(place)
+    return kept
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

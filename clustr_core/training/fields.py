@@ -37,13 +37,16 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self.depth = 0
+        self.depth = self.composed = 0
         self.weights: dict[yaml.Node, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """A node, weighed by how many values it and its aliases stand for."""
         is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
         self.depth += 1
+        self.composed += 1
+        if self.composed > MOST_VALUES:
+            raise ComposerError(None, None, f"expected at most {MOST_VALUES:,} values", mark)
         if self.depth > DEEPEST:
             raise ComposerError(None, None, f"expected at most {DEEPEST} levels", mark)
         node = super().compose_node(parent, index)

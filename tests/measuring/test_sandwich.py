@@ -30,6 +30,7 @@ from clustr_core.measuring.sandwich import measure_sandwich, sandwich_rows
 from clustr_core.models.classifiers import ClusterClassifier
 from clustr_core.models.clusters import Clusters
 from clustr_core.storage.tables import read_table, write_table
+from clustr_core.storage.tensors import read_tensors, write_tensors
 
 BUDGET = SandwichBudget(steps=20, restarts=5, points=60)
 COLUMNS = ["attack", "index", "label", "correct", "radius", "norm", "gradients"]
@@ -401,3 +402,30 @@ def test_wrong_arguments_are_refused(as_installed, tmp_path):
         call(attacks=["apgd"])
     with pytest.raises(ValueError, match="model: expected logits, got NaN"):
         sandwich_rows(lambda x: model(x) * math.nan, images, labels, radii, BUDGET, indices=indices)
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"image": torch.zeros(1, 3, 3)}, r"images of shapes \[\[1, 3, 3\], \[1, 2, 2\]\]"),
+        ({"image": torch.full((1, 2, 2), math.nan)}, "pixels that are no finite numbers"),
+        ({"image": torch.zeros(1, 2, 2, dtype=torch.int64)}, "images of shapes"),
+        ({"label": torch.tensor(1.5)}, "label 1.5"),
+        ({"label": torch.tensor(-3)}, "label -3"),
+        ({"index": torch.tensor([1, 2])}, r"index \[1, 2\]"),
+        ({"radius": torch.tensor(math.nan, dtype=torch.float64)}, "radius nan"),
+        ({"norm": torch.tensor(-1.0, dtype=torch.float64)}, r"norm -1\.0"),
+        ({"more": torch.zeros(1)}, r"tensors called \[adversarial, image, index, label and 3 more\]"),
+        ({"attack": [1]}, r"attack \[1\]"),
+        ({"attack": "../../x"}, r"attack '\.\./\.\./x'"),
+    ],
+)
+def test_what_is_no_counterexample(tmp_path, changes, got):
+    path, pixels = tmp_path / "c.safetensors", torch.zeros(1, 2, 2)
+    # the two images may be one tensor
+    save_counterexample(path, Counterexample(pixels, pixels, 3, 17, 0.25, 0.125, "ddn"))
+    tensors, facts = read_tensors(path, "a counterexample")
+    facts["attack"] = changes.pop("attack", "ddn")
+    write_tensors(path, "a counterexample", tensors | changes, facts)
+    with pytest.raises(ValueError, match=rf"c\.safetensors: expected a counterexample, got {got}"):
+        load_counterexample(path)

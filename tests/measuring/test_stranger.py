@@ -102,6 +102,23 @@ class Buffered(Flat):
 def buffered():
     return Buffered()
 
+class Growing(Flat):
+    calls = 0
+    def forward(self, x):
+        self.calls += 1
+        outputs = self.inner(x)
+        return torch.cat([outputs, outputs], dim=1) if self.calls > 3 else outputs
+
+def growing():
+    return Growing()
+
+class Brain(Flat):
+    def forward(self, x):
+        return self.inner(x).to(torch.bfloat16)
+
+def brain():
+    return Brain()
+
 class Shifted(Flat):
     def forward(self, x):
         x -= 0.5
@@ -228,6 +245,11 @@ def test_what_the_attack_climbs_may_be_another_network(here, capsys):
     assert "zero gradients: 1" in capsys.readouterr().out
 
 
+def test_outputs_of_half_the_bits_are_judged(here, capsys):
+    assert main(["diagnose", "--model", f"{here}:brain", *ASKED]) == 0
+    assert f"{here}:brain on digits" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -260,9 +282,12 @@ def test_what_the_attack_climbs_may_be_another_network(here, capsys):
         (["--model", "{}:tires", *ASKED], "takes images of shape [batch, 1, 8, 8], got RuntimeError: no more"),
         (["--model", "{}:refuses", *ASKED], "model: expected one that the battery can attack, got KeyError: 'slopes'"),
         (["--model", "{}:fewer", *ASKED], "model: expected outputs of shape ["),
-        (["--model", "{}:complex_", *ASKED], "model: expected outputs that are real numbers, got torch.complex64"),
-        (["--model", "{}:sparse", *ASKED], "model: expected outputs that are dense and on cpu, got torch.sparse_coo"),
-        (["--model", "{}:empty", *ASKED], "expected outputs that are dense and on cpu, got torch.strided"),
+        (["--model", "{}:complex_", *ASKED], "that are dense real numbers on cpu, got torch.strided torch.complex64"),
+        (["--model", "{}:sparse", *ASKED], "outputs that are dense real numbers on cpu, got torch.sparse_coo"),
+        (["--model", "{}:empty", *ASKED], "expected outputs that are dense real numbers on cpu, got torch.strided"),
+        (["--model", "{}:growing", *ASKED], "model: expected as many classes at each call, got 10, then 20"),
+        (["--model", "{}:build", *ASKED, "--html", "/proc/x.html"], "--html: expected a file that can be written, got"),
+        (["--model", "{}:build", *ASKED, "--html", "a\0.html"], "--html: expected a file that can be written, got"),
         (["--model", "{}:build", *ASKED, "--steps", "9" * 400], "--steps: expected at most 1,000,000, got an integer"),
         (["--model", "{}:build", *ASKED, "--restarts", "9" * 20], "--restarts: expected at most 100,000, got 999"),
         (["--model", "{}:build", "--surface", "{}:other", *ASKED], "surface: expected one that takes images of shape"),

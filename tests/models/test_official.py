@@ -392,6 +392,10 @@ FAULTS = {
         r"cluster_centers: expected \[20, 16\], .* 16 dimensions, got \[20, 15\]$",
     ),
     "one center": (put("cluster_centers", value=torch.ones(19, 16)), r"cluster_centers: .* got \[19, 16\]$"),
+    "large center": (
+        put("cluster_centers", value=torch.full((20, 16), 1e38)),
+        r"cluster_centers: expected values whose squares single precision holds, got 1e\+38|got 9\.99",
+    ),
     "nan center": (put("cluster_centers", value=NAN), r"cluster_centers: expected finite values, got NaN"),
     "variances": (put("variance", value=torch.ones(2)), r"variance: expected a number or \[20\], .* got \[2\]$"),
     "variance text": (put("variance", value="1"), r"variance: expected a number or \[20\], .* got str$"),

@@ -684,3 +684,22 @@ def test_epochs_are_told_with_those_of_every_start():
     middle = recipes.Clustr(epochs=3, warm_start=start)
     assert recipes.epochs_in_words(start) == "5"
     assert recipes.epochs_in_words(replace(middle, epochs=2, warm_start=middle)) == "5 + 3 + 2"
+
+
+def test_two_suffixes_of_one_name_are_two_profiles(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
+    (tmp_path / "profiles").mkdir()
+    for suffix in ("yaml", "yml"):
+        (tmp_path / f"profiles/tiny.{suffix}").write_text("certified_examples: 3", encoding="utf-8")
+    own, other = load_profile("tiny").name, load_profile(tmp_path / "profiles/tiny.yml").name
+    assert own == "tiny"
+    assert re.fullmatch(r"tiny-[0-9a-f]{6}", other)
+
+
+@pytest.mark.parametrize("name", ["published", "bench"])
+def test_no_profile_writes_where_other_tables_lie(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / f"profiles/{name}.yaml").write_text("certified_examples: 3", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"profile: expected another name than those of folders .* got {name}"):
+        load_profile(name)
