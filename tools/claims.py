@@ -26,7 +26,6 @@ A RADIUS or VALUE may be a fraction. An argument with a comma or a parenthesis s
 
 import csv
 import html
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -146,12 +145,11 @@ class Block:
 
 def _with_units(row: str, header: str) -> str:
     """A table's row with "%" behind the whole numbers that stand alone in cells whose column is headed by "%"."""
-    shares = ["%" in title for title in header.split("|")]
-    cells = row.split("|")
-    return "|".join(
-        f"{cell.rstrip()} %" if share and re.fullmatch(r"\W*\d+\W*", cell) and "%" not in cell else cell
-        for cell, share in itertools.zip_longest(cells, shares[: len(cells)], fillvalue=False)
-    )
+    cells, titles = row.split("|"), header.split("|")
+    for place in range(min(len(cells), len(titles))):
+        if "%" in titles[place] and "%" not in cells[place] and re.fullmatch(r"\W*\d+\W*", cells[place]):
+            cells[place] += "%"
+    return "|".join(cells)
 
 
 def parse_cell(text: str) -> Cell:

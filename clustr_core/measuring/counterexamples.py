@@ -106,8 +106,9 @@ def load_counterexample(path: Path) -> Counterexample:
     tensors, facts = read_tensors(path, "a counterexample")
     if fault := _fault(tensors, facts):
         raise ValueError(f"{path}: expected a counterexample, got {fault}")
-    numbers = {name: tensors[name].item() for name in _NUMBERS}
-    return Counterexample(tensors["image"], tensors["adversarial"], attack=facts["attack"], **numbers)
+    label, index = (int(tensors[name]) for name in ("label", "index"))
+    radius, norm = (float(tensors[name]) for name in ("radius", "norm"))
+    return Counterexample(tensors["image"], tensors["adversarial"], label, index, radius, norm, facts["attack"])
 
 
 def _fault(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:

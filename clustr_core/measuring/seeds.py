@@ -24,7 +24,7 @@ def counted(attacks: pd.DataFrame, certificates: pd.DataFrame, *, eps: float, ra
     Raises:
         ValueError: if no two protocols meet at eps.
     """
-    here = attacks[(attacks["eps"] - eps).abs() < 1e-9]
+    here = pd.DataFrame(attacks[(attacks["eps"] - eps).abs() < 1e-9])
     both = both_protocols(here).rename(columns={"method": "model", "robust_accuracy": "share"})
     both["number"] = both["protocol"].map(NAMES.get).where(both["eps"] > 0, "clean")
     rows = [both.drop_duplicates(["model", "number"])]
@@ -53,6 +53,6 @@ def pooled(table: pd.DataFrame) -> pd.DataFrame:
     groups = shares.groupby(KEYS, sort=False)
     found = groups["share"].agg(mean="mean", least="min", most="max").reset_index()
     found.insert(len(KEYS), "seeds", groups["seed"].nunique().to_numpy())
-    counts = groups[["holds", "images"]].sum()
-    bounds = [binomial_interval(holds, images) for holds, images in counts.itertuples(index=False, name=None)]
+    counts = pd.DataFrame(groups[["holds", "images"]].sum())
+    bounds = [binomial_interval(int(row["holds"]), int(row["images"])) for _, row in counts.iterrows()]
     return found.assign(low=[100 * low for low, _ in bounds], high=[100 * high for _, high in bounds])

@@ -89,7 +89,7 @@ def _check_parts(image: Image.Image, content: bytes) -> None:
         tile = tags.get(_TILES[name], 0)
         if not isinstance(tile, int) or tile > side + LARGEST_MARGIN:
             raise NotUsable(f"tiles of a TIFF that are not larger than it, got {name} {brief(tile)}")
-    if len(content) > LARGEST_RUNS and any(part[0] == "bmp_rle" for part in image.tile):
+    if len(content) > LARGEST_RUNS and any(part[0] == "bmp_rle" for part in getattr(image, "tile", ())):
         raise NotUsable(f"a BMP of run lengths of at most {LARGEST_RUNS:,} bytes, got {len(content):,}")
 
 

@@ -1,0 +1,59 @@
+"""Numbers of one recipe at several seeds: counts of images, and what they are together."""
+
+import pandas as pd
+import pytest
+
+from clustr_core.measuring.accuracy import binomial_interval
+from clustr_core.measuring.seeds import counted, pooled
+
+
+def attacked(robust: dict[str, list[bool]], *, eps=0.1, method="ce") -> pd.DataFrame:
+    """Rows of some attacks on four images, of which the last is misclassified."""
+    return pd.DataFrame(
+        [
+            {
+                "method": method, "norm": "linf", "eps": eps, "attack": attack, "loss": "ce", "index": index,
+                "correct": index < 3, "robust": holds,
+            }
+            for attack, each in robust.items()
+            for index, holds in enumerate(each)
+        ]
+    )  # fmt: skip
+
+
+def certified(radii: list[float], bound: str, method="clustr-cert") -> pd.DataFrame:
+    rows = [{"index": index, "correct": index < 3, "radius": radius} for index, radius in enumerate(radii)]
+    return pd.DataFrame(rows).assign(method=method, bound=bound)
+
+
+def test_images_are_counted_under_both_protocols_and_certified():
+    here = attacked({"paper": [True, True, True, False], "pgd": [True, True, False, False], "walk": [True, False] * 2})
+    # at another eps, which is not asked for
+    rows = pd.concat([here, attacked({"paper": [False] * 4, "pgd": [False] * 4}, eps=0.2)])
+    # the exact certificate counts, and the fourth image is misclassified
+    bounds = pd.concat([certified([0.1] * 4, "nearest"), certified([0.5, 1.0, 0.2, 2.0], "exact")])
+    found = counted(rows, bounds, eps=0.1, radii=[0.5, 1.58]).set_index(["model", "number"])
+    assert (found["images"] == 4).all()
+    assert found["holds"].to_dict() == {
+        ("ce", "clean"): 3,
+        ("ce", "paper's protocol"): 3,
+        ("ce", "correct attacks"): 1,
+        ("clustr-cert", "certified at 0.5"): 2,
+        ("clustr-cert", "certified at 1.58"): 0,
+    }
+
+
+def test_without_a_promise_nothing_is_certified():
+    rows = attacked({"paper": [True] * 4, "pgd": [True] * 4})
+    assert len(counted(rows, certified([], "exact"), eps=0.1, radii=[0.5])) == 3
+    with pytest.raises(ValueError, match="expected the attack 'paper' and another one at one eps"):
+        counted(rows, certified([], "exact"), eps=0.3, radii=[0.5])
+
+
+def test_seeds_are_pooled_and_their_spread_stands_beside():
+    about = {"profile": "p", "model": "ce", "number": "clean", "images": 10}
+    table = pd.DataFrame([{**about, "seed": seed, "holds": holds} for seed, holds in ((1, 4), (2, 9), (3, 5))])
+    row = pooled(table).iloc[0]
+    assert row[["profile", "model", "number", "seeds"]].tolist() == ["p", "ce", "clean", 3]
+    assert row[["mean", "least", "most"]].tolist() == pytest.approx([60, 40, 90])
+    assert row[["low", "high"]].tolist() == pytest.approx([100 * each for each in binomial_interval(18, 30)])
