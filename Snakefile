@@ -9,7 +9,8 @@
 #
 # What is done is told by what files say of themselves, not by when they were written, since they are copied in any order
 # and made by hand, too: a finished run is no rule's output, so that nothing deletes it or trains it again; a table that
-# the profile would make so today is given a time after its runs', any other one a time before all.
+# the profile would make so today is given a time after its runs', any other one a time before all; and so is a chapter
+# that was executed from other words or rows.
 import os
 import shlex
 import sys
@@ -54,7 +55,8 @@ CHAPTERS = {source.stem: notebooks.read_source(source) for source in notebooks.s
 
 
 def settle():
-    """Give tables the times of what they are: current ones are no older than what they are of, others older than all."""
+    """Give files the times of what they are: tables and executed chapters of something else are older than all, current
+    tables no older than what they are of."""
     for kind, method in PROFILE.tables:
         table = RESULTS / f"{kind}-{method}.csv"
         if not table.exists():
@@ -65,6 +67,10 @@ def settle():
             inputs = [RUN_OF.get(method, ""), RUN_OF.get("ce", ""), *SOURCES, radii]
             latest = max(path.stat().st_mtime_ns for path in [table, *map(Path, inputs)] if path.is_file())
         os.utime(table, ns=(latest, latest))
+    for chapter in CHAPTERS:
+        executed = Path(f"_build/{NAME}/{chapter}.ipynb")
+        if executed.exists() and not notebooks.is_current(Path("."), Path(f"notebooks/{chapter}.md"), executed, PROFILE):
+            os.utime(executed, (1, 1))
 
 
 def needs(mem_mb, runtime, processes=PROCESSES):

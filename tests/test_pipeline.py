@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from collections import Counter
@@ -155,6 +156,34 @@ def test_what_an_earlier_run_left_stays_until_the_next_is_whole(one_chapter: Pat
     assert execute(one_chapter, "01-test").returncode == 1
     assert (one_chapter / "_build/smoke/01-test.ipynb").read_bytes() == before
     assert (one_chapter / "figures/smoke/fig-test.csv").read_bytes() == drawn
+
+
+def test_a_chapter_of_other_words_or_parameters_is_executed_whatever_the_times(one_chapter: Path) -> None:
+    """As a copy leaves them: sources older than what was made of earlier ones, and nothing of the pipeline's own."""
+
+    def jobs() -> int:
+        done = planned(one_chapter, "--cores", "1", "--config", "profile=smoke")
+        assert done.returncode == 0, done.stderr[-4000:]
+        return len(set(re.findall(r"^(chapter_01_test) +1$", done.stdout + done.stderr, re.M)))
+
+    source, profile = one_chapter / "notebooks/01-test.md", one_chapter / "profiles/smoke.yaml"
+    executed = one_chapter / "_build/smoke/01-test.ipynb"
+    assert execute(one_chapter, "01-test").returncode == 0
+    assert jobs() == 0
+    source.write_text(CHAPTER + "\nMore.\n", encoding="utf-8")
+    os.utime(source, (2, 2))
+    assert jobs() == 1
+    source.write_text(CHAPTER, encoding="utf-8")
+    os.utime(source, (2, 2))
+    executed.touch()
+    assert jobs() == 0
+    words = profile.read_text(encoding="utf-8")
+    profile.write_text(words.replace("rows: 3", "rows: 4"), encoding="utf-8")
+    assert jobs() == 1
+    profile.write_text(words, encoding="utf-8")
+    (one_chapter / "figures/smoke/fig-test.csv").write_text("row\n", encoding="utf-8")
+    executed.touch()
+    assert jobs() == 1
 
 
 def test_a_chapter_is_not_executed_into_its_source(one_chapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,3 +420,23 @@ def test_parameters_are_literals(code: str) -> None:
     cell = nbformat.v4.new_code_cell(code, metadata={"tags": ["parameters"]})
     with pytest.raises(ValueError, match="parameters cell: expected"):
         notebooks.declared_parameters(nbformat.v4.new_notebook(cells=[cell]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "---\nkernelspec: [\n---\n",
+        "---\nkernelspec: 3\n---\n\n```{code-cell} ipython3\n1\n```\n",
+        CHAPTER.replace("rows = 2", "rows = = 2"),
+        CHAPTER.replace(":tags: [parameters]", ":tags: 3"),
+        CHAPTER.replace(":tags: [parameters]", ":tags: {"),
+        "",
+    ],
+)
+def test_a_chapter_that_is_none_is_one_line(one_chapter: Path, words: str) -> None:
+    (one_chapter / "notebooks/01-test.md").write_text(words, encoding="utf-8")
+    done = execute(one_chapter, "01-test")
+    assert done.returncode == 1
+    assert done.stderr.startswith("notebooks/01-test.md: ")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -15,10 +15,12 @@ from typing import Any
 
 import nbformat
 import papermill
+from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.storage.files import FIGURES, alone, copy_whole, digest, home
+from clustr_core.storage.gate import shortened
 from clustr_core.storage.provenance import environment
 from clustr_core.training.fields import field_value, read_yaml
 from tools import notebooks
@@ -109,8 +111,7 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
         raise ValueError(f"--output: expected a file name that ends in .ipynb, got {output}")
     root, source = home().resolve(), source.resolve()
     profile = load_profile(profile_name)
-    notebook = notebooks.read_source(source)
-    declared = notebooks.declared_parameters(notebook)
+    notebook, declared = _read_chapter(source)
     parameters = chosen_parameters(source, declared, profile.chapters.get(source.stem, {}), profile.name)
     parameters |= given_parameters(given, declared, source)
     made_from = notebooks.provenance(root, source, profile)
@@ -129,6 +130,23 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
             copy_whole(path, figures / path.relative_to(drawn))
         running.replace(output)
         shutil.rmtree(drawn, ignore_errors=True)
+
+
+def _read_chapter(source: Path) -> tuple[NotebookNode, dict[str, Any]]:
+    """A chapter and the parameters that it declares.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        notebook = notebooks.read_source(source)
+        nbformat.validate(notebook)
+        return notebook, notebooks.declared_parameters(notebook)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of many kinds, for what is no chapter
+        said = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+        raise ValueError(f"expected a chapter in MyST Markdown, got another file ({said})") from error
 
 
 def note_drawn(executed: Path, drawn: Path) -> None:

@@ -1,6 +1,7 @@
 """Read chapters: sources, parameters, figures, exercises, and the hashes of what a run was made from."""
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -193,3 +194,15 @@ def provenance(root: Path, source: Path, profile: Profile, *, results: str = "re
         "source": digest(source.read_bytes()),
         "tables": {path.name: digest(path.read_bytes()) for path in tables if is_read(path)},
     }
+
+
+def is_current(root: Path, source: Path, executed: Path, profile: Profile) -> bool:
+    """Whether an executed chapter is of its source, its profile and that profile's rows as they are now, and what it
+    drew is there."""
+    try:
+        said = json.loads(executed.read_text(encoding="utf-8"))["metadata"]["clustr"]
+        drawn = all(digest((root / "figures" / name).read_bytes()) == found for name, found in said["drawn"].items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    made_from = provenance(root, source, profile)
+    return drawn and "given" not in said and all(said.get(key) == value for key, value in made_from.items())

@@ -103,11 +103,19 @@ def attacks_of(
     """`measure` of a run's `heads_of` under every attack of a profile; the method comes first.
 
     No attack is transferred from a model to itself.
+
+    Raises:
+        ValueError: if the run, or one from which attacks are transferred, was replaced meanwhile.
     """
+    attacked = attacked_targets(run, profile, dataset_of(run, dataset), device)
     tables = [
         named(target.name, measure(target, protocol, source=source, progress=progress))
-        for target, protocol, source in attacked_targets(run, profile, dataset_of(run, dataset), device)
+        for target, protocol, source in attacked
     ]
+    for target, _, source in attacked:
+        for each in (target, source):
+            if each is not None:
+                each.check()
     return pd.concat(tables, ignore_index=True)
 
 

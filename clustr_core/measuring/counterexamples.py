@@ -18,6 +18,7 @@ from clustr_core.storage.tensors import read_tensors, write_tensors
 # in units of pixels, L2. A certificate speaks of the real model: the rounding of an image's pixels in float32 (3e-6 for
 # 3072 of them) and that inside the encoder move the border that is found.
 ROUNDING = 1e-5
+_PIXELS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # what is kept beside the two images
 _NUMBERS = {"label": torch.int64, "index": torch.int64, "radius": torch.float64, "norm": torch.float64}
 
@@ -118,7 +119,7 @@ def _fault(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     pair = [tensors["image"], tensors["adversarial"]]
     if pair[0].dim() != 3 or pair[0].shape != pair[1].shape or pair[0].dtype != pair[1].dtype:
         return f"images of shapes {[list(each.shape) for each in pair]}"
-    if not all(each.is_floating_point() and each.isfinite().all() for each in pair):
+    if not all(each.dtype in _PIXELS and each.isfinite().all() for each in pair):
         return "pixels that are no finite numbers"
     for name, dtype in _NUMBERS.items():
         value = tensors[name]

@@ -124,7 +124,12 @@ class ExaminedRun:
         return self._pieces("ablation", ExaminedHead.ablations, len(CHANGES), None)
 
     def _rows(self, pieces: Sequence[CachedRows]) -> pd.DataFrame:
-        return pd.concat([piece.read() for piece in pieces], ignore_index=True)
+        rows = pd.concat([piece.read() for piece in pieces], ignore_index=True)
+        for head in self.heads.values():
+            for each in (head.target, head.source):
+                if each is not None:
+                    each.check()
+        return rows
 
     def _pieces(
         self, kind: str, rows: Callable[[ExaminedHead], pd.DataFrame], count: int, source: str | None

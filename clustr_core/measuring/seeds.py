@@ -54,5 +54,6 @@ def pooled(table: pd.DataFrame) -> pd.DataFrame:
     found = groups["share"].agg(mean="mean", least="min", most="max").reset_index()
     found.insert(len(KEYS), "seeds", groups["seed"].nunique().to_numpy())
     counts = pd.DataFrame(groups[["holds", "images"]].sum())
-    bounds = [binomial_interval(int(row["holds"]), int(row["images"])) for _, row in counts.iterrows()]
+    both = zip(counts["holds"].tolist(), counts["images"].tolist(), strict=True)
+    bounds = [binomial_interval(holds, images) for holds, images in both]
     return found.assign(low=[100 * low for low, _ in bounds], high=[100 * high for _, high in bounds])

@@ -35,6 +35,7 @@ class AttackTarget:
         tables: the folder in which its rows are kept.
         dataset: whose test images are attacked.
         device: where it is attacked.
+        check: raises a ValueError if ``load`` would build another model by now.
     """
 
     name: str
@@ -43,6 +44,7 @@ class AttackTarget:
     tables: Path
     dataset: data.Dataset
     device: str | torch.device = "cpu"
+    check: Callable[[], None] = lambda: None
     _clean: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -94,7 +96,7 @@ def target_of(
         return model
 
     identity, tables = f"{run.weights_sha256} {head}", run.path / "tables"
-    return AttackTarget(name_of(run, head), load, identity, tables, dataset, device)
+    return AttackTarget(name_of(run, head), load, identity, tables, dataset, device, run.check_same)
 
 
 def name_of(run: Run, head: Head) -> str:

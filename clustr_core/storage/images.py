@@ -5,6 +5,7 @@ eight by eight pixels it may take minutes and a gigabyte. What pixels do not nee
 """
 
 import io
+import math
 import re
 import struct
 import warnings
@@ -21,7 +22,7 @@ IMAGE_FILE_LIMIT = 64 * MB
 # a photograph of the largest camera has as many; of an image of the book it would be the side of a wall
 MOST_PIXELS_A_SIDE = 4096
 # portable bitmaps in text, which Pillow takes minutes over where they are mostly comments; those in bytes
-_IN_TEXT, _IN_BYTES = (b"P1", b"P2", b"P3"), (b"P4", b"P5", b"P6", b"Pf")
+_IN_TEXT, _IN_BYTES = (b"P1", b"P2", b"P3"), (b"P0", b"P4", b"P5", b"P6", b"Pf", b"Py")
 LONGEST_HEADER = 4096
 # of a progressive JPEG; encoders write some ten
 MOST_SCANS = 100
@@ -32,8 +33,8 @@ _JPEG_NOTES = {*range(0xE1, 0xEE), 0xEF, 0xFE}
 _JPEG_BARE, _JPEG_PIXELS = {0x01, *range(0xD0, 0xD8)}, (0xD9, 0xDA)
 # the largest image in chunks of 8 kB has 8,192
 MOST_CHUNKS = 100_000
-# run lengths of a BMP, which Pillow reads in Python
-LARGEST_RUNS = 4 * MB
+# what Pillow reads in Python: run lengths of a BMP, and pixels of a portable bitmap whose largest is not 255
+LARGEST_RUNS, MOST_SCALED = 4 * MB, 1024 * 1024
 # a line of pixels may be a strip of its own, in each of a few bands
 MOST_TAGS, MOST_NUMBERS = 1000, 8 * MOST_PIXELS_A_SIDE
 # kinds of a TIFF's numbers that are kept as bytes; tags that hold the place of another directory, which Pillow reads
@@ -89,7 +90,12 @@ def _check_parts(image: Image.Image, content: bytes) -> None:
         tile = tags.get(_TILES[name], 0)
         if not isinstance(tile, int) or tile > side + LARGEST_MARGIN:
             raise NotUsable(f"tiles of a TIFF that are not larger than it, got {name} {brief(tile)}")
-    if len(content) > LARGEST_RUNS and any(part[0] == "bmp_rle" for part in getattr(image, "tile", ())):
+    decoders = {part[0] for part in getattr(image, "tile", ())}
+    if "ppm" in decoders and math.prod(image.size) > MOST_SCALED:
+        raise NotUsable(
+            f"255 as the largest value of a portable bitmap of more than {MOST_SCALED:,} pixels, got another"
+        )
+    if "bmp_rle" in decoders and len(content) > LARGEST_RUNS:
         raise NotUsable(f"a BMP of run lengths of at most {LARGEST_RUNS:,} bytes, got {len(content):,}")
 
 

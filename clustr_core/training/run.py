@@ -85,6 +85,14 @@ class Run:
         """
         check_digest(self.path, self.train_data_sha256, training_digest(self.recipe, dataset), dataset.name)
 
+    def check_same(self) -> None:
+        """Refuse a run that another took the place of, since its weights were first read.
+
+        Raises:
+            ValueError: if its weights are others, or damaged.
+        """
+        self._weights_file()
+
     @property
     def history(self) -> pd.DataFrame:
         """One row an epoch: ``epoch``, ``loss``, ``learning_rate``, and for cluster methods ``magnet``
