@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from clustr_core.measuring.accuracy import best_bound, binomial_interval, both_protocols, certified_accuracy
+from clustr_core.measuring.study import in_order, method_name, with_interval
 
 KEYS = ["profile", "model", "number"]
 NAMES = {"paper": "paper's protocol", "correct": "correct attacks"}
@@ -57,3 +58,15 @@ def pooled(table: pd.DataFrame) -> pd.DataFrame:
     both = zip(counts["holds"].tolist(), counts["images"].tolist(), strict=True)
     bounds = [binomial_interval(holds, images) for holds, images in both]
     return found.assign(low=[100 * low for low, _ in bounds], high=[100 * high for _, high in bounds])
+
+
+def seeds_table(table: pd.DataFrame) -> pd.DataFrame:
+    """`pooled` in words: a row a method; the mean with its pooled interval, and the least and the most of the seeds."""
+    found = pooled(table)
+    shares = found[["mean", "low", "high"]] / 100
+    words = [with_interval(*row) for row in shares.itertuples(index=False)]
+    spread = [f"{least:.1f} to {most:.1f}" for least, most in found[["least", "most"]].itertuples(index=False)]
+    found["said"] = [f"{word}, {each}" for word, each in zip(words, spread, strict=True)]
+    wide = found.pivot_table(index="model", columns="number", values="said", aggfunc="first", sort=False)
+    wide = wide.loc[in_order([str(model) for model in wide.index])].fillna("–")
+    return wide.rename(index=method_name).rename_axis("method", axis="index").reset_index().rename_axis(None, axis=1)

@@ -34,7 +34,7 @@ _JPEG_BARE, _JPEG_PIXELS = {0x01, *range(0xD0, 0xD8)}, (0xD9, 0xDA)
 # the largest image in chunks of 8 kB has 8,192
 MOST_CHUNKS = 100_000
 # what Pillow reads in Python: run lengths of a BMP, and pixels of a portable bitmap whose largest is not 255
-LARGEST_RUNS, MOST_SCALED = 4 * MB, 1024 * 1024
+LARGEST_RUNS, MOST_SCALED = 4 * MB, 512 * 512
 # a line of pixels may be a strip of its own, in each of a few bands
 MOST_TAGS, MOST_NUMBERS = 1000, 8 * MOST_PIXELS_A_SIDE
 # kinds of a TIFF's numbers that are kept as bytes; tags that hold the place of another directory, which Pillow reads

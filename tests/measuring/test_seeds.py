@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from clustr_core.measuring.accuracy import binomial_interval
-from clustr_core.measuring.seeds import counted, pooled
+from clustr_core.measuring.seeds import counted, pooled, seeds_table
 
 
 def attacked(robust: dict[str, list[bool]], *, eps=0.1, method="ce") -> pd.DataFrame:
@@ -57,3 +57,15 @@ def test_seeds_are_pooled_and_their_spread_stands_beside():
     assert row[["profile", "model", "number", "seeds"]].tolist() == ["p", "ce", "clean", 3]
     assert row[["mean", "least", "most"]].tolist() == pytest.approx([60, 40, 90])
     assert row[["low", "high"]].tolist() == pytest.approx([100 * each for each in binomial_interval(18, 30)])
+
+
+def test_the_table_of_a_page_has_a_row_a_method():
+    rows = [("clustr-cert", "certified at 1.58", 5), ("ce", "clean", 4), ("clustr-cert", "clean", 7)]
+    about = {"profile": "p", "seed": 1, "images": 10}
+    found = seeds_table(pd.DataFrame([{**about, "model": m, "number": n, "holds": h} for m, n, h in rows]))
+    assert found["method"].tolist() == ["cross-entropy", "ClusTR-cert"]
+    assert found["clean"].tolist() == [
+        "40.0\u00a0[12.2,\u00a073.8], 40.0 to 40.0",
+        "70.0\u00a0[34.8,\u00a093.3], 70.0 to 70.0",
+    ]
+    assert found["certified at 1.58"].tolist() == ["–", "50.0\u00a0[18.7,\u00a081.3], 50.0 to 50.0"]

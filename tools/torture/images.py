@@ -148,7 +148,7 @@ def _noted() -> dict[str, bytes]:
         "a GIF of 100,000 comments": gif[:pictures] + b"!\xfe\1x\0" * 100_000 + gif[pictures:],
         "a GIF of a million other bytes": gif[:pictures] + bytes(1_000_000) + gif[pictures:],
         "a portable bitmap of one remark": b"PyP\n#" + b"x" * 2_000_000 + b"\n8 8\n255\n" + bytes(64),
-        "a portable bitmap of 12 bits": b"P6\n1100 1100\n4095\n" + bytes(6 * 1100 * 1100),
+        "a portable bitmap of 12 bits": b"P6\n600 600\n4095\n" + bytes(6 * 600 * 600),
         "a BMP of 2,500,000 runs": b"BM" + struct.pack("<IHHI", 5_000_058, 0, 0, 58) + runs + b"\1\0" * 2_500_000,
     }  # fmt: skip
 
