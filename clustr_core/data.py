@@ -28,7 +28,7 @@ CACHE_FOLDER = ".cache"
 IMAGES = "decoded images"
 _CACHED = {"train_images", "train_labels", "test_images", "test_labels"}
 SPLIT_SEED = 111
-GREY_MODES = ("L", "1")
+GREY_MODES = ("L", "1", "LA")
 COLOUR_MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr")
 
 
@@ -71,6 +71,9 @@ class Dataset:
                     f"{part}_labels: expected classes in 0..{len(self.class_names) - 1}, "
                     f"got {int(labels.min())} to {int(labels.max())}"
                 )
+        mine, theirs = (list(images.shape[1:]) for images in (self.train_images, self.test_images))
+        if theirs != mine or 0 in mine:
+            raise ValueError(f"test_images: expected the shape of train_images, {mine}, with pixels, got {theirs}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -305,7 +308,7 @@ def _load_folder(name: str, given: Path, root: Path) -> Dataset:
     paths = [path for part in files.values() for path, _ in part]
     fingerprint = _fingerprint(folder, paths)
     cache = root / CACHE_FOLDER / f"images-{digest(os.fsencode(folder.resolve()))[:16]}.safetensors"
-    tensors = _read_cache(cache, fingerprint)
+    tensors = _read_cache(cache, fingerprint, files)
     if tensors is None:
         # said before the images are decoded, which may take long
         kept = _can_be_written(cache)
@@ -380,13 +383,18 @@ def _can_be_written(cache: Path) -> bool:
         return False
 
 
-def _read_cache(cache: Path, fingerprint: str) -> dict[str, Tensor] | None:
+def _read_cache(cache: Path, fingerprint: str, files: Mapping[str, list[tuple[Path, int]]]) -> dict[str, Tensor] | None:
     """The decoded images of these files, or None; what cannot be read is as good as none."""
     try:
         tensors, facts = read_tensors(cache, IMAGES)
     except (ValueError, OSError):
         return None
-    return tensors if facts.get("fingerprint") == fingerprint and set(tensors) == _CACHED else None
+    if facts.get("fingerprint") != fingerprint or set(tensors) != _CACHED:
+        return None
+    shapes = {part: tensors[f"{part}_images"].shape for part in files}
+    whole = all(len(shapes[part]) == 4 and shapes[part][0] == len(files[part]) for part in files)
+    alike = len({shape[1:] for shape in shapes.values()}) == 1
+    return tensors if whole and alike and shapes["train"][1] in (1, 3) else None
 
 
 def _decode(files: dict[str, list[tuple[Path, int]]]) -> dict[str, Tensor]:

@@ -431,6 +431,26 @@ def test_a_cache_that_cannot_be_read_is_as_good_as_none(folder, root, monkeypatc
     assert torch.equal(load(folder).test_labels, first.test_labels)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda kept: {"test_images": kept["test_images"][:, :, :4]},
+        lambda kept: {"test_images": kept["test_images"][:0], "test_labels": kept["test_labels"][:0]},
+        lambda kept: {name: kept[name][:, :0] for name in ("train_images", "test_images")},
+        lambda kept: {name: kept[name].repeat(2, 1, 1, 1) for name in ("train_images", "test_images")},
+    ],
+    ids=["another shape", "no tests", "no channels", "twice"],
+)
+def test_a_cache_of_other_images_than_the_files_is_not_taken_for_them(folder, root, change):
+    good = load(folder)
+    (cache,) = caches(root)
+    tensors, facts = read_tensors(cache, data.IMAGES)
+    write_tensors(cache, data.IMAGES, tensors | change(tensors), facts)
+    again = load(folder)
+    assert torch.equal(again.train_images, good.train_images)
+    assert torch.equal(again.test_images, good.test_images)
+
+
 def test_a_folder_that_changes_while_it_is_decoded_is_refused(folder, root, monkeypatch):
     decode = data._decode
 

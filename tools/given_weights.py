@@ -77,18 +77,22 @@ def _measured(options: argparse.Namespace) -> int:
 
     def network() -> nn.Module:
         tensors = load_file(options.weights)
+        _check_same(options.weights, sha256)
         return (
             cluster_network(recipe, dataset.image_shape, tensors, recipe.rule, options.weights)
             .eval()
             .to(options.device)
         )
 
+    other = digest(options.source.read_bytes())
+
     def stranger() -> nn.Module:
-        return load_official(options.source, dataset="cifar10").to(options.device)
+        source = load_official(options.source, dataset="cifar10").to(options.device)
+        _check_same(options.source, other)
+        return source
 
     if options.battery:
         return _battery(options, recipe, dataset, network(), stranger())
-    other = digest(options.source.read_bytes())
     target, source = target_of(recipe.method, network, asked_of), target_of("source", stranger, other)
     parts = []
     for name, protocol in PROTOCOLS.items():
@@ -100,6 +104,12 @@ def _measured(options: argparse.Namespace) -> int:
     made = environment(options.device) | {"profile": {"name": None, "sha256": None}} | facts
     write_rows(options.into, table, made, note="Attacks on given weights, by python -m tools.given_weights.")
     return 0
+
+
+def _check_same(path: Path, sha256: str) -> None:
+    """Rows are kept under the digest of what was there at first."""
+    if (found := digest(path.read_bytes())) != sha256:
+        raise ValueError(f"{path}: expected the file of sha256 {sha256[:10]} that was there at first, got {found[:10]}")
 
 
 def _battery(

@@ -141,7 +141,7 @@ def publish(root: Path, profile: str) -> list[Path]:
     _check_is_its_own(root / "results/published" / profile, profile)
     executed = _executed(root, profile)
     twins = {source.with_suffix(".ipynb"): _twin_text(root, source, run, profile) for source, run in executed.items()}
-    tables = sorted((root / "results" / profile).glob("*.csv"))
+    tables = sorted(root / "results" / profile / f"{kind}-{method}.csv" for kind, method in asked.tables)
     figures = _figures(root, profile, executed)
     for table in (*tables, *(path for path in figures if path.suffix == ".csv")):
         check_sidecar(table)

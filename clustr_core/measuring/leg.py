@@ -29,7 +29,7 @@ from clustr_core.measuring.pieces import CachedRows, fill_cache
 from clustr_core.measuring.profile import PARTIAL, Profile, Protocol
 from clustr_core.measuring.sandwiched import sandwich_of, sandwich_pieces
 from clustr_core.measuring.targets import AttackTarget
-from clustr_core.measuring.versions import VERSIONS
+from clustr_core.measuring.versions import VERSIONS, columns_of
 from clustr_core.measuring.written import is_current, is_written, made_by, made_of, write_rows
 from clustr_core.numerics.rounding import full_precision
 from clustr_core.storage.files import alone, copy_whole, home
@@ -43,7 +43,7 @@ from clustr_core.training.loop import fit
 from clustr_core.training.names import CHECKPOINT, DONE, HISTORY, WEIGHTS
 from clustr_core.training.recipes import CrossEntropy, Recipe, run_folder, training_version
 from clustr_core.training.run import SNAPSHOT, Run, check_stored_dtype, load_run
-from clustr_core.training.state import epochs_kept
+from clustr_core.training.state import check_checkpoint, epochs_kept
 
 log = logging.getLogger(__name__)
 Kind = Literal["train", "attacks", "certificates", "diagnostics", "sandwich"]
@@ -367,10 +367,13 @@ class _Work:
     partial: dict[str, Step] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
     datasets: dict[str, data.Dataset] = field(default_factory=dict)
+    # what a later pack must have, too
+    kept: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.packed_at = self.clock.now()
         self.index = read_index(self.folder)
+        self._check_kept(_groups(self.profile))
 
     def take(self, step: Step) -> None:
         """Do one step."""
@@ -497,9 +500,11 @@ class _Work:
                 f"--into: expected the pack that this leg began from, got one that another leg has written since in "
                 f"{self.folder}; what this leg did lies in {home() / 'runs'} and {_results(self.profile)}: begin again"
             )
+        groups = _groups(self.profile)
+        self._check_kept(groups)
         packed = pack(
             self.folder,
-            _groups(self.profile),
+            groups,
             self.bounds,
             _facts(self.profile, half=self.half, captured=self.captured),
         )
@@ -508,6 +513,17 @@ class _Work:
         self.packing = self.packed_at - begun
         self.clock.reserve = max(self.clock.reserve, 1.5 * self.packing)
         return packed
+
+    def _check_kept(self, groups: Sequence[Sequence[Member]]) -> None:
+        """Finished runs and measured rows do not vanish: a pack of what is left would take the place of theirs."""
+        names = {member.name for group in groups for member in group}
+        kept = {name for name in names if name.endswith(f"/{DONE}") or "/tables/" in name}
+        if lost := sorted(self.kept - kept):
+            raise ValueError(
+                f"{home() / lost[0]}: expected the file that this leg has seen there, got none: the pack in "
+                f"{self.folder} stays as it is"
+            )
+        self.kept = kept
 
 
 def _said(step: Step) -> str:
@@ -674,13 +690,13 @@ def _restore(unpacked: Path, root: Path, profile: Profile) -> None:
     """Move what was unpacked to where it is missing, damaged or behind; what is here otherwise stays.
 
     Raises:
-        ValueError: before anything is moved, if a finished run is another here than there.
+        ValueError: before anything is moved, if a run there is no run of the profile's, or is finished here as another.
     """
     _check_places(unpacked, profile)
+    recipes = _runs_of(profile)
     runs = [(run, root / "runs" / run.name) for run in sorted((unpacked / "runs").glob("*"))]
     for theirs, mine in runs:
-        if (theirs / DONE).exists() and (mine / DONE).exists():
-            _check_same_weights(theirs, mine)
+        _check_run(theirs, mine, recipes[theirs.name])
     for theirs, mine in runs:
         mine.mkdir(parents=True, exist_ok=True)
         # not while it is trained
@@ -701,8 +717,8 @@ def _restore(unpacked: Path, root: Path, profile: Profile) -> None:
 
 def _check_places(unpacked: Path, profile: Profile) -> None:
     """Raises a ValueError if a pack has what no leg of the profile puts into one, or a table without its sidecar."""
-    runs = {run_folder(each).name for recipe in profile.recipes.values() for each in _with_starts(recipe)}
-    for path in _files(unpacked):
+    runs = _runs_of(profile)
+    for path in sorted(each for each in unpacked.rglob("*") if each.is_file() or not any(each.iterdir())):
         match path.relative_to(unpacked).parts:
             case ("runs", run, name):
                 is_ours = run in runs and name in (CHECKPOINT, WEIGHTS, HISTORY, DONE)
@@ -713,21 +729,39 @@ def _check_places(unpacked: Path, profile: Profile) -> None:
                 is_ours = path in both and all(each.is_file() for each in both)
             case _:
                 is_ours = False
-        if not is_ours or path.name.startswith("."):
+        if not is_ours or not path.is_file() or path.name.startswith("."):
             raise ValueError(
                 f"--into: expected a pack of runs and tables, got one with {shown(path.relative_to(unpacked))}"
             )
+
+
+def _runs_of(profile: Profile) -> dict[str, Recipe]:
+    """The recipes of a profile, and what they start from, by the names of their runs' folders."""
+    return {run_folder(each).name: each for recipe in profile.recipes.values() for each in _with_starts(recipe)}
+
+
+def _check_run(theirs: Path, mine: Path, recipe: Recipe) -> None:
+    """Raises a ValueError if what a pack has of a run could not be loaded here, or is another finished run."""
+    try:
+        if any((theirs / name).exists() for name in (WEIGHTS, HISTORY, DONE)):
+            load_run(theirs, expected=recipe).weights()
+        if (theirs / CHECKPOINT).exists():
+            check_checkpoint(theirs / CHECKPOINT, recipe)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--into: expected a pack of runs that are whole, got {error}") from error
+    if (theirs / DONE).exists() and (mine / DONE).exists():
+        _check_same_weights(theirs, mine)
 
 
 def _worth(table: Path, profile: Profile) -> int:
     """What a table of a profile is worth: none or a damaged one nothing, one of an earlier protocol or of other weights
     little, and else the more, the more attacks it is of."""
     try:
-        made = check_sidecar(table)["made"]
+        sidecar = check_sidecar(table)
     except (ValueError, OSError):
         return 0
-    kind, _, method = table.stem.partition("-")
-    if (kind, method) not in profile.tables:
+    made, (kind, _, method) = sidecar["made"], table.stem.partition("-")
+    if (kind, method) not in profile.tables or sidecar["table"]["columns"] != columns_of(kind):
         return 1
     said = {}
     if table.parent.name == PARTIAL:

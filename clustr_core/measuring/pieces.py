@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clustr_core import data
-from clustr_core.measuring.versions import VERSIONS
+from clustr_core.measuring.versions import COLUMNS, VERSIONS
 from clustr_core.numerics.rounding import full_precision
 from clustr_core.storage.files import digest
 from clustr_core.storage.gate import check_own, listed
@@ -27,26 +27,6 @@ from clustr_core.training.stopping import finished_first
 CHUNK = 128
 # and of an attack on a GPU with so many bytes of memory: fewer leave it waiting for Python
 GPU_CHUNK, GPU_BYTES = 1024, 70e9
-# what the rows of a kind of measurement are made of: texts, truths, whole numbers and any numbers
-_SEEN = {"index": "whole number", "label": "whole number", "prediction": "whole number", "correct": "truth"}
-_ATTACKED = {"steps": "whole number", "restarts": "whole number", **_SEEN, "adversarial_prediction": "whole number"}
-_LENGTHS = dict.fromkeys(("feature_radius", "radius", "lipschitz", "lipschitz_lower_bound"), "number")
-COLUMNS = {
-    "attack": {
-        "attack": "text", "norm": "text", "eps": "number", "loss": "text", **_ATTACKED, "robust": "truth",
-        "gradients": "whole number",
-    },
-    "certificate": {"bound": "text", **_SEEN, **_LENGTHS},
-    "sandwich": {
-        "attack": "text", "index": "whole number", "label": "whole number", "correct": "truth", "radius": "number",
-        "norm": "number", "gradients": "whole number",
-    },
-    "diagnostics": {
-        "method": "text", "check": "text", "value": "number", "threshold": "number", "flagged": "truth",
-        "source": "text", "meaning": "text",
-    },
-    "ablation": {"method": "text", "change": "text", "robust_accuracy": "number", "drop": "number"},
-}  # fmt: skip
 # by pandas' letters
 _LETTERS = {"text": "OSUT", "truth": "b", "whole number": "iu", "number": "iuf"}
 # the i-th of n shares, counted from 1

@@ -30,6 +30,7 @@ from clustr_core.measuring.accuracy import (
 from clustr_core.measuring.profile import PARTIAL, Profile, Protocol, load_profile
 from clustr_core.measuring.written import asked_of, differing, is_current
 from clustr_core.storage.files import home, read_json
+from clustr_core.storage.gate import brief
 from clustr_core.storage.provenance import check_sidecar, read_checked, sidecar_of
 from clustr_core.training.fields import build, field_value
 from clustr_core.training.recipes import epochs_in_words, run_folder
@@ -351,7 +352,9 @@ def _attacks_asked(profile: Profile, table: Path) -> Mapping[str, Protocol]:
     """The attacks whose rows a table holds: all of the profile's, but for a partial one."""
     if table.parent.name != PARTIAL:
         return profile.attacks
-    asked = check_sidecar(table)["made"]["protocol"]
+    asked = check_sidecar(table)["made"].get("protocol")
+    if not asked:
+        raise ValueError(f"{table}: expected a sidecar that says which attacks the rows are of, got {brief(asked)}")
     return {name: build(Protocol, values, f"{table.name}: {name}") for name, values in asked.items()}
 
 

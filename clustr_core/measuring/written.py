@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from clustr_core.measuring.profile import Profile
-from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS
+from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS, columns_of
 from clustr_core.storage.files import digest, written_whole
 from clustr_core.storage.gate import TENSORS_LIMIT, is_stream, read_bytes
 from clustr_core.storage.provenance import check_sidecar, environment, write_sidecar
@@ -107,10 +107,10 @@ def is_written(folder: Path, profile: Profile, kind: str, method: str) -> bool:
     A table that is not the one of its sidecar, as when its writer was killed between the two, counts as missing.
     """
     try:
-        made = check_sidecar(folder / f"{kind}-{method}.csv")["made"]
+        said = check_sidecar(folder / f"{kind}-{method}.csv")
     except (FileNotFoundError, ValueError):
         return False
-    return is_current(made, profile, kind, method)
+    return said["table"]["columns"] == columns_of(kind) and is_current(said["made"], profile, kind, method)
 
 
 def is_current(made: Mapping[str, Any], profile: Profile, kind: str, method: str) -> bool:

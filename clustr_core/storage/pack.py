@@ -194,7 +194,10 @@ def unpack(folder: Path, into: Path) -> None:
             with zipfile.ZipFile(archive) as members:
                 _check_members(members)
                 members.extractall(into)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        except (
+            zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, NotADirectoryError,
+            FileExistsError, IsADirectoryError,
+        ) as error:  # fmt: skip
             why = shortened(str(error))
             raise ValueError(f"--into: expected a pack in {folder}, got a damaged one ({why})") from error
 

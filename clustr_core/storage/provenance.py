@@ -160,8 +160,8 @@ def _held(table: Path, written: bytes) -> dict[str, Any]:
     made = content.get("made")
     if not isinstance(said, dict) or not isinstance(made, dict):
         raise ValueError(f"{path}: expected the keys table and made, got {sorted(content)}")
-    nested = [(name, made.get(name) or {}) for name in ("protocol", "sources")]
-    nested += [(name, each) for name, value in nested[1:] if isinstance(value, dict) for each in value.values()]
+    nested = [(name, made.get(name) or {}) for name in ("protocol", "sources", "profile")]
+    nested += [(name, each) for name, value in nested[1:2] if isinstance(value, dict) for each in value.values()]
     if odd := [name for name, value in nested if not isinstance(value, dict)]:
         raise ValueError(f"{path}: made: expected a mapping in {odd[0]}, got {brief(made[odd[0]])}")
     if wrong := sorted(key for key in found if said.get(key) != found[key]):

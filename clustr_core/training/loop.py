@@ -56,6 +56,7 @@ from clustr_core.training.run import (
     check_stored_dtype,
     load_run,
     round_to_half,
+    snapshot_path,
     stored_dtype,
     stored_tensors,
     training_digest,
@@ -378,6 +379,8 @@ def finish(
     # where a file system knows no locks, another process may have finished the same run: its files belong together
     if (folder / DONE).exists():
         return
+    if lost := [epoch for epoch in recipe.snapshots if not snapshot_path(folder, epoch).exists()]:
+        log.warning("%s: finished without its snapshots of the epochs %s, which are not there any more", folder, lost)
     with written_whole(folder / WEIGHTS) as temporary:
         temporary.write_bytes(weights := save(tensors))
     content["weights_sha256"] = digest(weights)

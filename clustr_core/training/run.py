@@ -137,6 +137,8 @@ class Run:
         if epoch not in self.recipe.snapshots:
             raise ValueError(f"epoch: expected one of the snapshots {self.recipe.snapshots}, got {epoch}")
         path = snapshot_path(self.path, epoch)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: expected the snapshot of epoch {epoch}, got none: train the run again")
         tensors, facts = read_tensors(path, SNAPSHOT)
         if seal_of(facts) != seal_of(progress_facts(self.recipe, self.train_data_sha256, epoch)):
             found = f"epoch {facts.get('epoch')}" + ("" if facts.get("epoch") != epoch else " of another run")

@@ -154,7 +154,22 @@ def checkpoint_facts(path: Path, recipe: Recipe, data_sha256: str) -> dict[str, 
     return _checked(path, recipe, data_sha256)[1]
 
 
+def check_checkpoint(path: Path, recipe: Recipe) -> None:
+    """Refuse what is no checkpoint of a recipe, of whatever data.
+
+    Raises:
+        ValueError: if it is damaged, or of another recipe or version.
+    """
+    _check_progress(path, recipe, _of_recipe(path, recipe)[1])
+
+
 def _checked(path: Path, recipe: Recipe, data_sha256: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, facts = _of_recipe(path, recipe)
+    check_digest(path.parent, str(facts.get("train_data_sha256")), data_sha256, recipe.dataset)
+    return tensors, facts
+
+
+def _of_recipe(path: Path, recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, facts = read_tensors(path, "a checkpoint")
     try:
         found = recipe_from_dict(facts["recipe"])
@@ -164,7 +179,6 @@ def _checked(path: Path, recipe: Recipe, data_sha256: str) -> tuple[dict[str, Te
     if found != recipe:
         raise ValueError(other_recipe(path, found, recipe))
     check_version(path, facts.get("version"), recipe)
-    check_digest(path.parent, str(facts.get("train_data_sha256")), data_sha256, recipe.dataset)
     return tensors, facts
 
 

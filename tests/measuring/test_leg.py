@@ -27,7 +27,7 @@ from clustr_core.measuring.counterexamples import load_counterexample
 from clustr_core.measuring.leg import Clock, TimeIsUp, early_attacks, plan, run_leg, steps_left, tables_left
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
-from clustr_core.measuring.written import is_current, made_by, write_rows
+from clustr_core.measuring.written import is_current, is_written, made_by, write_rows
 from clustr_core.storage.files import alone, digest, read_json, seal_of, write_json
 from clustr_core.storage.pack import INDEX, Bounds, Member, pack, read_index, unpack
 from clustr_core.storage.provenance import check_sidecar
@@ -784,5 +784,59 @@ def test_snapshots_are_those_of_the_training_that_is_taken(home, tmp_path, same)
 def test_what_is_no_counterexample_is_named(tmp_path):
     path = tmp_path / "counterexample-fmn-1.safetensors"
     write_tensors(path, "a counterexample", {"image": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match=f"{path}: expected a counterexample, got something else"):
+    with pytest.raises(ValueError, match=f"{path}: expected a counterexample, got tensors called"):
         load_counterexample(path)
+
+
+@pytest.mark.parametrize("how", ["junk", "of another recipe", "no weights", "a folder alone", "a folder in its place"])
+def test_a_run_that_could_not_be_loaded_is_refused_before_anything_is_moved(home, tmp_path, how):
+    place, profile, unpacked = home("here"), load_profile("tiny"), tmp_path / "unpacked"
+    mine = run_folder(profile.recipes["ce"])
+    leg(tmp_path / "pack", 12)
+    (mine / "snapshots").mkdir(exist_ok=True)
+    (mine / "snapshots/x").write_text("x", encoding="utf-8")
+    theirs = unpacked / "runs" / mine.name
+    theirs.mkdir(parents=True)
+    if how == "of another recipe":
+        facts = {"epoch": 10**9, "recipe": {"method": "nonsense"}, "history": []}
+        write_tensors(theirs / "checkpoint.safetensors", "a checkpoint", {"x": torch.zeros(1)}, facts)
+    elif how == "no weights":
+        (theirs / "history.csv").write_text("epoch,loss\n1,0.5\n", encoding="utf-8")
+    elif how == "junk":
+        (theirs / "run.json").write_text("junk", encoding="utf-8")
+    elif how == "a folder in its place":
+        (theirs / "run.json").mkdir()
+    expected = "of runs and tables, got one with" if "folder" in how else "of runs that are whole, got "
+    before = contents(place)
+    with pytest.raises(ValueError, match=f"--into: expected a pack {expected}"):
+        leg_module._restore(unpacked, place, profile)
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("lost", ["tables", "run.json"])
+def test_a_pack_is_not_replaced_by_one_that_lacks_what_was_there(carried, home, monkeypatch, lost):
+    home("here")
+
+    def moved(profile):
+        # not before the leg has seen it
+        if len(calls := [*seen, 1]) == 2:
+            gone = run_folder(profile.recipes["ce"]) / lost
+            gone.rename(gone.with_name(f"{lost}-moved"))
+        seen[:] = calls
+        return []
+
+    before, seen = contents(carried), []
+    monkeypatch.setattr(leg_module, "steps_left", moved)
+    with pytest.raises(ValueError, match=r"expected the file that this leg has seen there, got none: .* stays"):
+        leg(carried)
+    assert contents(carried) == before
+
+
+def test_a_table_of_other_columns_is_not_done(whole, home):
+    place = home("here")
+    shutil.copytree(whole / "results", place / "results")
+    profile, table = load_profile("tiny"), place / "results/tiny/certificates-prototypes.csv"
+    made = check_sidecar(table)["made"]
+    assert is_written(table.parent, profile, "certificates", "prototypes")
+    write_rows(table, pd.DataFrame({"a": [1]}), made)
+    assert not is_written(table.parent, profile, "certificates", "prototypes")
