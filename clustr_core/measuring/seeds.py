@@ -60,13 +60,16 @@ def pooled(table: pd.DataFrame) -> pd.DataFrame:
     return found.assign(low=[100 * low for low, _ in bounds], high=[100 * high for _, high in bounds])
 
 
-def seeds_table(table: pd.DataFrame) -> pd.DataFrame:
-    """`pooled` in words: a row a method; the mean with its pooled interval, and the least and the most of the seeds."""
-    found = pooled(table)
+def seeds_table(table: pd.DataFrame, numbers: Sequence[str]) -> pd.DataFrame:
+    """`pooled` in words: a row a method, of some numbers; the mean with its pooled interval, and the least and the most
+    of the seeds."""
+    found = pooled(pd.DataFrame(table[table["number"].isin([*numbers])]))
     shares = found[["mean", "low", "high"]] / 100
     words = [with_interval(*row) for row in shares.itertuples(index=False)]
     spread = [f"{least:.1f} to {most:.1f}" for least, most in found[["least", "most"]].itertuples(index=False)]
     found["said"] = [f"{word}, {each}" for word, each in zip(words, spread, strict=True)]
-    wide = found.pivot_table(index="model", columns="number", values="said", aggfunc="first", sort=False)
-    wide = wide.loc[in_order([str(model) for model in wide.index])].fillna("–")
+    wide = found.pivot_table(index="model", columns="number", values="said", aggfunc="first")
+    models = in_order([str(model) for model in wide.index])
+    wide = wide.loc[models, [*numbers]].fillna("–")
+    wide.insert(0, "seeds", found.groupby("model")["seeds"].first())
     return wide.rename(index=method_name).rename_axis("method", axis="index").reset_index().rename_axis(None, axis=1)

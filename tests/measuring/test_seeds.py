@@ -62,8 +62,11 @@ def test_seeds_are_pooled_and_their_spread_stands_beside():
 def test_the_table_of_a_page_has_a_row_a_method():
     rows = [("clustr-cert", "certified at 1.58", 5), ("ce", "clean", 4), ("clustr-cert", "clean", 7)]
     about = {"profile": "p", "seed": 1, "images": 10}
-    found = seeds_table(pd.DataFrame([{**about, "model": m, "number": n, "holds": h} for m, n, h in rows]))
+    table = pd.DataFrame([{**about, "model": m, "number": n, "holds": h} for m, n, h in rows])
+    found = seeds_table(table, ["clean", "certified at 1.58"])
+    assert list(found) == ["method", "seeds", "clean", "certified at 1.58"]
     assert found["method"].tolist() == ["cross-entropy", "ClusTR-cert"]
+    assert found["seeds"].tolist() == [1, 1]
     assert found["clean"].tolist() == [
         "40.0\u00a0[12.2,\u00a073.8], 40.0 to 40.0",
         "70.0\u00a0[34.8,\u00a093.3], 70.0 to 70.0",
