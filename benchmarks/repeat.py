@@ -92,8 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     options = parser.parse_args(arguments)
     path, counts = home() / "results/bench" / "repeat.csv", sorted(set(options.threads))
+    digest = asked_of(load_profile(options.profile))
     asked = [
-        (options.profile, asked_of(load_profile(options.profile)), method, seed, threads)
+        (options.profile, digest, method, seed, threads)
         for seed in range(options.seeds)
         for method in options.methods
         for threads in counts
@@ -101,21 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = done_at(path, [*KEY, "measured_by"])
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = [
-            pool.submit(rows_of, name, method, seed, threads, missing)
-            for name, digest, method, seed, threads in asked
-            if (
-                missing := [
-                    by
-                    for by in (counts if threads == counts[0] else [threads])
-                    if (name, digest, method, seed, threads, by) not in done
-                ]
-            )
+            pool.submit(rows_of, options.profile, *key[2:], missing)
+            for key in asked
+            if (missing := [by for by in (counts if key[-1] == counts[0] else [key[-1]]) if (*key, by) not in done])
         ]
         for finished in as_completed(waiting):
             rows = finished.result()[[*KEY, "measured_by", "model", "number", "value"]]
             add_rows(path, rows, [*KEY, "measured_by"])
     found = rows_at(path, KEY)
-    moved = moved_by(found[found["asked"].isin({key[1] for key in asked})])
+    moved = moved_by(found[found["asked"] == digest])
     write_table(path.with_name("moved.csv"), moved)
     print(moved.to_string(index=False, float_format="%.1f"))
 

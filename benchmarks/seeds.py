@@ -71,7 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[111, 112, 113])
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, a thread each")
     options = parser.parse_args(arguments)
-    path, digest = home() / "results/bench" / "seeds.csv", asked_of(load_profile(options.profile))
+    profile = load_profile(options.profile)
+    if profile.examination is None:
+        parser.error(f"--profile: expected one with an examination, whose eps is asked, got {profile.name}")
+    if unknown := sorted(set(options.methods) - set(profile.attacked)):
+        parser.error(f"--methods: expected some of {sorted(profile.attacked)}, got {unknown}")
+    path, digest = home() / "results/bench" / "seeds.csv", asked_of(profile)
     done, trainings = done_at(path, KEY), [*itertools.product(options.seeds, options.methods)]
     missing = [(method, seed) for seed, method in trainings if (options.profile, digest, method, seed) not in done]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
