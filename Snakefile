@@ -11,6 +11,7 @@
 # and made by hand, too: a finished run is no rule's output, so that nothing deletes it or trains it again; a table that
 # the profile would make so today is given a time after its runs', any other one a time before all; and so is a chapter
 # that was executed from other words or rows.
+import contextlib
 import os
 import shlex
 import sys
@@ -20,7 +21,7 @@ sys.path.insert(0, str(workflow.basedir))
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.measuring.written import asked_beside, is_written
-from clustr_core.storage.files import digest
+from clustr_core.storage.files import copy_whole, digest
 from clustr_core.training.names import DONE
 from clustr_core.training.recipes import run_folder, run_key
 from tools import notebooks
@@ -54,6 +55,20 @@ CERTIFYING = [path for path in CORE if "certificates" in Path(path).parts]
 CHAPTERS = {source.stem: notebooks.read_source(source) for source in notebooks.sources(Path("."))}
 
 
+if unknown := sorted(set(PROFILE.chapters) - set(CHAPTERS)):
+    raise ValueError(f"{PROFILE.path.name}: chapters: expected some of {sorted(CHAPTERS)}, got {unknown}")
+
+
+def set_time(path, ns):
+    """Give a file a time; one of another user gives way to a copy, where that may be written."""
+    with contextlib.suppress(OSError):
+        try:
+            os.utime(path, ns=(ns, ns))
+        except PermissionError:
+            copy_whole(path, path)
+            os.utime(path, ns=(ns, ns))
+
+
 def settle():
     """Give files the times of what they are: tables and executed chapters of something else are older than all, current
     tables no older than what they are of."""
@@ -66,11 +81,11 @@ def settle():
             radii = f"results/{NAME}/certificates-{method}.csv" if kind == "sandwich" else ""
             inputs = [RUN_OF.get(method, ""), RUN_OF.get("ce", ""), *SOURCES, radii]
             latest = max(path.stat().st_mtime_ns for path in [table, *map(Path, inputs)] if path.is_file())
-        os.utime(table, ns=(latest, latest))
+        set_time(table, latest)
     for chapter in CHAPTERS:
         executed = Path(f"_build/{NAME}/{chapter}.ipynb")
         if executed.exists() and not notebooks.is_current(Path("."), Path(f"notebooks/{chapter}.md"), executed, PROFILE):
-            os.utime(executed, (1, 1))
+            set_time(executed, 1)
 
 
 def needs(mem_mb, runtime, processes=PROCESSES):

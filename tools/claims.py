@@ -44,7 +44,7 @@ from clustr_core.measuring.versions import MEASUREMENT_OF
 from clustr_core.measuring.written import asked_of, differing
 from clustr_core.storage.files import home
 from clustr_core.storage.gate import brief
-from clustr_core.storage.provenance import check_sidecar
+from clustr_core.storage.provenance import check_sidecar, profile_of
 from clustr_core.storage.tables import read_table
 
 # beside the chapters; not api.md, which tools.api writes from docstrings: their numbers are constants of the code
@@ -242,7 +242,7 @@ def _rows_of_others(root: Path, table: Path, made: dict[str, Any]) -> Iterator[s
     # attacks that are not all there yet lie in a folder of their own
     if table.parent.name == name and profile.exists():
         wanted |= asked_of(_profile(profile, profile.stat().st_mtime_ns), kind, method)
-    said = made | {"profile": (made.get("profile") or {}).get("name")}
+    said = made | {"profile": profile_of(made)}
     if wrong := differing(said, wanted):
         rows = ", ".join(f"{key} {brief(wanted[key])}, got {brief(said[key])}" for key in wrong)
         yield f"{table.relative_to(root)}: expected the rows of {rows}"

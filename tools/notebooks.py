@@ -13,12 +13,17 @@ from nbformat import NotebookNode
 
 from clustr_core.measuring.profile import Profile
 from clustr_core.storage.files import digest
+from clustr_core.storage.gate import MB, read_bytes, read_text
 
 FIGURE_LABEL = re.compile(r"fig-[a-z0-9]+(?:-[a-z0-9]+)*")
 _DIRECTIVE = re.compile(
     r"^(?P<fence>`{3,}|:{3,})\{figure\}[ \t]*(?P<target>\S*)[ \t]*\n(?P<body>.*?)^(?P=fence)[ \t]*$",
     re.M | re.S,
 )
+# of a chapter's source or a figure's file, and of an executed chapter
+SOURCE_LIMIT, NOTEBOOK_LIMIT = 64 * MB, 256 * MB
+# what a chapter draws: a figure's files in its profile's folder
+DRAWN = re.compile(r"[\w-]+/[\w-]+\.(?:png|svg|csv|json)")
 _OPTION = re.compile(r":(?P<key>[\w-]+):[ \t]*(?P<value>.*)")
 _EXERCISE = re.compile(
     r"^(?P<fence>:{3,})\{(?P<kind>exercise|solution)\}[ \t]*(?P<argument>.*?)[ \t]*\n(?P<body>.*?)^(?P=fence)[ \t]*$",
@@ -57,7 +62,7 @@ def sources(root: Path) -> list[Path]:
 
 def read_source(path: Path) -> NotebookNode:
     """A chapter's MyST source as a notebook without outputs, metadata as written."""
-    notebook = jupytext.read(path, fmt="md:myst")
+    notebook = jupytext.reads(read_text(path, limit=SOURCE_LIMIT), fmt="md:myst")
     notebook.metadata.get("jupytext", {}).pop("default_lexer", None)
     return notebook
 
@@ -200,9 +205,12 @@ def is_current(root: Path, source: Path, executed: Path, profile: Profile) -> bo
     """Whether an executed chapter is of its source, its profile and that profile's rows as they are now, and what it
     drew is there."""
     try:
-        said = json.loads(executed.read_text(encoding="utf-8"))["metadata"]["clustr"]
-        drawn = all(digest((root / "figures" / name).read_bytes()) == found for name, found in said["drawn"].items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        said = json.loads(read_text(executed, limit=NOTEBOOK_LIMIT))["metadata"]["clustr"]
+        drawn = all(
+            DRAWN.fullmatch(name) and digest(read_bytes(root / "figures" / name, limit=SOURCE_LIMIT)) == found
+            for name, found in said["drawn"].items()
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
     made_from = provenance(root, source, profile)
     return drawn and "given" not in said and all(said.get(key) == value for key, value in made_from.items())

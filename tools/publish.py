@@ -20,15 +20,12 @@ from nbformat import NotebookNode
 from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.measuring.written import is_written
 from clustr_core.storage.files import copy_whole, digest, home, written_whole
-from clustr_core.storage.gate import MB, brief, read_text, shortened
-from clustr_core.storage.provenance import check_sidecar, sidecar_of
+from clustr_core.storage.gate import brief, read_text, shortened
+from clustr_core.storage.provenance import check_sidecar, profile_of, sidecar_of
 from clustr_core.training.names import DONE, HISTORY, WEIGHTS
 from clustr_core.training.recipes import run_key
 from tools import notebooks
 
-NOTEBOOK_LIMIT = 256 * MB
-# what a chapter draws: a figure's files in its profile's folder
-DRAWN = re.compile(r"[\w-]+/[\w-]+\.(?:png|svg|csv|json)")
 LANGUAGE = {
     "codemirror_mode": {"name": "ipython", "version": 3},
     "file_extension": ".py",
@@ -162,11 +159,11 @@ def publish(root: Path, profile: str) -> list[Path]:
 def _check_is_its_own(folder: Path, profile: str) -> None:
     """Raises a ValueError if a folder has published tables that are not of a profile of this name, as ``bench`` has."""
     for table in sorted(folder.glob("*.csv")):
-        of = check_sidecar(table)["made"].get("profile") or {}
-        if of.get("name") != profile:
+        of = profile_of(check_sidecar(table)["made"])
+        if of != profile:
             raise ValueError(
                 f"--profile: expected a name under which nothing else is published, got {profile}: {table.name} is of "
-                f"{of.get('name') or 'no profile'}"
+                f"{of or 'no profile'}"
             )
 
 
@@ -202,7 +199,7 @@ def _executed(root: Path, profile: str) -> dict[Path, NotebookNode]:
         if not path.exists():
             raise ValueError(f"{name}: expected an executed chapter, got none: make figures first")
         try:
-            runs[source] = _as_executed(nbformat.reads(read_text(path, limit=NOTEBOOK_LIMIT), as_version=4))
+            runs[source] = _as_executed(nbformat.reads(read_text(path, limit=notebooks.NOTEBOOK_LIMIT), as_version=4))
         except Exception as error:  # of many kinds, for what is no notebook
             said = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 200)
             raise ValueError(f"{name}: expected a chapter as tools.execute leaves it, got another ({said})") from error
@@ -216,7 +213,7 @@ def _as_executed(run: NotebookNode) -> NotebookNode:
     drawn, given = said.get("drawn", {}), said.get("given", [])
     if not (isinstance(said["made"], dict) and isinstance(duration, (int, float)) and 0 <= duration < math.inf):
         raise ValueError(f"made {brief(said['made'])}, duration {brief(duration)}")
-    if not all(isinstance(name, str) and DRAWN.fullmatch(name) for name in dict(drawn)):
+    if not all(isinstance(name, str) and notebooks.DRAWN.fullmatch(name) for name in dict(drawn)):
         raise ValueError(f"drawn {brief(list(drawn))}")
     if not (isinstance(given, list) and all(isinstance(name, str) for name in given)):
         raise ValueError(f"given {brief(given)}")

@@ -340,12 +340,23 @@ def _published() -> list[Path]:
 def _in_part(profile: Profile, folder: Path) -> Study | None:
     """The methods whose attacks are in a folder; None if all tables are, or of no method."""
     tables = {method: _table(folder, "attacks", method) for method in profile.attacked}
-    there = {method: profile.recipes[method] for method, path in tables.items() if path.exists()}
+    there = {method: profile.recipes[method] for method, path in tables.items() if _is_of(profile, method, path)}
     if not there or not _missing(profile, folder):
         return None
     attacks = {name: each for method in there for name, each in _attacks_asked(profile, tables[method]).items()}
     attacks = {name: each for name, each in attacks.items() if each.attack != "transfer" or each.source in there}
     return Study(replace(profile, recipes=there, attacks=attacks), "published", folder, _radii(profile))
+
+
+def _is_of(profile: Profile, method: str, table: Path) -> bool:
+    """Whether there are attacks of a method on its data; of which recipe, the sidecar says."""
+    if not table.exists():
+        return False
+    asked = asked_of(profile, "attacks", method)
+    wrong = differing(check_sidecar(table)["made"], {key: asked[key] for key in ("method", "data")})
+    if wrong:
+        log.warning("%s: expected rows of %s, got those of another %s: not shown", table, method, wrong[0])
+    return not wrong
 
 
 def _attacks_asked(profile: Profile, table: Path) -> Mapping[str, Protocol]:
