@@ -18,7 +18,7 @@ from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.written import write_rows
 from clustr_core.storage.files import alone
 from clustr_core.training.recipes import run_key
-from tools import notebooks, publish
+from tools import compare, notebooks, publish
 from tools.execute import chosen_parameters, given_parameters
 from tools.execute import execute as run_chapter
 
@@ -440,3 +440,23 @@ def test_a_chapter_that_is_none_is_one_line(one_chapter: Path, words: str) -> No
     assert done.stderr.startswith("notebooks/01-test.md: ")
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_profile_names_chapters_that_are_there(one_chapter: Path) -> None:
+    (one_chapter / "profiles/smoke.yaml").write_text("chapters:\n  01-tset: {rows: 3}\n", encoding="utf-8")
+    done = planned(one_chapter, "--cores", "1", "--config", "profile=smoke")
+    assert done.returncode != 0
+    assert "smoke.yaml: chapters: expected some of ['01-test'], got ['01-tset']" in done.stdout + done.stderr
+
+
+def test_what_is_no_file_ends_no_comparison(one_chapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = called(compare.main, one_chapter, "--profile", "nosuch")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    mine, theirs = one_chapter / "results/smoke/x.csv", one_chapter / "results/published/smoke/x.csv"
+    for folder in (mine.parent, theirs.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    theirs.write_text("a\n1\n", encoding="utf-8")
+    os.mkfifo(mine)
+    done = called(compare.main, one_chapter, "--profile", "smoke")
+    assert done.returncode == 0
+    assert "x.csv: cannot be compared (ValueError: " in done.stdout

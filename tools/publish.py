@@ -140,10 +140,10 @@ def publish(root: Path, profile: str) -> list[Path]:
     twins = {source.with_suffix(".ipynb"): _twin_text(root, source, run, profile) for source, run in executed.items()}
     tables = sorted(root / "results" / profile / f"{kind}-{method}.csv" for kind, method in asked.tables)
     figures = _figures(root, profile, executed)
+    weights = _weights(root, asked) if profile == BOOK else {}
     for table in (*tables, *(path for path in figures if path.suffix == ".csv")):
         check_sidecar(table)
     rows = [path for table in tables for path in (table, sidecar_of(table))]
-    weights = _weights(root, asked) if profile == BOOK else {}
     _replace(root / "results/published" / profile, rows)
     _replace(root / "figures/published" / profile, figures)
     for method, files in weights.items():
