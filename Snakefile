@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(workflow.basedir))
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
-from clustr_core.measuring.written import asked_beside, is_written
+from clustr_core.measuring.written import asked_beside, check_weights, is_written
 from clustr_core.storage.files import copy_whole, digest
 from clustr_core.training.names import DONE
 from clustr_core.training.recipes import run_folder, run_key
@@ -72,6 +72,8 @@ def set_time(path, ns):
 def settle():
     """Give files the times of what they are: tables and executed chapters of something else are older than all, current
     tables no older than what they are of."""
+    for recipe in PROFILE.recipes.values():
+        check_weights(recipe)
     for kind, method in PROFILE.tables:
         table = RESULTS / f"{kind}-{method}.csv"
         if not table.exists():

@@ -184,6 +184,8 @@ def _profile(options: argparse.Namespace, usual: str = "quick") -> Profile:
 
 def _train(options: argparse.Namespace) -> None:
     run = _run(options)
+    # of a run that was finished before
+    run.check_same()
     print(f"{os.path.relpath(run.path)}: {run.recipe.epochs} epochs")
     # a stranger's run may have cells that a terminal would act on
     print("\n".join(map(printable, run.history.tail(3).to_string(index=False).split("\n"))))

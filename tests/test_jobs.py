@@ -245,3 +245,17 @@ def test_what_is_done_is_told_by_what_files_say(home: Path, start) -> None:
     assert {path: bytes_ for path, bytes_ in contents(home / "results").items() if str(path).endswith(".csv")} == {
         path: bytes_ for path, bytes_ in results.items() if str(path).endswith(".csv")
     }
+
+    # nothing is made anew, and so nothing removed, where a run that is finished is damaged
+    kept = contents(home / "results")
+    (weights,) = (home / "runs").glob("*-pgd-at-*/model.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    text, rules = said(start())
+    assert rules == {}, text
+    assert re.search(r"model\.safetensors: expected the file of sha256 \w{10}, as run\.json says, got", text)
+    weights.unlink()
+    text, rules = said(start())
+    assert rules == {}, text
+    assert "model.safetensors: expected the weights of a finished run, got none" in text
+    assert contents(home / "results") == kept

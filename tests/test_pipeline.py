@@ -194,6 +194,16 @@ def test_a_chapter_is_not_executed_into_its_source(one_chapter: Path, monkeypatc
     assert source.read_text() == CHAPTER
 
 
+def test_a_notebook_of_ones_own_is_not_replaced(one_chapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = one_chapter / "work.ipynb"
+    mine.write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}', encoding="utf-8")
+    before = mine.read_bytes()
+    monkeypatch.setenv("CLUSTR_HOME", str(one_chapter))
+    with pytest.raises(ValueError, match="--output: expected no other notebook than an executed chapter there, got"):
+        run_chapter(one_chapter / "notebooks/01-test.md", "smoke", mine)
+    assert mine.read_bytes() == before
+
+
 def test_nothing_is_published_of_a_profile_whose_tables_are_not_there(one_chapter: Path) -> None:
     profile = one_chapter / "profiles/smoke.yaml"
     profile.write_text(profile.read_text() + "methods:\n  ce: {epochs: 1}\nattacks:\n  linf: {eps: [0.1]}\n")

@@ -109,6 +109,8 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
     """
     if output.suffix != ".ipynb":
         raise ValueError(f"--output: expected a file name that ends in .ipynb, got {output}")
+    if output.exists() and not notebooks.is_executed(output):
+        raise ValueError(f"--output: expected no other notebook than an executed chapter there, got {output}")
     root, source = home().resolve(), source.resolve()
     profile = load_profile(profile_name)
     notebook, declared = _read_chapter(source)

@@ -201,6 +201,14 @@ def provenance(root: Path, source: Path, profile: Profile, *, results: str = "re
     }
 
 
+def is_executed(path: Path) -> bool:
+    """Whether a file is a notebook that `tools.execute` has made."""
+    try:
+        return "clustr" in json.loads(read_text(path, limit=NOTEBOOK_LIMIT))["metadata"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
 def is_current(root: Path, source: Path, executed: Path, profile: Profile) -> bool:
     """Whether an executed chapter is of its source, its profile and that profile's rows as they are now, and what it
     drew is there."""

@@ -635,7 +635,9 @@ def _check_leg(profile: Profile, folder: Path, *, half: bool, captured: bool) ->
         _check_facts(index, _facts(profile, half=half, captured=captured), folder)
     for recipe in profile.recipes.values():
         if (run_folder(recipe) / DONE).exists():
-            check_stored_dtype(load_run(run_folder(recipe), expected=recipe), half=half)
+            run = load_run(run_folder(recipe), expected=recipe)
+            check_stored_dtype(run, half=half)
+            run.check_same()
     return index is not None
 
 

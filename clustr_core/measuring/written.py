@@ -11,7 +11,7 @@ import pandas as pd
 
 from clustr_core.measuring.profile import Profile
 from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS, columns_of
-from clustr_core.storage.files import digest, written_whole
+from clustr_core.storage.files import digest, read_json, written_whole
 from clustr_core.storage.gate import TENSORS_LIMIT, is_stream, read_bytes
 from clustr_core.storage.provenance import check_sidecar, environment, write_sidecar
 from clustr_core.storage.tables import table_bytes
@@ -145,11 +145,24 @@ def differing(said: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     return [name for name, value in wanted.items() if value is not None and said.get(name) not in (None, value)]
 
 
+def check_weights(recipe: Recipe) -> None:
+    """Refuse a finished run whose weights are missing or damaged, before anything of it is made anew.
+
+    Raises:
+        ValueError: names the file.
+    """
+    path, found = run_folder(recipe) / WEIGHTS, _weights(recipe)
+    if found is not None and (said := read_json(path.with_name(DONE)).get("weights_sha256")) not in (None, found):
+        raise ValueError(f"{path}: expected the file of sha256 {str(said)[:10]}, as {DONE} says, got {found[:10]}")
+
+
 def _weights(recipe: Recipe) -> str | None:
     """The digest of a finished run's weights; None where there is none."""
     folder = run_folder(recipe)
     if not (folder / DONE).exists():
         return None
+    if not (folder / WEIGHTS).exists():
+        raise ValueError(f"{folder / WEIGHTS}: expected the weights of a finished run, got none")
     return _digest_of(folder / WEIGHTS, (folder / WEIGHTS).stat().st_mtime_ns)
 
 

@@ -42,7 +42,7 @@ MOST_TAGS, MOST_NUMBERS = 1000, 8 * MOST_PIXELS_A_SIDE
 _TIFF_BYTES, _TIFF_FURTHER, _TIFF_PLACES = (1, 2, 6, 7), (34665, 34853, 40965), {4: 4, 13: 4, 16: 8, 18: 8}
 MOST_DIRECTORIES = 10
 # a tile's sides are multiples of 16, and often 256 or 512 whatever the image's
-_TILES, LARGEST_MARGIN = {"TileWidth": 322, "TileLength": 323}, 512
+_BITS, _TILES, LARGEST_MARGIN = 258, {"TileWidth": 322, "TileLength": 323}, 512
 
 
 class NotUsable(Exception):
@@ -90,6 +90,9 @@ def _check_parts(image: Image.Image, content: bytes) -> None:
         tile = tags.get(_TILES[name], 0)
         if not isinstance(tile, int) or tile > side + LARGEST_MARGIN:
             raise NotUsable(f"tiles of a TIFF that are not larger than it, got {name} {brief(tile)}")
+    bits = tags.get(_BITS, 8)
+    if any(isinstance(each, int) and each > 8 for each in (bits if isinstance(bits, tuple) else (bits,))):
+        raise NotUsable(f"8 bits a channel, got a TIFF of {brief(bits)}")
     decoders = {part[0] for part in getattr(image, "tile", ())}
     if "ppm" in decoders and math.prod(image.size) > MOST_SCALED:
         raise NotUsable(
@@ -121,6 +124,9 @@ def _jpeg(content: bytes) -> bytes:
 
 
 def _png(content: bytes) -> bytes:
+    # of colours Pillow keeps the upper byte
+    if content[24:25] == b"\x10":
+        raise NotUsable("8 bits a channel, got a PNG of 16")
     at, chunks = 8, 0
     while at + 8 <= len(content):
         at, chunks = at + 12 + int.from_bytes(content[at : at + 4], "big"), chunks + 1

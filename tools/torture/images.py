@@ -42,6 +42,12 @@ def cases(folder: Path, canaries: Path) -> Iterator[Case]:
     for mode in ("L", "1", "RGBA", "LA", "P", "CMYK", "I", "F", "I;16"):
         kind = "TIFF" if mode in ("CMYK", "F", "I", "I;16") else "PNG"
         yield _file(folder, f"mode {mode}", _saved(Image.new(mode, (8, 8)), kind), "either")
+    deep = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    yield _file(
+        folder,
+        "a PNG of 16 bits a channel",
+        good[:16] + deep + struct.pack(">I", zlib.crc32(b"IHDR" + deep)) + good[33:],
+    )
     for kind in ("JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"):
         named = _saved(Image.fromarray(_pixels(1)), kind)
         yield _file(folder, f"{kind} named png", named, "accepted")
