@@ -22,8 +22,8 @@ _DIRECTIVE = re.compile(
 )
 # of a chapter's source or a figure's file, and of an executed chapter
 SOURCE_LIMIT, NOTEBOOK_LIMIT = 64 * MB, 256 * MB
-# what a chapter draws: a figure's files in its profile's folder
-DRAWN = re.compile(r"[\w-]+/[\w-]+\.(?:png|svg|csv|json)")
+# what a chapter draws: files of figures and widgets in its profile's folder
+DRAWN = re.compile(r"[\w-]+/[\w-]+\.[a-z]+")
 _OPTION = re.compile(r":(?P<key>[\w-]+):[ \t]*(?P<value>.*)")
 _EXERCISE = re.compile(
     r"^(?P<fence>:{3,})\{(?P<kind>exercise|solution)\}[ \t]*(?P<argument>.*?)[ \t]*\n(?P<body>.*?)^(?P=fence)[ \t]*$",
