@@ -352,6 +352,8 @@ def _is_of(profile: Profile, method: str, table: Path) -> bool:
     """Whether there are attacks of a method on its data; of which recipe, the sidecar says."""
     if not table.exists():
         return False
+    if not sidecar_of(table).exists():
+        return True
     asked = asked_of(profile, "attacks", method)
     wrong = differing(check_sidecar(table)["made"], {key: asked[key] for key in ("method", "data")})
     if wrong:
