@@ -1,5 +1,6 @@
 """A copy of what the pipeline reads, and the project's commands run in it."""
 
+import gc
 import io
 import os
 import shutil
@@ -71,6 +72,9 @@ def _snakemake(arguments: list[str]) -> int:
         cli.main(arguments)
     except SystemExit as end:
         return int(end.code or 0)
+    finally:
+        # its temporary folders, which it leaves to the collector: else another test is told of them
+        gc.collect()
     return 0
 
 
