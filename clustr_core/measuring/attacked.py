@@ -28,7 +28,7 @@ from clustr_core.measuring.pieces import (
     named,
 )
 from clustr_core.measuring.profile import Profile, Protocol
-from clustr_core.measuring.targets import AttackTarget, Head, heads_of, source_of, target_of
+from clustr_core.measuring.targets import AttackTarget, Head, check_unchanged, heads_of, source_of, target_of
 from clustr_core.models.classifiers import ClusterClassifier
 from clustr_core.training.run import Run
 
@@ -112,10 +112,7 @@ def attacks_of(
         named(target.name, measure(target, protocol, source=source, progress=progress))
         for target, protocol, source in attacked
     ]
-    for target, _, source in attacked:
-        for each in (target, source):
-            if each is not None:
-                each.check()
+    check_unchanged(each for target, _, source in attacked for each in (target, source))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -15,7 +15,7 @@ from clustr_core.measuring.diagnostics import ask_all, asked_with
 from clustr_core.measuring.evaluation import CHANGES, Evaluation, random_state_kept
 from clustr_core.measuring.pieces import CachedRows, cache_path, dataset_of, drawn_order, named
 from clustr_core.measuring.profile import Examination, Profile
-from clustr_core.measuring.targets import AttackTarget, Head, heads_of, source_of, target_of
+from clustr_core.measuring.targets import AttackTarget, Head, check_unchanged, heads_of, source_of, target_of
 from clustr_core.training.recipes import CrossEntropy
 from clustr_core.training.run import Run
 
@@ -125,10 +125,7 @@ class ExaminedRun:
 
     def _rows(self, pieces: Sequence[CachedRows]) -> pd.DataFrame:
         rows = pd.concat([piece.read() for piece in pieces], ignore_index=True)
-        for head in self.heads.values():
-            for each in (head.target, head.source):
-                if each is not None:
-                    each.check()
+        check_unchanged(each for head in self.heads.values() for each in (head.target, head.source))
         return rows
 
     def _pieces(

@@ -1,6 +1,6 @@
 """What is attacked: a model with the test set that it is measured on, each loaded once for all measurements."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -97,6 +97,12 @@ def target_of(
 
     identity, tables = f"{run.weights_sha256} {head}", run.path / "tables"
     return AttackTarget(name_of(run, head), load, identity, tables, dataset, device, run.check_same)
+
+
+def check_unchanged(targets: Iterable[AttackTarget | None]) -> None:
+    """`AttackTarget.check` of each, once: it reads all weights."""
+    for target in {id(each): each for each in targets if each is not None}.values():
+        target.check()
 
 
 def name_of(run: Run, head: Head) -> str:
