@@ -251,15 +251,23 @@ function mark(kind, x, y, size, attributes = {}) {
   return svg("path", { d: `${path(corners)}Z`, ...attributes });
 }
 
-/** Calls `draw(width)` with the width that there is, now and whenever it changes. */
+/**
+ * Calls `draw(width)` with the width that there is, at once and whenever it changes.
+ *
+ * Where there is none yet, in a hidden tab, nothing can be used before it is drawn.
+ */
 function responsive(container, draw, onCleanup) {
+  const root = container.closest(".cw");
   let last = 0;
-  const observer = new ResizeObserver(() => {
+  const measure = () => {
     const width = Math.floor(container.clientWidth);
     if (width > 0 && width !== last) draw((last = width));
-  });
+    root.inert = !last;
+  };
+  const observer = new ResizeObserver(measure);
   observer.observe(container);
   onCleanup(() => observer.disconnect());
+  measure();
 }
 
 /** A labelled slider; returns its element and `set(value)`. */

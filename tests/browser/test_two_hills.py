@@ -430,6 +430,33 @@ def test_the_static_picture_gives_way_to_the_widget(browser, tmp_path):
         assert page.locator("#figure-static figcaption").is_visible()
 
 
+def test_it_can_be_used_as_soon_as_it_is_there_and_not_while_it_is_hidden(page):
+    used = page.evaluate(
+        """async () => {
+        const { default: widget } = await import("./module.mjs");
+        const state = await (await fetch("./state.json")).json();
+        const model = { get: (name) => state[name] };
+        const one = (hidden) => {
+          const el = document.createElement("div");
+          el.hidden = hidden;
+          document.body.append(el);
+          widget.render({ model, el });
+          return el;
+        };
+        const [shown, hidden] = [one(false), one(true)];
+        const choice = shown.querySelector("select");
+        choice.value = "2";
+        choice.dispatchEvent(new Event("change"));
+        const before = [shown, hidden].map((el) => el.querySelector(".cw").inert);
+        hidden.hidden = false;
+        await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+        return [...before, hidden.querySelector(".cw").inert, hidden.querySelectorAll("[data-plot=paper] image").length,
+          shown.querySelector("[data-read=paper]").dataset.x]; }"""
+    )
+    assert used[:4] == [False, True, False, 1]
+    assert float(used[4]) == DATA["images"][2][0]
+
+
 WRONG = [
     ({"centroids": [[0.5, None]]}, "centroids: expected rows of 2 numbers"),
     ({"centroids": [[0.5, 0.5]]}, "centroids: expected two or more, got 1"),

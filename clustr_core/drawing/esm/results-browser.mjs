@@ -862,9 +862,9 @@ export default widget("Results browser", ({ root, data, announce, onCleanup }) =
   };
 
   buildControls();
+  refresh();
   responsive(plot, (across) => {
     width = across;
     draw(seen());
   }, onCleanup);
-  refresh();
 });
