@@ -16,7 +16,7 @@ from book_copy import ROOT, called, copy_of_the_book, execute, planned, run
 
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.written import write_rows
-from clustr_core.storage.files import alone
+from clustr_core.storage.files import alone, digest
 from clustr_core.training.recipes import run_key
 from tools import compare, notebooks, publish
 from tools.execute import chosen_parameters, given_parameters
@@ -237,6 +237,28 @@ def test_no_figure_is_published_that_the_executed_chapter_did_not_draw(one_chapt
     )
 
 
+def test_a_chapter_is_of_the_committed_tables_that_it_read(one_chapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLUSTR_HOME", str(one_chapter))
+    source, table = one_chapter / "notebooks/01-test.md", one_chapter / "results/published/bench/x.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text("a\n1\n", encoding="utf-8")
+    reads = "from clustr_core.measuring.timings import bench\nbench('x')"
+    source.write_text(f"{CHAPTER}\n```{{code-cell}} ipython3\n{reads}\n```\n")
+    assert execute(one_chapter, "01-test").returncode == 0
+    executed = one_chapter / "_build/smoke/01-test.ipynb"
+    name, profile = "results/published/bench/x.csv", load_profile("smoke")
+    said = json.loads(executed.read_text(encoding="utf-8"))["metadata"]["clustr"]["published"]
+    assert said == {name: digest(table.read_bytes())}
+    assert notebooks.is_current(one_chapter, source, executed, profile)
+    table.write_text("a\n2\n", encoding="utf-8")
+    assert not notebooks.is_current(one_chapter, source, executed, profile)
+    done = called(publish.main, one_chapter, "--profile", "smoke")
+    assert f"01-test: {name} changed since it was executed: make figures first" in done.stderr
+    assert not source.with_suffix(".ipynb").exists()
+    table.unlink()
+    assert notebooks.changed(one_chapter, said) == [name]
+
+
 def test_nothing_of_a_run_with_other_parameters_takes_the_profiles_place(one_chapter: Path) -> None:
     assert execute(one_chapter, "01-test").returncode == 0
     drawn = one_chapter / "figures/smoke/fig-test.csv"
@@ -316,6 +338,7 @@ HOSTILE: dict[str, Callable[[dict], object]] = {
     "nothing made": lambda run: _with(run, "clustr", made=3),
     "given a number": lambda run: _with(run, "clustr", given=3),
     "drawn elsewhere": lambda run: _with(run, "clustr", drawn={"smoke/../../x.png": "0"}),
+    "read elsewhere": lambda run: _with(run, "clustr", published={"results/../x.csv": "0"}),
     "drawn a list": lambda run: _with(run, "clustr", drawn=[1]),
     "another output": lambda run: run | {"cells": [run["cells"][1] | {"outputs": [{"output_type": "x"}]}]},
     "an output that is none": lambda run: run | {"cells": [run["cells"][1] | {"outputs": [3]}]},

@@ -19,9 +19,9 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from clustr_core.measuring.profile import Profile, load_profile
-from clustr_core.storage.files import FIGURES, alone, copy_whole, digest, home
-from clustr_core.storage.gate import shortened
-from clustr_core.storage.provenance import environment
+from clustr_core.storage.files import FIGURES, alone, copy_whole, digest, home, write_string
+from clustr_core.storage.gate import MB, read_text, shortened
+from clustr_core.storage.provenance import READ, environment
 from clustr_core.training.fields import field_value, read_yaml
 from tools import notebooks
 
@@ -125,9 +125,10 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
     with alone(beside, busy=f"--output: expected one that no other process is making, got {output}"):
         drawn = beside / "figures"
         shutil.rmtree(drawn, ignore_errors=True)
+        write_string(_gathered(drawn), "")
         _run(notebook, running, parameters, folder=source.parent, drawn=drawn, profile=profile.name)
         figures = output.parent / "figures" if given else root / "figures"
-        note_drawn(running, drawn)
+        note_files(running, drawn, root)
         for path in _files_under(drawn):
             copy_whole(path, figures / path.relative_to(drawn))
         running.replace(output)
@@ -151,13 +152,22 @@ def _read_chapter(source: Path) -> tuple[NotebookNode, dict[str, Any]]:
         raise ValueError(f"expected a chapter in MyST Markdown, got another file ({said})") from error
 
 
-def note_drawn(executed: Path, drawn: Path) -> None:
-    """Note in an executed notebook, as ``drawn``, the SHA-256 of each file that it drew into a folder."""
+def note_files(executed: Path, drawn: Path, root: Path) -> None:
+    """Note in an executed notebook the SHA-256 of each file that it drew into a folder, as ``drawn``, and of each
+    committed table that it read, as ``published``."""
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata.clustr["drawn"] = {
         path.relative_to(drawn).as_posix(): digest(path.read_bytes()) for path in _files_under(drawn)
     }
+    tables = (Path(line) for line in read_text(_gathered(drawn), limit=MB).splitlines())
+    names = {table.relative_to(root).as_posix() for table in tables if table.is_relative_to(root)}
+    notebook.metadata.clustr["published"] = notebooks.digests(root, filter(notebooks.PUBLISHED.match, sorted(names)))
     nbformat.write(notebook, executed)
+
+
+def _gathered(drawn: Path) -> Path:
+    """Where the kernel gathers which tables were read: beside the folder that it draws into."""
+    return drawn.with_name("read.txt")
 
 
 def _files_under(folder: Path) -> list[Path]:
@@ -175,7 +185,8 @@ def _run(
 ) -> None:
     # The kernel is this interpreter's, its cells show their figures whatever the caller's shell says, and a chapter
     # without parameters still draws under the profile's name.
-    os.environ |= {"CLUSTR_PROFILE": profile, FIGURES: str(drawn), "JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": INLINE}
+    os.environ |= {"CLUSTR_PROFILE": profile, FIGURES: str(drawn), READ: str(_gathered(drawn))}
+    os.environ |= {"JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": INLINE}
     with tempfile.TemporaryDirectory() as scratch:
         converted = Path(scratch, running.name)
         nbformat.write(notebook, converted)

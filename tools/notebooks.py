@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from nbformat import NotebookNode
 
 from clustr_core.measuring.profile import Profile
 from clustr_core.storage.files import digest
-from clustr_core.storage.gate import MB, read_bytes, read_text
+from clustr_core.storage.gate import MB, brief, read_bytes, read_text
 
 FIGURE_LABEL = re.compile(r"fig-[a-z0-9]+(?:-[a-z0-9]+)*")
 _DIRECTIVE = re.compile(
@@ -24,6 +24,8 @@ _DIRECTIVE = re.compile(
 SOURCE_LIMIT, NOTEBOOK_LIMIT = 64 * MB, 256 * MB
 # what a chapter draws: files of figures and widgets in its profile's folder
 DRAWN = re.compile(r"[\w-]+/[\w-]+\.[a-z]+")
+# what a chapter may read beside its profile's rows
+PUBLISHED = re.compile(r"results/(published/[\w-]+(/partial)?/[\w-]+|claims)\.csv")
 _OPTION = re.compile(r":(?P<key>[\w-]+):[ \t]*(?P<value>.*)")
 _EXERCISE = re.compile(
     r"^(?P<fence>:{3,})\{(?P<kind>exercise|solution)\}[ \t]*(?P<argument>.*?)[ \t]*\n(?P<body>.*?)^(?P=fence)[ \t]*$",
@@ -180,7 +182,8 @@ def provenance(root: Path, source: Path, profile: Profile, *, results: str = "re
 
     The package is not among them: a mended docstring makes no picture stale, and a change of behaviour is another
     `TRAINING_VERSION`, other `VERSIONS`, and so other rows. Nor are the rows of the battery, where no code names them,
-    or those of methods that are not named, where code names methods one by one.
+    or those of methods that are not named, where code names methods one by one. Committed tables that a chapter reads
+    beside them, of benchmarks and of other profiles, are noted when it is executed (``published``, see `digests`).
 
     Args:
         results: the folder of folders of rows: "results" after a run, "results/published" of what is committed.
@@ -201,6 +204,23 @@ def provenance(root: Path, source: Path, profile: Profile, *, results: str = "re
     }
 
 
+def digests(root: Path, names: Iterable[str]) -> dict[str, str | None]:
+    """The SHA-256 of files of the book as they are now; None of one that is not there."""
+    files = {name: root / name for name in names}
+    return {name: digest(path.read_bytes()) if path.is_file() else None for name, path in files.items()}
+
+
+def changed(root: Path, published: Mapping[str, str]) -> list[str]:
+    """The tables that an executed chapter has read of which there are others now.
+
+    Raises:
+        ValueError: if one is no table that a chapter reads.
+    """
+    if other := [name for name in published if not PUBLISHED.fullmatch(name)]:
+        raise ValueError(f"published: expected tables in results/published, got {brief(other[0])}")
+    return [name for name, now in digests(root, published).items() if now != published[name]]
+
+
 def is_executed(path: Path) -> bool:
     """Whether a file is a notebook that `tools.execute` has made."""
     try:
@@ -210,15 +230,18 @@ def is_executed(path: Path) -> bool:
 
 
 def is_current(root: Path, source: Path, executed: Path, profile: Profile) -> bool:
-    """Whether an executed chapter is of its source, its profile and that profile's rows as they are now, and what it
-    drew is there."""
+    """Whether an executed chapter is of its source, its profile, that profile's rows and the committed tables as they
+    are now, and what it drew is there."""
     try:
         said = json.loads(read_text(executed, limit=NOTEBOOK_LIMIT))["metadata"]["clustr"]
         drawn = all(
             DRAWN.fullmatch(name) and digest(read_bytes(root / "figures" / name, limit=SOURCE_LIMIT)) == found
             for name, found in said["drawn"].items()
         )
+        others = changed(root, said["published"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
     made_from = provenance(root, source, profile)
-    return drawn and "given" not in said and all(said.get(key) == value for key, value in made_from.items())
+    return (
+        drawn and not others and "given" not in said and all(said.get(key) == value for key, value in made_from.items())
+    )

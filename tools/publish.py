@@ -213,6 +213,7 @@ def _as_executed(run: NotebookNode) -> NotebookNode:
     drawn, given = said.get("drawn", {}), said.get("given", [])
     if not (isinstance(said["made"], dict) and isinstance(duration, (int, float)) and 0 <= duration < math.inf):
         raise ValueError(f"made {brief(said['made'])}, duration {brief(duration)}")
+    notebooks.changed(Path(), dict(said["published"]))
     if not all(isinstance(name, str) and notebooks.DRAWN.fullmatch(name) for name in dict(drawn)):
         raise ValueError(f"drawn {brief(list(drawn))}")
     if not (isinstance(given, list) and all(isinstance(name, str) for name in given)):
@@ -249,7 +250,8 @@ def _twin_text(root: Path, source: Path, run: NotebookNode, profile: str) -> str
             f"{source.stem}: expected it executed with the profile's parameters, got {', '.join(given)}: make figures "
             "first"
         )
-    if stale := sorted(key for key in current if current[key] != run.metadata.clustr.get(key)):
+    stale = sorted(key for key in current if current[key] != run.metadata.clustr.get(key))
+    if stale := stale + notebooks.changed(root, run.metadata.clustr["published"]):
         raise ValueError(f"{source.stem}: {', '.join(stale)} changed since it was executed: make figures first")
     result = twin(notebooks.read_source(source), run, stem=source.stem)
     nbformat.validate(result)

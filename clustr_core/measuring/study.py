@@ -31,7 +31,7 @@ from clustr_core.measuring.profile import PARTIAL, Profile, Protocol, load_profi
 from clustr_core.measuring.written import asked_of, differing, is_current
 from clustr_core.storage.files import home, read_json
 from clustr_core.storage.gate import brief
-from clustr_core.storage.provenance import check_sidecar, read_checked, sidecar_of
+from clustr_core.storage.provenance import check_sidecar, note_read, read_checked, sidecar_of
 from clustr_core.training.fields import build, field_value
 from clustr_core.training.recipes import epochs_in_words, run_folder
 
@@ -704,7 +704,8 @@ def claims(**conditions: str) -> pd.DataFrame:
         columns ``method dataset norm eps metric value note source where``; ``value`` as printed there, in per cent;
         ``source`` is a key of references.bib.
     """
-    table = pd.read_csv(home() / "results/claims.csv", dtype=str, keep_default_na=False, encoding="utf-8")
+    note_read(path := home() / "results/claims.csv")
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     for column, value in conditions.items():
         table = where(table, table[column] == value)
     return pd.DataFrame(table)

@@ -16,6 +16,8 @@ from clustr_core.storage.files import digest, read_json, seal_of, write_json
 from clustr_core.storage.gate import TABLE_LIMIT, brief, decoded, read_bytes
 from clustr_core.storage.tables import parsed_table
 
+# names a file that gathers which tables were read, a path a line: a headless run of a chapter sets it
+READ = "CLUSTR_READ"
 VERSIONED = ("torch", "torchvision", "numpy", "scikit-learn", "umap-learn")
 
 
@@ -150,7 +152,15 @@ def read_checked(table: Path) -> pd.DataFrame:
     content = read_bytes(table, limit=TABLE_LIMIT)
     if sidecar_of(table).exists():
         _held(table, content)
+    note_read(table)
     return parsed_table(table, content)
+
+
+def note_read(table: Path) -> None:
+    """Add a table to those that were read, where somebody gathers them."""
+    if place := os.environ.get(READ):
+        with Path(place).open("a", encoding="utf-8") as gathered:
+            gathered.write(f"{table}\n")
 
 
 def _held(table: Path, written: bytes) -> dict[str, Any]:

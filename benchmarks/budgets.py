@@ -1,0 +1,93 @@
+"""Were the rivals trained for long enough? Methods of a profile at other numbers of epochs, all else as it says.
+
+    python -m benchmarks.budgets --profile cpu-cifar10 --trainings pgd-at=16 trades=10 fast-at=15
+
+Each method is trained for its epochs, its milestones moved in proportion, and attacked as the profile says at the eps
+of its examination. Adds a training at a time to results/bench/budgets.csv; runs and measured pieces are kept as always:
+killed, run it again.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+
+import pandas as pd
+import torch
+
+from benchmarks.growing import add_rows, done_at, rows_at
+from benchmarks.seeds import at_one_eps
+from clustr_core.measuring.attacked import attacks_of
+from clustr_core.measuring.profile import Profile, load_profile
+from clustr_core.measuring.seeds import counted
+from clustr_core.storage.files import home
+from clustr_core.training.loop import fit
+from clustr_core.training.recipes import Recipe, run_key
+
+# `asked` is the digest of the recipe and of the attacks: rows of other ones are other rows
+KEY = ["profile", "asked", "method", "epochs", "seed"]
+
+
+def of_epochs(recipe: Recipe, epochs: int) -> Recipe:
+    """A recipe of another length, its milestones moved in proportion; what it starts from stays."""
+    return replace(recipe, epochs=epochs, milestones=tuple(m * epochs // recipe.epochs for m in recipe.milestones))
+
+
+def asked_of(profile: Profile, recipe: Recipe) -> str:
+    """What decides the rows of a training, in ten digits."""
+    return hashlib.sha256(repr((run_key(recipe), at_one_eps(profile))).encode("utf-8")).hexdigest()[:10]
+
+
+def about(profile: Profile, method: str, epochs: int) -> tuple:
+    """The key of a training."""
+    recipe = of_epochs(profile.recipes[method], epochs)
+    return profile.name, asked_of(profile, recipe), method, epochs, recipe.seed
+
+
+def rows_of(name: str, method: str, epochs: int) -> pd.DataFrame:
+    """The counts of one training."""
+    torch.set_num_threads(1)
+    profile = load_profile(name)
+    recipe = of_epochs(profile.recipes[method], epochs)
+    seen = replace(profile, recipes={**profile.recipes, method: recipe}, attacks=at_one_eps(profile))
+    run = fit(recipe, device="cpu", progress=False)
+    for source in {each.source for each in seen.attacks.values() if each.attack == "transfer"} - {method}:
+        fit(profile.recipes[source], device="cpu", progress=False)
+    rows = counted(attacks_of(run, seen, progress=False), pd.DataFrame(), eps=profile.examination.eps, radii=[])
+    return rows.assign(**dict(zip(KEY, about(profile, method, epochs), strict=True)))
+
+
+def training(text: str) -> tuple[str, int]:
+    """METHOD=EPOCHS."""
+    method, _, epochs = text.partition("=")
+    if not epochs.isdecimal() or not 1 <= int(epochs) <= 10_000:
+        raise argparse.ArgumentTypeError(f"expected METHOD=EPOCHS, epochs from 1 to 10,000, got {text[:80]!r}")
+    return method, int(epochs)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, attack, write."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--profile", default="cpu-cifar10")
+    parser.add_argument("--trainings", nargs="+", type=training, required=True, metavar="METHOD=EPOCHS")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, a thread each")
+    options = parser.parse_args(arguments)
+    profile = load_profile(options.profile)
+    if profile.examination is None:
+        parser.error(f"--profile: expected one with an examination, whose eps is asked, got {profile.name}")
+    if unknown := sorted({method for method, _ in options.trainings} - set(profile.attacked)):
+        parser.error(f"--trainings: expected methods out of {sorted(profile.attacked)}, got {unknown}")
+    path = home() / "results/bench" / "budgets.csv"
+    done = done_at(path, KEY)
+    missing = [each for each in options.trainings if about(profile, *each) not in done]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        waiting = [pool.submit(rows_of, options.profile, *each) for each in missing]
+        for finished in as_completed(waiting):
+            add_rows(path, pd.DataFrame(finished.result()[[*KEY, "model", "number", "holds", "images"]]), KEY)
+    print(rows_at(path, KEY).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
