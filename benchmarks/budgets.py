@@ -3,8 +3,8 @@
     python -m benchmarks.budgets --profile cpu-cifar10 --trainings pgd-at=16 trades=10 fast-at=15
 
 Each method is trained for its epochs, its milestones moved in proportion, and attacked as the profile says at the eps
-of its examination. Adds a training at a time to results/bench/budgets.csv; runs and measured pieces are kept as always:
-killed, run it again.
+of its examination; of the profile's own epochs the published rows are counted. Adds a training at a time to
+results/bench/budgets.csv; runs and measured pieces are kept as always: killed, run it again.
 """
 
 import argparse
@@ -18,10 +18,11 @@ import pandas as pd
 import torch
 
 from benchmarks.growing import add_rows, done_at, rows_at
-from benchmarks.seeds import at_one_eps
+from benchmarks.seeds import at_one_eps, of_method
 from clustr_core.measuring.attacked import attacks_of
 from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.measuring.seeds import counted
+from clustr_core.measuring.study import as_far_as_published
 from clustr_core.storage.files import home
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import Recipe, run_key
@@ -51,11 +52,15 @@ def rows_of(name: str, method: str, epochs: int) -> pd.DataFrame:
     torch.set_num_threads(1)
     profile = load_profile(name)
     recipe = of_epochs(profile.recipes[method], epochs)
-    seen = replace(profile, recipes={**profile.recipes, method: recipe}, attacks=at_one_eps(profile))
-    run = fit(recipe, device="cpu", progress=False)
-    for source in {each.source for each in seen.attacks.values() if each.attack == "transfer"} - {method}:
-        fit(profile.recipes[source], device="cpu", progress=False)
-    rows = counted(attacks_of(run, seen, progress=False), pd.DataFrame(), eps=profile.examination.eps, radii=[])
+    if recipe == profile.recipes[method]:
+        attacks = of_method(as_far_as_published(name).attacks, method)
+    else:
+        seen = replace(profile, recipes={**profile.recipes, method: recipe}, attacks=at_one_eps(profile))
+        run = fit(recipe, device="cpu", progress=False)
+        for source in {each.source for each in seen.attacks.values() if each.attack == "transfer"} - {method}:
+            fit(profile.recipes[source], device="cpu", progress=False)
+        attacks = attacks_of(run, seen, progress=False)
+    rows = counted(attacks, pd.DataFrame(), eps=profile.examination.eps, radii=[])
     return rows.assign(**dict(zip(KEY, about(profile, method, epochs), strict=True)))
 
 

@@ -46,7 +46,7 @@ def rows_of(name: str, method: str, seed: int) -> pd.DataFrame:
     radii = profile.sandwich.apgd_eps if profile.sandwich else RADII
     if profile.recipes[method].seed == seed:
         study = as_far_as_published(name)
-        attacks, certificates = (_of_method(rows, method) for rows in (study.attacks, study.certificates))
+        attacks, certificates = (of_method(rows, method) for rows in (study.attacks, study.certificates))
     else:
         recipes = {other: seeded(recipe, seed) for other, recipe in profile.recipes.items()}
         seen = replace(profile, recipes=recipes, attacks=at_one_eps(profile))
@@ -59,7 +59,8 @@ def rows_of(name: str, method: str, seed: int) -> pd.DataFrame:
     return counted(attacks, certificates, eps=profile.examination.eps, radii=radii).assign(**about)
 
 
-def _of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:
+def of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:
+    """The rows of a method, and of clusters fitted on its network."""
     return pd.DataFrame(rows[rows["method"].isin([method, f"{method}-clusters"])])
 
 

@@ -1,4 +1,4 @@
-"""One recipe, several seeds: the numbers of each training as counts of images, and what they are together."""
+"""One recipe, several seeds or lengths: the numbers of each training as counts of images, and what they are together."""
 
 from collections.abc import Sequence
 
@@ -73,3 +73,22 @@ def seeds_table(table: pd.DataFrame, numbers: Sequence[str]) -> pd.DataFrame:
     wide = wide.loc[models, [*numbers]].fillna("–")
     wide.insert(0, "seeds", found.groupby("model")["seeds"].first())
     return wide.rename(index=method_name).rename_axis("method", axis="index").reset_index().rename_axis(None, axis=1)
+
+
+def budgets_table(table: pd.DataFrame, numbers: Sequence[str]) -> pd.DataFrame:
+    """Methods trained for several numbers of epochs: a row each, of some numbers with their intervals, in per cent.
+
+    Args:
+        table: columns ``model number epochs holds images``, one training each.
+    """
+    asked = pd.DataFrame(table[table["number"].isin([*numbers])])
+    bounds = [
+        binomial_interval(*counts) for counts in zip(asked["holds"].tolist(), asked["images"].tolist(), strict=True)
+    ]
+    shares = zip(asked["holds"] / asked["images"], bounds, strict=True)
+    asked["said"] = [with_interval(share, low, high) for share, (low, high) in shares]
+    wide = asked.pivot(index=["model", "epochs"], columns="number", values="said")[[*numbers]]
+    models = in_order({str(model) for model, _ in wide.index})
+    wide = wide.loc[sorted(wide.index, key=lambda key: (models.index(key[0]), key[1]))].reset_index()
+    wide["model"] = wide["model"].map(method_name)
+    return wide.rename(columns={"model": "method"}).rename_axis(None, axis=1)

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from clustr_core.measuring.accuracy import binomial_interval
-from clustr_core.measuring.seeds import counted, pooled, seeds_table
+from clustr_core.measuring.seeds import budgets_table, counted, pooled, seeds_table
 
 
 def attacked(robust: dict[str, list[bool]], *, eps=0.1, method="ce") -> pd.DataFrame:
@@ -72,3 +72,20 @@ def test_the_table_of_a_page_has_a_row_a_method():
         "70.0\u00a0[34.8,\u00a093.3], 70.0 to 70.0",
     ]
     assert found["certified at 1.58"].tolist() == ["–", "50.0\u00a0[18.7,\u00a081.3], 50.0 to 50.0"]
+
+
+def test_longer_trainings_stand_below_shorter_ones():
+    rows = [
+        ("pgd-at", 16, "clean", 6),
+        ("pgd-at", 8, "clean", 5),
+        ("ce", 8, "clean", 7),
+        ("ce", 8, "correct attacks", 0),
+    ]
+    rows += [("pgd-at", 8, "correct attacks", 2), ("pgd-at", 16, "correct attacks", 3), ("ce", 8, "certified", 1)]
+    table = pd.DataFrame([{"model": m, "epochs": e, "number": n, "holds": h, "images": 10} for m, e, n, h in rows])
+    found = budgets_table(table, ["clean", "correct attacks"])
+    assert list(found) == ["method", "epochs", "clean", "correct attacks"]
+    assert found["method"].tolist() == ["cross-entropy", "PGD adversarial training", "PGD adversarial training"]
+    assert found["epochs"].tolist() == [8, 8, 16]
+    assert [said.split("\u00a0")[0] for said in found["correct attacks"]] == ["0.0", "20.0", "30.0"]
+    assert found["clean"].iloc[2] == "60.0\u00a0[26.2,\u00a087.8]"
