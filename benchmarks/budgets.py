@@ -8,55 +8,60 @@ results/bench/budgets.csv; runs and measured pieces are kept as always: killed, 
 """
 
 import argparse
-import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 
 import pandas as pd
 import torch
 
-from benchmarks.growing import add_rows, done_at, rows_at
+from benchmarks.growing import add_rows, check_published, done_at, profile_of, results_of, rows_at
 from benchmarks.seeds import at_one_eps, of_method
 from clustr_core.measuring.attacked import attacks_of
 from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.measuring.seeds import counted
 from clustr_core.measuring.study import as_far_as_published
-from clustr_core.storage.files import home
+from clustr_core.measuring.written import asked_of, sources_of
+from clustr_core.storage.files import home, seal_of
 from clustr_core.training.loop import fit
-from clustr_core.training.recipes import Recipe, run_key
+from clustr_core.training.recipes import Recipe
 
-# `asked` is the digest of the recipe and of the attacks: rows of other ones are other rows
+# `asked` is the digest of what decides the rows: recipes, attacks, versions. Rows of other ones are other rows
 KEY = ["profile", "asked", "method", "epochs", "seed"]
 
 
 def of_epochs(recipe: Recipe, epochs: int) -> Recipe:
-    """A recipe of another length, its milestones moved in proportion; what it starts from stays."""
-    return replace(recipe, epochs=epochs, milestones=tuple(m * epochs // recipe.epochs for m in recipe.milestones))
+    """A recipe of another length, its milestones moved in proportion, without snapshots; what it starts from stays."""
+    if epochs == recipe.epochs:
+        return recipe
+    milestones = tuple(m * epochs // recipe.epochs for m in recipe.milestones)
+    return replace(recipe, epochs=epochs, milestones=milestones, snapshots=())
 
 
-def asked_of(profile: Profile, recipe: Recipe) -> str:
-    """What decides the rows of a training, in ten digits."""
-    return hashlib.sha256(repr((run_key(recipe), at_one_eps(profile))).encode("utf-8")).hexdigest()[:10]
+def of_length(profile: Profile, method: str, epochs: int) -> Profile:
+    """A profile with a method of another length, asked at one eps."""
+    recipes = {**profile.recipes, method: of_epochs(profile.recipes[method], epochs)}
+    return replace(profile, recipes=recipes, attacks=at_one_eps(profile))
 
 
 def about(profile: Profile, method: str, epochs: int) -> tuple:
     """The key of a training."""
-    recipe = of_epochs(profile.recipes[method], epochs)
-    return profile.name, asked_of(profile, recipe), method, epochs, recipe.seed
+    seen = of_length(profile, method, epochs)
+    sources = [each["run"] for each in sources_of(seen, "attacks").values()]
+    asked = seal_of({**asked_of(seen, "attacks", method), "sources": sources})[:10]
+    return profile.name, asked, method, epochs, seen.recipes[method].seed
 
 
 def rows_of(name: str, method: str, epochs: int) -> pd.DataFrame:
     """The counts of one training."""
     torch.set_num_threads(1)
     profile = load_profile(name)
-    recipe = of_epochs(profile.recipes[method], epochs)
-    if recipe == profile.recipes[method]:
+    if epochs == profile.recipes[method].epochs:
         attacks = of_method(as_far_as_published(name).attacks, method)
     else:
-        seen = replace(profile, recipes={**profile.recipes, method: recipe}, attacks=at_one_eps(profile))
-        run = fit(recipe, device="cpu", progress=False)
+        seen = of_length(profile, method, epochs)
+        run = fit(seen.recipes[method], device="cpu", progress=False)
         for source in {each.source for each in seen.attacks.values() if each.attack == "transfer"} - {method}:
             fit(profile.recipes[source], device="cpu", progress=False)
         attacks = attacks_of(run, seen, progress=False)
@@ -79,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trainings", nargs="+", type=training, required=True, metavar="METHOD=EPOCHS")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, a thread each")
     options = parser.parse_args(arguments)
-    profile = load_profile(options.profile)
+    profile = profile_of(parser, options.profile)
     if profile.examination is None:
         parser.error(f"--profile: expected one with an examination, whose eps is asked, got {profile.name}")
     if unknown := sorted({method for method, _ in options.trainings} - set(profile.attacked)):
@@ -87,10 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = home() / "results/bench" / "budgets.csv"
     done = done_at(path, KEY)
     missing = [each for each in options.trainings if about(profile, *each) not in done]
+    if any(epochs == profile.recipes[method].epochs for method, epochs in missing):
+        check_published(parser, profile)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = [pool.submit(rows_of, options.profile, *each) for each in missing]
-        for finished in as_completed(waiting):
-            add_rows(path, pd.DataFrame(finished.result()[[*KEY, "model", "number", "holds", "images"]]), KEY)
+        for rows in results_of(waiting):
+            add_rows(path, pd.DataFrame(rows[[*KEY, "model", "number", "holds", "images"]]), KEY)
     print(rows_at(path, KEY).to_string(index=False))
 
 

@@ -1,13 +1,49 @@
 """Tables that grow a training at a time, whoever else adds to them: killed calls go on, two at once lose nothing."""
 
-from collections.abc import Sequence
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, as_completed
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from clustr_core.measuring.profile import Profile, load_profile
+from clustr_core.measuring.study import as_far_as_published
 from clustr_core.storage.files import alone
 from clustr_core.storage.gate import listed
 from clustr_core.storage.tables import read_table, write_table
+
+# columns of keys that are no numbers, though one may look like it
+TEXT = ("asked", "profile", "method", "dataset", "candidate", "head", "loss")
+
+
+def profile_of(parser: ArgumentParser, name: str) -> Profile:
+    """The profile that --profile names; ends the call, with a line, where there is none."""
+    try:
+        return load_profile(name)
+    except (OSError, ValueError) as error:
+        parser.error(f"--profile: {error}")
+
+
+def results_of(waiting: Sequence[Future]) -> Iterator[Any]:
+    """What jobs give, as each ends. An error of one is raised when all have ended: the others' rows are kept."""
+    errors = []
+    for finished in as_completed(waiting):
+        if error := finished.exception():
+            errors.append(error)
+        else:
+            yield finished.result()
+    if errors:
+        raise errors[0]
+
+
+def check_published(parser: ArgumentParser, profile: Profile) -> None:
+    """Ends the call, with a line, where no rows of a profile are published."""
+    try:
+        as_far_as_published(profile.name)
+    except (OSError, ValueError) as error:
+        parser.error(f"--profile: expected one of which rows are published, for they are counted, too: {error}")
 
 
 def rows_at(path: Path, key: Sequence[str]) -> pd.DataFrame:
@@ -20,7 +56,7 @@ def rows_at(path: Path, key: Sequence[str]) -> pd.DataFrame:
     """
     if not path.exists():
         return pd.DataFrame(columns=list(key))
-    found = read_table(path)
+    found = read_table(path, text=TEXT)
     if lacking := [name for name in key if name not in found]:
         raise ValueError(f"{path}: expected the columns [{listed(list(key))}], got none called {listed(lacking)}")
     return found
@@ -43,6 +79,6 @@ def add_rows(path: Path, rows: pd.DataFrame, key: Sequence[str], *, within: Sequ
         asked = set(rows[list(key)].itertuples(index=False, name=None))
         others = there[[one not in asked for one in there[list(key)].itertuples(index=False, name=None)]]
         table = pd.concat([others, rows], ignore_index=True) if len(others) else rows
-        table = table.sort_values([*key, *within], kind="stable", ignore_index=True)
+        table = table.sort_values(by=[*key, *within], kind="stable", ignore_index=True)
         write_table(path, table)
     return table

@@ -13,7 +13,7 @@ import argparse
 import itertools
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 from benchmarks.budget import certified, held_out, trained
-from benchmarks.growing import add_rows, done_at, rows_at
+from benchmarks.growing import add_rows, done_at, results_of, rows_at
 from clustr_core import data
 from clustr_core.measuring.equal_minutes import TRAINING
 from clustr_core.storage.files import home
@@ -73,8 +73,7 @@ def computed(keys: Sequence[Key], seconds: float, jobs: int, path: Path) -> pd.D
     asked, done = [(*key, seconds) for key in keys], done_at(path, KEY)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(curves, key[:-1], seconds) for key in asked if key not in done]
-        for finished in as_completed(waiting):
-            rows = finished.result()
+        for rows in results_of(waiting):
             order = [*TRAINING, *(name for name in rows if name not in TRAINING)]
             add_rows(path, rows[order], KEY, within=["bound"])
     found = rows_at(path, KEY)

@@ -12,7 +12,7 @@ run it again.
 import argparse
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from benchmarks.budget import SECONDS_PER_CPU_MINUTE, certified, held_out, trained
-from benchmarks.growing import add_rows, done_at, rows_at
+from benchmarks.growing import add_rows, done_at, results_of, rows_at
 from clustr_core import data
 from clustr_core.storage.files import home
 from clustr_core.training.recipes import LipschitzMargin, Recipe
@@ -90,8 +90,8 @@ def race(dataset: str, minutes: Sequence[float], keep: Sequence[int], seeds: int
         missing = [key for key in asked if key not in done]
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             waiting = [pool.submit(raced, name, dataset, given, seed, last) for _, name, given, seed, _ in missing]
-            for finished in as_completed(waiting):
-                add_rows(path, pd.DataFrame([finished.result()]), KEY)
+            for row in results_of(waiting):
+                add_rows(path, pd.DataFrame([row]), KEY)
         if not last:
             of_round = rows_at(path, KEY).set_index(KEY).loc[asked]
             ranked = of_round.apply(score, axis=1).sort_values(ascending=False, kind="stable")

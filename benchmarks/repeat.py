@@ -11,14 +11,14 @@ import argparse
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 
 import pandas as pd
 import torch
 
-from benchmarks.growing import add_rows, done_at, rows_at
+from benchmarks.growing import add_rows, done_at, profile_of, results_of, rows_at
 from clustr_core.measuring.accuracy import best_bound, both_protocols, certified_accuracy
 from clustr_core.measuring.attacked import attacks_of
 from clustr_core.measuring.certified import certificates_of
@@ -52,7 +52,7 @@ def numbers(run: Run, profile: Profile) -> Iterator[dict[str, object]]:
     attacks = attacks_of(run, profile, progress=False)
     accuracies = both_protocols(attacks)
     names = {"paper": "paper's protocol", "correct": "correct attacks"}
-    for row in accuracies[accuracies["eps"] == profile.examination.eps].to_dict("records"):
+    for row in accuracies[(accuracies["eps"] - profile.examination.eps).abs() < 1e-9].to_dict("records"):
         yield {"model": row["method"], "number": names[row["protocol"]], "value": row["robust_accuracy"]}
     for row in accuracies.query("eps == 0 and protocol == 'paper'").to_dict("records"):
         yield {"model": row["method"], "number": "clean", "value": row["robust_accuracy"]}
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     options = parser.parse_args(arguments)
     path, counts = home() / "results/bench" / "repeat.csv", sorted(set(options.threads))
-    digest = asked_of(load_profile(options.profile))
+    digest = asked_of(profile_of(parser, options.profile))
     asked = [
         (options.profile, digest, method, seed, threads)
         for seed in range(options.seeds)
@@ -106,9 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for key in asked
             if (missing := [by for by in (counts if key[-1] == counts[0] else [key[-1]]) if (*key, by) not in done])
         ]
-        for finished in as_completed(waiting):
-            rows = finished.result()[[*KEY, "measured_by", "model", "number", "value"]]
-            add_rows(path, rows, [*KEY, "measured_by"])
+        for rows in results_of(waiting):
+            add_rows(path, rows[[*KEY, "measured_by", "model", "number", "value"]], [*KEY, "measured_by"])
     found = rows_at(path, KEY)
     moved = moved_by(found[found["asked"] == digest])
     write_table(path.with_name("moved.csv"), moved)

@@ -10,14 +10,14 @@ training at a time to results/bench/seeds.csv; runs and measured pieces are kept
 import argparse
 import itertools
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 
 import pandas as pd
 import torch
 
-from benchmarks.growing import add_rows, done_at, rows_at
+from benchmarks.growing import add_rows, check_published, done_at, profile_of, results_of, rows_at
 from benchmarks.repeat import asked_of, seeded
 from clustr_core.measuring.attacked import attacks_of
 from clustr_core.measuring.certified import certificates_of
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[111, 112, 113])
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, a thread each")
     options = parser.parse_args(arguments)
-    profile = load_profile(options.profile)
+    profile = profile_of(parser, options.profile)
     if profile.examination is None:
         parser.error(f"--profile: expected one with an examination, whose eps is asked, got {profile.name}")
     if unknown := sorted(set(options.methods) - set(profile.attacked)):
@@ -80,11 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path, digest = home() / "results/bench" / "seeds.csv", asked_of(profile)
     done, trainings = done_at(path, KEY), [*itertools.product(options.seeds, options.methods)]
     missing = [(method, seed) for seed, method in trainings if (options.profile, digest, method, seed) not in done]
+    if any(profile.recipes[method].seed == seed for method, seed in missing):
+        check_published(parser, profile)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = [pool.submit(rows_of, options.profile, *each) for each in missing]
-        for finished in as_completed(waiting):
-            rows = finished.result()[[*KEY, "model", "number", "holds", "images"]]
-            add_rows(path, rows, KEY)
+        for rows in results_of(waiting):
+            add_rows(path, pd.DataFrame(rows[[*KEY, "model", "number", "holds", "images"]]), KEY)
     found = rows_at(path, KEY)
     print(pooled(found[found["asked"] == digest]).to_string(index=False, float_format="%.1f"))
 

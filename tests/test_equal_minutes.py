@@ -1,5 +1,6 @@
 """Comparisons at equal CPU minutes: budgets, images held out, the race of encoders, heads and losses."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -190,6 +191,22 @@ def test_two_that_add_to_a_table_lose_nothing(tmp_path):
     found = growing.add_rows(path, one.assign(value=0.7), ["asked", "seed"])
     assert found.to_dict("list") == {"asked": ["a", "a"], "seed": [0, 1], "value": [0.5, 0.7]}
     pd.testing.assert_frame_equal(read_table(path), found)
+
+
+def test_what_was_asked_stays_the_text_that_it_is(tmp_path):
+    path, key = tmp_path / "t.csv", ["profile", "asked", "seed"]
+    for n, asked in enumerate(("597e853869", "0981764736", "6934110079", "null", "nan", "true")):
+        growing.add_rows(path, pd.DataFrame([{"profile": "null", "asked": asked, "seed": 1, "value": 0.5}]), key)
+        assert ("null", asked, 1) in growing.done_at(path, key)
+        assert len(growing.rows_at(path, key)) == n + 1
+
+
+def test_an_error_of_one_job_comes_after_the_others_results():
+    with ThreadPoolExecutor(1) as pool:
+        found = growing.results_of([pool.submit(int, text) for text in ("1", "none", "3")])
+        assert {next(found), next(found)} == {1, 3}
+        with pytest.raises(ValueError, match="none"):
+            next(found)
 
 
 def test_a_table_that_does_not_say_what_was_asked_is_not_added_to(tmp_path):

@@ -259,6 +259,52 @@ def test_a_chapter_is_of_the_committed_tables_that_it_read(one_chapter: Path, mo
     assert notebooks.changed(one_chapter, said) == [name]
 
 
+READS = """
+```{code-cell} ipython3
+from pathlib import Path
+from clustr_core.measuring.study import published_profiles
+from clustr_core.measuring.timings import bench
+%s
+```
+"""
+CHANGES = "bench('x'); Path('../results/published/bench/x.csv').write_text('a\\n2\\n');"
+
+
+@pytest.mark.parametrize("code", [CHANGES, f"{CHANGES} bench('x')"])
+def test_a_table_that_changes_while_a_chapter_reads_makes_it_stale(
+    one_chapter: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    monkeypatch.setenv("CLUSTR_HOME", str(one_chapter))
+    source, table = one_chapter / "notebooks/01-test.md", one_chapter / "results/published/bench/x.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text("a\n1\n", encoding="utf-8")
+    source.write_text(CHAPTER + READS % code)
+    assert execute(one_chapter, "01-test").returncode == 0
+    executed = one_chapter / "_build/smoke/01-test.ipynb"
+    assert table.read_text(encoding="utf-8") == "a\n2\n"
+    assert not notebooks.is_current(one_chapter, source, executed, load_profile("smoke"))
+
+
+def test_what_is_published_later_makes_a_chapter_stale_that_looked_for_it(
+    one_chapter: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a book that is reached by a link."""
+    link = tmp_path_factory.mktemp("links") / "book"
+    link.symlink_to(one_chapter)
+    monkeypatch.setenv("CLUSTR_HOME", str(link))
+    source = link / "notebooks/01-test.md"
+    source.write_text(CHAPTER + READS % "published_profiles()")
+    assert execute(link, "01-test").returncode == 0
+    executed, profile = link / "_build/smoke/01-test.ipynb", load_profile("smoke")
+    said = json.loads(executed.read_text(encoding="utf-8"))["metadata"]["clustr"]["published"]
+    assert "results/published/smoke/" in said
+    assert notebooks.is_current(link, source, executed, profile)
+    there = one_chapter / "results/published/smoke/partial/attacks-ce.csv"
+    there.parent.mkdir(parents=True)
+    there.write_text("a\n", encoding="utf-8")
+    assert not notebooks.is_current(link, source, executed, profile)
+
+
 def test_nothing_of_a_run_with_other_parameters_takes_the_profiles_place(one_chapter: Path) -> None:
     assert execute(one_chapter, "01-test").returncode == 0
     drawn = one_chapter / "figures/smoke/fig-test.csv"

@@ -4,6 +4,7 @@ python -m tools.execute notebooks/03-training.md --profile quick --output _build
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.storage.files import FIGURES, alone, copy_whole, digest, home, write_string
-from clustr_core.storage.gate import MB, read_text, shortened
+from clustr_core.storage.gate import read_text, shortened
 from clustr_core.storage.provenance import READ, environment
 from clustr_core.training.fields import field_value, read_yaml
 from tools import notebooks
@@ -128,7 +129,7 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
         write_string(_gathered(drawn), "")
         _run(notebook, running, parameters, folder=source.parent, drawn=drawn, profile=profile.name)
         figures = output.parent / "figures" if given else root / "figures"
-        note_files(running, drawn, root)
+        note_files(running, drawn)
         for path in _files_under(drawn):
             copy_whole(path, figures / path.relative_to(drawn))
         running.replace(output)
@@ -152,16 +153,18 @@ def _read_chapter(source: Path) -> tuple[NotebookNode, dict[str, Any]]:
         raise ValueError(f"expected a chapter in MyST Markdown, got another file ({said})") from error
 
 
-def note_files(executed: Path, drawn: Path, root: Path) -> None:
+def note_files(executed: Path, drawn: Path) -> None:
     """Note in an executed notebook the SHA-256 of each file that it drew into a folder, as ``drawn``, and of each
-    committed table that it read, as ``published``."""
+    committed table that it read, as it was then, as ``published``: empty where it read two."""
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata.clustr["drawn"] = {
         path.relative_to(drawn).as_posix(): digest(path.read_bytes()) for path in _files_under(drawn)
     }
-    tables = (Path(line) for line in read_text(_gathered(drawn), limit=MB).splitlines())
-    names = {table.relative_to(root).as_posix() for table in tables if table.is_relative_to(root)}
-    notebook.metadata.clustr["published"] = notebooks.digests(root, filter(notebooks.PUBLISHED.match, sorted(names)))
+    read: dict[str, str] = {}
+    for name, found in map(json.loads, sorted(read_text(_gathered(drawn), limit=notebooks.SOURCE_LIMIT).splitlines())):
+        if notebooks.PUBLISHED.fullmatch(name):
+            read[name] = found if read.get(name, found) == found else ""
+    notebook.metadata.clustr["published"] = read
     nbformat.write(notebook, executed)
 
 

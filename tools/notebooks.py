@@ -14,6 +14,7 @@ from nbformat import NotebookNode
 from clustr_core.measuring.profile import Profile
 from clustr_core.storage.files import digest
 from clustr_core.storage.gate import MB, brief, read_bytes, read_text
+from clustr_core.storage.provenance import names_in
 
 FIGURE_LABEL = re.compile(r"fig-[a-z0-9]+(?:-[a-z0-9]+)*")
 _DIRECTIVE = re.compile(
@@ -25,7 +26,7 @@ SOURCE_LIMIT, NOTEBOOK_LIMIT = 64 * MB, 256 * MB
 # what a chapter draws: files of figures and widgets in its profile's folder
 DRAWN = re.compile(r"[\w-]+/[\w-]+\.[a-z]+")
 # what a chapter may read beside its profile's rows
-PUBLISHED = re.compile(r"results/(published/[\w-]+(/partial)?/[\w-]+|claims)\.csv")
+PUBLISHED = re.compile(r"results/(published/[\w-]+/(partial/)?([\w-]+\.csv)?|claims\.csv)")
 _OPTION = re.compile(r":(?P<key>[\w-]+):[ \t]*(?P<value>.*)")
 _EXERCISE = re.compile(
     r"^(?P<fence>:{3,})\{(?P<kind>exercise|solution)\}[ \t]*(?P<argument>.*?)[ \t]*\n(?P<body>.*?)^(?P=fence)[ \t]*$",
@@ -205,9 +206,15 @@ def provenance(root: Path, source: Path, profile: Profile, *, results: str = "re
 
 
 def digests(root: Path, names: Iterable[str]) -> dict[str, str | None]:
-    """The SHA-256 of files of the book as they are now; None of one that is not there."""
-    files = {name: root / name for name in names}
-    return {name: digest(path.read_bytes()) if path.is_file() else None for name, path in files.items()}
+    """The SHA-256 of files of the book as they are now, None of one that is not there; of a folder, which a slash ends,
+    of the names of its tables."""
+    return {name: _digest(root / name, folder=name.endswith("/")) for name in names}
+
+
+def _digest(path: Path, *, folder: bool) -> str | None:
+    if folder:
+        return digest(names_in(path))
+    return digest(path.read_bytes()) if path.is_file() else None
 
 
 def changed(root: Path, published: Mapping[str, str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""One recipe, several seeds or lengths: the numbers of each training as counts of images, and what they are together."""
+"""One recipe, several seeds or lengths: the numbers of each training as counts of images, and all together."""
 
 from collections.abc import Sequence
 
@@ -82,13 +82,10 @@ def budgets_table(table: pd.DataFrame, numbers: Sequence[str]) -> pd.DataFrame:
         table: columns ``model number epochs holds images``, one training each.
     """
     asked = pd.DataFrame(table[table["number"].isin([*numbers])])
-    bounds = [
-        binomial_interval(*counts) for counts in zip(asked["holds"].tolist(), asked["images"].tolist(), strict=True)
-    ]
-    shares = zip(asked["holds"] / asked["images"], bounds, strict=True)
-    asked["said"] = [with_interval(share, low, high) for share, (low, high) in shares]
-    wide = asked.pivot(index=["model", "epochs"], columns="number", values="said")[[*numbers]]
-    models = in_order({str(model) for model, _ in wide.index})
-    wide = wide.loc[sorted(wide.index, key=lambda key: (models.index(key[0]), key[1]))].reset_index()
+    counts = pd.DataFrame(asked[["holds", "images"]]).itertuples(index=False)
+    asked["said"] = [with_interval(holds / images, *binomial_interval(holds, images)) for holds, images in counts]
+    wide = asked.pivot(index=["model", "epochs"], columns="number", values="said")[[*numbers]].reset_index()
+    models = in_order({str(model) for model in wide["model"]})
+    wide = wide.sort_values("model", key=lambda names: names.map(models.index), kind="stable", ignore_index=True)
     wide["model"] = wide["model"].map(method_name)
     return wide.rename(columns={"model": "method"}).rename_axis(None, axis=1)

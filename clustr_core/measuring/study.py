@@ -5,6 +5,7 @@ published ones, ``results/published/<profile>/``, else they are measured now. Py
 is measured.
 """
 
+import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,10 +31,10 @@ from clustr_core.measuring.accuracy import (
 from clustr_core.measuring.profile import PARTIAL, Profile, Protocol, load_profile
 from clustr_core.measuring.written import asked_of, differing, is_current
 from clustr_core.storage.files import home, read_json
-from clustr_core.storage.gate import brief
-from clustr_core.storage.provenance import check_sidecar, note_read, read_checked, sidecar_of
+from clustr_core.storage.gate import TABLE_LIMIT, brief, read_bytes
+from clustr_core.storage.provenance import check_sidecar, names_in, note_read, read_checked, sidecar_of
 from clustr_core.training.fields import build, field_value
-from clustr_core.training.recipes import epochs_in_words, run_folder
+from clustr_core.training.recipes import epochs_in_words, run_folder, run_keys
 
 log = logging.getLogger(__name__)
 
@@ -333,15 +334,18 @@ def as_far_as_published(name: str) -> Study:
 
 
 def _published() -> list[Path]:
-    known = {path.stem for path in (home() / "profiles").glob("*.yaml")}
-    return sorted(path for path in (home() / "results/published").glob("*/") if path.name in known)
+    known = sorted(path.stem for path in (home() / "profiles").glob("*.yaml"))
+    folders = [home() / "results/published" / name for name in known]
+    for folder in folders:
+        note_read(folder, names_in(folder))
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def _in_part(profile: Profile, folder: Path) -> Study | None:
     """The methods whose attacks are in a folder; None if all tables are, or of no method."""
     tables = {method: _table(folder, "attacks", method) for method in profile.attacked}
     there = {method: profile.recipes[method] for method, path in tables.items() if _is_of(profile, method, path)}
-    if not there or not _missing(profile, folder):
+    if not _missing(profile, folder) or not there:
         return None
     attacks = {name: each for method in there for name, each in _attacks_asked(profile, tables[method]).items()}
     attacks = {name: each for name, each in attacks.items() if each.attack != "transfer" or each.source in there}
@@ -349,14 +353,18 @@ def _in_part(profile: Profile, folder: Path) -> Study | None:
 
 
 def _is_of(profile: Profile, method: str, table: Path) -> bool:
-    """Whether there are attacks of a method on its data; of which recipe, the sidecar says."""
+    """Whether there are attacks on a method's run, by this version of its training or an earlier one; whole ones as the
+    profile asks for them today."""
     if not table.exists():
         return False
     if not sidecar_of(table).exists():
         return True
-    asked = asked_of(profile, "attacks", method)
-    wrong = differing(check_sidecar(table)["made"], {key: asked[key] for key in ("method", "data")})
-    if wrong:
+    made, asked = check_sidecar(table)["made"], asked_of(profile, "attacks", method)
+    if table.parent.name == PARTIAL:
+        asked = {key: asked[key] for key in ("method", "data", "run")}
+    if made.get("run") in run_keys(profile.recipes[method]):
+        del asked["run"]
+    if wrong := differing(made, asked):
         log.warning("%s: expected rows of %s, got those of another %s: not shown", table, method, wrong[0])
     return not wrong
 
@@ -704,8 +712,9 @@ def claims(**conditions: str) -> pd.DataFrame:
         columns ``method dataset norm eps metric value note source where``; ``value`` as printed there, in per cent;
         ``source`` is a key of references.bib.
     """
-    note_read(path := home() / "results/claims.csv")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    content = read_bytes(path := home() / "results/claims.csv", limit=TABLE_LIMIT)
+    note_read(path, content)
+    table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, encoding="utf-8")
     for column, value in conditions.items():
         table = where(table, table[column] == value)
     return pd.DataFrame(table)
@@ -852,6 +861,7 @@ def _claimed_of(study: Study, method: str) -> str:
 
 
 def _missing(profile: Profile, folder: Path) -> list[Path]:
+    note_read(folder, names_in(folder))
     names = (f"{kind}-{method}.csv" for kind, method in profile.tables)
     return [folder / name for name in names if not (folder / name).exists()]
 

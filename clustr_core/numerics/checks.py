@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 
 def is_name(name: object) -> TypeGuard[str]:
-    """Whether it is a name such as "my-method": words of small letters and digits, with hyphens between them."""
-    return isinstance(name, str) and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) is not None
+    """Whether it is a name such as "my-method": words of small letters and digits, with hyphens between them, and none
+    that a table's reader takes for a number or a truth value, such as "1e5", "inf" or "true"."""
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        return False
+    return not re.fullmatch(r"[0-9-]+(e[0-9-]+)?|inf|infinity|nan|true|false", name)
 
 
 def check_are_tensors(**values: object) -> None:

@@ -1,5 +1,6 @@
 """Where a number comes from: commit, versions, processor, threads; and the sidecar that says so beside each table."""
 
+import json
 import os
 import platform
 import subprocess
@@ -12,11 +13,11 @@ from typing import Any
 
 import pandas as pd
 
-from clustr_core.storage.files import digest, read_json, seal_of, write_json
+from clustr_core.storage.files import digest, home, read_json, seal_of, write_json
 from clustr_core.storage.gate import TABLE_LIMIT, brief, decoded, read_bytes
 from clustr_core.storage.tables import parsed_table
 
-# names a file that gathers which tables were read, a path a line: a headless run of a chapter sets it
+# names a file that gathers which tables of the book were read, a line each: a headless run of a chapter sets it
 READ = "CLUSTR_READ"
 VERSIONED = ("torch", "torchvision", "numpy", "scikit-learn", "umap-learn")
 
@@ -152,15 +153,27 @@ def read_checked(table: Path) -> pd.DataFrame:
     content = read_bytes(table, limit=TABLE_LIMIT)
     if sidecar_of(table).exists():
         _held(table, content)
-    note_read(table)
+    note_read(table, content)
     return parsed_table(table, content)
 
 
-def note_read(table: Path) -> None:
-    """Add a table to those that were read, where somebody gathers them."""
-    if place := os.environ.get(READ):
-        with Path(place).open("a", encoding="utf-8") as gathered:
-            gathered.write(f"{table}\n")
+def note_read(place: Path, content: bytes) -> None:
+    """Add a file or folder of the book to what was read, as it was then, where somebody gathers that.
+
+    Args:
+        content: of a file its bytes, of a folder `names_in`.
+    """
+    if (gathered := os.environ.get(READ)) and place.is_relative_to(home()):
+        name = place.relative_to(home()).as_posix() + ("" if place.suffix else "/")
+        with Path(gathered).open("a", encoding="utf-8") as file:
+            file.write(json.dumps([name, digest(content)]) + "\n")
+
+
+def names_in(folder: Path) -> bytes:
+    """The names of all tables in a folder and its partial ones; none where there is no folder."""
+    tables = [*folder.glob("*.csv"), *folder.glob("*/*.csv")]
+    names = sorted(path.relative_to(folder).as_posix() for path in tables)
+    return json.dumps(names).encode("utf-8")
 
 
 def _held(table: Path, written: bytes) -> dict[str, Any]:

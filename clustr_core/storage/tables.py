@@ -3,6 +3,7 @@
 import csv
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -36,13 +37,15 @@ def table_bytes(table: pd.DataFrame, *, digits: int = 9) -> bytes:
     return table.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n", encoding="utf-8").encode()
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path, *, text: Sequence[str] = ()) -> pd.DataFrame:
     """Read a table that `write_table` wrote.
 
+    Args:
+        text: columns that stay text where all of it looks like numbers, as digests may.
     Raises:
         ValueError: if the file is empty, no CSV or not in UTF-8, with its path.
     """
-    return parsed_table(path, read_bytes(path, limit=TABLE_LIMIT))
+    return parsed_table(path, read_bytes(path, limit=TABLE_LIMIT), text=text)
 
 
 def read_sealed(path: Path) -> pd.DataFrame:
@@ -61,9 +64,11 @@ def _seal(path: Path, text: bytes) -> bytes:
     return _SEAL + digest(path.name, text).encode() + b"\n"
 
 
-def parsed_table(path: Path, content: bytes) -> pd.DataFrame:
-    """The table that a file's bytes are.
+def parsed_table(path: Path, content: bytes, *, text: Sequence[str] = ()) -> pd.DataFrame:
+    """The table that a file's bytes are; nothing but an empty cell is missing, whatever word stands in one.
 
+    Args:
+        text: as in `read_table`.
     Raises:
         ValueError: as `read_table`.
     """
@@ -75,7 +80,8 @@ def parsed_table(path: Path, content: bytes) -> pd.DataFrame:
         with warnings.catch_warnings():
             # rows with more fields than the header, the first of which pandas would take for names of the rows
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(io.BytesIO(content), encoding="utf-8", index_col=False)
+            options = {"encoding": "utf-8", "index_col": False, "keep_default_na": False, "na_values": [""]}
+            return pd.read_csv(io.BytesIO(content), dtype=dict.fromkeys(text, str), **options)
     except (ValueError, pd.errors.ParserWarning) as error:  # pandas' own errors and UnicodeDecodeError are among them
         why = shortened(str(error))
         raise ValueError(f"{path}: expected a table, got something empty or damaged ({why})") from error

@@ -3,9 +3,10 @@
 This module reads no tensors, so that a pipeline can ask it for names in no time.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeGuard, get_args, get_origin
@@ -407,7 +408,18 @@ def run_key(recipe: Recipe) -> str:
     Neither Python's version nor a word of the source code is in it. The digest of the data is not either, since a
     pipeline asks for names before the data are there: it is recorded in the run, and checked at every use.
     """
-    parts = (json.dumps(_naming(recipe_to_dict(recipe)), sort_keys=True), training_version(recipe))
+    return _key(recipe, training_version(recipe))
+
+
+def run_keys(recipe: Recipe) -> list[str]:
+    """`run_key`, and the names that earlier versions of the same training gave the run."""
+    names, versions = zip(*_versions(recipe), strict=True)
+    earlier = itertools.product(*(range(version, 0, -1) for version in versions))
+    return [_key(recipe, _in_words([*zip(names, each, strict=True)])) for each in earlier]
+
+
+def _key(recipe: Recipe, version: str) -> str:
+    parts = (json.dumps(_naming(recipe_to_dict(recipe)), sort_keys=True), version)
     dataset = recipe.dataset.rstrip("/").replace(":", "/").rsplit("/", 1)[-1]
     return f"{dataset}-{recipe.method}-{digest(*parts)[:10]}"
 
@@ -421,13 +433,23 @@ def _naming(content: dict[str, Any]) -> dict[str, Any]:
 def training_version(recipe: Recipe) -> str:
     """What the weights depend on beside the recipe's values and the data: `TRAINING_VERSION`, the method's own, and the
     precision's."""
+    return _in_words(_versions(recipe))
+
+
+def _versions(recipe: Recipe) -> list[tuple[str, int]]:
+    """All versions that the weights depend on, each with what it is of."""
     chain = [recipe]
     while chain[-1].warm_start:
         chain.append(chain[-1].warm_start)
-    own = [f"{each.method}-{each.version}" for each in chain if each.version != 1]
-    changed = {each.precision for each in chain} & set(PRECISION_VERSIONS)
-    own += [f"{precision}-{PRECISION_VERSIONS[precision]}" for precision in sorted(changed)]
-    return "+".join([str(TRAINING_VERSION), *own])
+    precisions = sorted({each.precision for each in chain} & set(PRECISION_VERSIONS))
+    own = [(each.method, each.version) for each in chain]
+    return [("", TRAINING_VERSION), *own, *((each, PRECISION_VERSIONS[each]) for each in precisions)]
+
+
+def _in_words(versions: Sequence[tuple[str, int]]) -> str:
+    """Versions as a run's name has them: `TRAINING_VERSION`, and those of the others that are not the first."""
+    (_, training), *own = versions
+    return "+".join([str(training), *(f"{name}-{version}" for name, version in own if version != 1)])
 
 
 def run_folder(recipe: Recipe) -> Path:

@@ -102,6 +102,10 @@ def test_a_projected_point_of_the_sphere_counts(linear):
     [
         ("pgd", {}, towards, "name: expected a free one, got 'pgd'"),
         ("My Attack", {}, towards, "name: expected one such as 'my-attack'"),
+        *(
+            (name, {}, towards, "name: expected one such as 'my-attack'")
+            for name in ("nan", "2020", "1e5", "true", "1-2")
+        ),
         ("one-step", {"version": 0}, towards, "version: expected an integer above 0, got 0"),
         ("one-step", {}, lambda model, images, labels, *, eps: images, "can be called as attack.*norm"),
         ("one-step", {}, lambda model, images, **rest: images, "can be called as attack.*labels"),

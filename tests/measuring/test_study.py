@@ -14,6 +14,7 @@ from clustr_core.measuring.accuracy import certified_accuracy
 from clustr_core.measuring.profile import load_profile
 from clustr_core.storage.provenance import check_sidecar, write_sidecar
 from clustr_core.storage.tables import read_table
+from clustr_core.training.recipes import run_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 LIGHT = "import sys, clustr_core.measuring.{0}; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
@@ -114,6 +115,27 @@ def test_a_study_that_is_published_in_part_is_shown_of_the_methods_that_are_ther
     pd.testing.assert_frame_equal(table[columns], same[columns])
     assert list(table["epochs"]) == ["15", "18 + 30", "60"]
     assert study.published_profiles() == ["quick"]
+
+
+def test_rows_of_another_recipe_are_not_shown_as_those_of_the_profile(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole or in part; those of an earlier version of the same training are."""
+    shutil.copytree(ROOT / "results/published/gpu", home / "results/published/gpu")
+    made = check_sidecar(home / "results/published/gpu/partial/attacks-clustr.csv")["made"]
+    profile = load_profile("gpu")
+    assert made["run"] in run_keys(profile.recipes["clustr"])[1:]
+    assert study.as_far_as_published("gpu").ordinary == ["ce", "ce-clusters", "clustr"]
+    text = profile.path.read_text(encoding="utf-8")
+    profile.path.write_text(text.replace("epochs: 30", "epochs: 300"), encoding="utf-8")
+    assert study.as_far_as_published("gpu").ordinary == ["ce", "ce-clusters"]
+    assert "attacks-clustr.csv: expected rows of clustr, got those of another run: not shown" in caplog.text
+    profile.path.write_text(text, encoding="utf-8")
+    for path in (home / "results/published/gpu/partial").glob("attacks-clustr.*"):
+        path.rename(home / "results/published/gpu" / path.name)
+    # whole tables are of all attacks
+    assert study.as_far_as_published("gpu").ordinary == ["ce", "ce-clusters"]
+    assert "attacks-clustr.csv: expected rows of clustr, got those of another protocol: not shown" in caplog.text
 
 
 def test_attacks_that_decide_are_shown_before_the_others_are_there() -> None:
