@@ -13,6 +13,7 @@
 # that was executed from other words or rows.
 import contextlib
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.measuring.written import asked_beside, check_weights, is_written
 from clustr_core.storage.files import copy_whole, digest
+from clustr_core.storage.gate import brief
 from clustr_core.training.names import DONE
 from clustr_core.training.recipes import run_folder, run_key
 from tools import notebooks
@@ -57,6 +59,9 @@ CHAPTERS = {source.stem: notebooks.read_source(source) for source in notebooks.s
 
 if unknown := sorted(set(PROFILE.chapters) - set(CHAPTERS)):
     raise ValueError(f"{PROFILE.path.name}: chapters: expected some of {sorted(CHAPTERS)}, got {unknown}")
+# runs are named by their folder of images, and Snakemake takes what stands in braces for a wildcard
+if braced := [recipe.dataset for recipe in PROFILE.recipes.values() if re.search("[{}]", run_key(recipe))]:
+    raise ValueError(f"{PROFILE.path.name}: dataset: expected a folder whose name has no braces, got {brief(braced[0])}")
 
 
 def set_time(path, ns):
@@ -113,7 +118,7 @@ def figures(chapter):
 
 
 wildcard_constraints:
-    key="|".join(key for key in METHOD_OF if key not in TRAINED) or "none",
+    key="|".join(re.escape(key) for key in METHOD_OF if key not in TRAINED) or "none",
     method="|".join([*RUN_OF, "prototypes"]),
 
 

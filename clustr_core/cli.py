@@ -21,7 +21,7 @@ from clustr_core import data
 from clustr_core.attacks.ball import check_counts
 from clustr_core.attacks.names import PAPER_RESTARTS, PAPER_STEPS
 from clustr_core.measuring import diagnostics, stranger
-from clustr_core.measuring.accuracy import both_protocols, robust_accuracy_by_loss
+from clustr_core.measuring.accuracy import at_shared_eps, both_protocols, robust_accuracy_by_loss
 from clustr_core.measuring.attacked import attack_pieces, attacks_of, measure, measure_pieces
 from clustr_core.measuring.certified import certificate_pieces, certificates_of, prototype_certificates
 from clustr_core.measuring.counterexamples import CertificateBroken
@@ -347,9 +347,9 @@ def _protocol_name(asked: Examination | None) -> str:
 
 
 def _print_protocols(table: pd.DataFrame) -> None:
-    """Every attack on its own; then, where the paper's protocol was run, what it and correct attacks leave."""
+    """Every attack on its own; then, where the paper's protocol meets another attack, what each leaves."""
     shown = {"each attack": robust_accuracy_by_loss(table)}
-    if {"paper"} < set(table["attack"]):
+    if len(at_shared_eps(table)):
         shown["both protocols, on the same images"] = both_protocols(table)
     for name, rows in shown.items():
         print(f"\n{name}\n{rows.to_string(index=False, float_format='%.3f')}")

@@ -314,6 +314,18 @@ def test_attacks_are_not_transferred_from_networks_of_other_data(home, capsys, c
     assert contents(home / "runs") == {}
 
 
+@pytest.mark.parametrize("other", ["{norm: l2, eps: [0.1], steps: 2}", "{norm: linf, eps: [0.2], steps: 2}"])
+def test_the_papers_protocol_may_meet_no_other_attack(home, capsys, other):
+    paper = "paper: {attack: paper, eps: [0.1], steps: 2, restarts: 1, examples: 8}"
+    text = "shared: {dataset: digits, encoder: small-cnn, width: 4, train_examples: 64}\nmethods: {ce: {epochs: 1}}\n"
+    (home / "profiles/two.yaml").write_text(f"{text}attacks:\n  {paper}\n  other: {other}\n", encoding="utf-8")
+    assert clustr("attack", profile="two") == 0
+    said = capsys.readouterr().out
+    assert "each attack" in said
+    assert "both protocols" not in said
+    assert (home / "results/two/attacks-ce.csv").exists()
+
+
 def test_a_second_time_nothing_is_trained(home, capsys):
     assert clustr("train") == 0
     first, before = capsys.readouterr().out, contents(home / "runs")

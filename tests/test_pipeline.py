@@ -126,6 +126,28 @@ def test_a_book_and_a_profile_lie_in_folders_of_any_name(
     assert not (book / "figures/smoke").exists()
 
 
+@pytest.mark.parametrize("name", ["pics (1)", "pics+v2", "[x] *"])
+def test_a_folder_of_images_has_any_name(one_chapter: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    text = f"""
+shared: {{dataset: "folder:data/{name}", encoder: small-cnn, width: 4}}
+methods: {{ce: {{epochs: 1}}, clustr: {{epochs: 1, warm_start: ce}}}}
+attacks:
+  linf: {{norm: linf, eps: [0.1], steps: 2, examples: 8}}
+  transfer: {{attack: transfer, norm: linf, eps: [0.1], steps: 2, examples: 8, source: ce}}
+examination: {{eps: 0.1, examples: 8, steps: 5, restarts: 1, queries: 10}}
+"""
+    (one_chapter / "profiles/own.yaml").write_text(text, encoding="utf-8")
+    done = planned(one_chapter, "--cores", "1", "--config", "profile=own")
+    assert done.returncode == 0, done.stderr[-4000:]
+    for job in ("train", "attack", "diagnose", "certify"):
+        assert re.search(rf"^{job} +[23]$", done.stdout + done.stderr, re.M)
+    (one_chapter / "profiles/own.yaml").write_text(text.replace(name, f"{name}{{1}}"), encoding="utf-8")
+    done = planned(one_chapter, "--cores", "1", "--config", "profile=own")
+    assert (
+        f"own.yaml: dataset: expected a folder whose name has no braces, got 'folder:data/{name}{{1}}'" in done.stderr
+    )
+
+
 def test_a_key_that_the_chapter_does_not_declare_is_an_error(one_chapter: Path) -> None:
     (one_chapter / "profiles/smoke.yaml").write_text("chapters:\n  01-test: {rows: 3, colums: 4}\n")
     done = execute(one_chapter, "01-test")

@@ -49,6 +49,13 @@ def on_common_images(table: pd.DataFrame) -> pd.DataFrame:
     return table.merge(common[[*keys, "index"]], on=[*keys, "index"])
 
 
+def at_shared_eps(table: pd.DataFrame) -> pd.DataFrame:
+    """The L-infinity rows of `measure` at each eps at which the paper's protocol was run and another attack, too."""
+    linf = table.query("norm == 'linf'")
+    paper, correct = linf.query("attack == 'paper'"), linf.query("attack != 'paper'")
+    return linf.loc[linf["eps"].isin(list(paper["eps"])) & linf["eps"].isin(list(correct["eps"]))]
+
+
 def both_protocols(table: pd.DataFrame) -> pd.DataFrame:
     """Robust accuracy under the paper's protocol and under all other attacks together, on the same images.
 
@@ -60,12 +67,10 @@ def both_protocols(table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: if there is no such eps.
     """
-    linf = table.query("norm == 'linf'")
-    paper, correct = linf.query("attack == 'paper'"), linf.query("attack != 'paper'")
-    shared = linf["eps"].isin(list(paper["eps"])) & linf["eps"].isin(list(correct["eps"]))
-    if not any(shared):
+    shared = at_shared_eps(table)
+    if shared.empty:
         raise ValueError("table: expected the attack 'paper' and another one at one eps at least, got no such eps")
-    common = on_common_images(linf.loc[shared])
+    common = on_common_images(shared)
     parts = {"paper": common.query("attack == 'paper'"), "correct": common.query("attack != 'paper'")}
     return pd.concat([robust_accuracy(rows).assign(protocol=name) for name, rows in parts.items()], ignore_index=True)
 
