@@ -143,9 +143,8 @@ examination: {{eps: 0.1, examples: 8, steps: 5, restarts: 1, queries: 10}}
         assert re.search(rf"^{job} +[23]$", done.stdout + done.stderr, re.M)
     (one_chapter / "profiles/own.yaml").write_text(text.replace(name, f"{name}{{1}}"), encoding="utf-8")
     done = planned(one_chapter, "--cores", "1", "--config", "profile=own")
-    assert (
-        f"own.yaml: dataset: expected a folder whose name has no braces, got 'folder:data/{name}{{1}}'" in done.stderr
-    )
+    said = f"own.yaml: dataset: expected a folder whose name has no braces, got 'folder:data/{name}{{1}}'"
+    assert said in done.stdout + done.stderr
 
 
 def test_a_key_that_the_chapter_does_not_declare_is_an_error(one_chapter: Path) -> None:
