@@ -127,7 +127,7 @@ def test_a_book_and_a_profile_lie_in_folders_of_any_name(
 
 
 @pytest.mark.parametrize("name", ["pics (1)", "pics+v2", "[x] *"])
-def test_a_folder_of_images_has_any_name(one_chapter: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_of_images_has_any_name(one_chapter: Path, name: str) -> None:
     text = f"""
 shared: {{dataset: "folder:data/{name}", encoder: small-cnn, width: 4}}
 methods: {{ce: {{epochs: 1}}, clustr: {{epochs: 1, warm_start: ce}}}}
