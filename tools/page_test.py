@@ -8,6 +8,7 @@ Exit status 1 if anything is wrong.
 """
 
 import argparse
+import contextlib
 import gzip
 import shutil
 import sys
@@ -24,8 +25,9 @@ from tools.browser import CHROMIUM, NAMES, served
 VIEWS = (("wide", 1400, "light"), ("narrow", 390, "light"), ("dark", 1400, "dark"))
 HEAVIEST = 1_500_000
 COMPRESSED = {".html", ".json", ".mjs", ".svg", ".csv"}
-# milliseconds in which a page comes to rest
-REST = 1500
+# milliseconds in which a page comes to rest once its widgets are there, and for which these are waited for
+REST, PATIENCE = 1500, 15_000
+SHOWN = "(most) => [...document.querySelectorAll('*')].filter((each) => each.shadowRoot).length >= most"
 # formulas are laid out by a style sheet from the internet: without it their invisible parts take room
 FORMULAS = ".katex-mathml { display: none !important; } .katex svg { width: 1em !important; }"
 # a function that is evaluated in the page; its first line is a comment
@@ -53,6 +55,8 @@ def build(root: Path, theme: Path, copy: Path) -> Path:
 
 def look(browser: Any, pages: Path, names: Sequence[str]) -> list[str]:
     """What is wrong with the pages, as "page, view: complaint"."""
+    from playwright.sync_api import TimeoutError as PlaywrightTimeout
+
     faults: list[str] = []
     anchors: dict[str, set[str]] = {}
     links: dict[str, list[str]] = {}
@@ -67,11 +71,14 @@ def look(browser: Any, pages: Path, names: Sequence[str]) -> list[str]:
                 page.on("response", lambda answer, sum_=weight: _weigh(answer.url, address, pages, sum_))
                 page.goto(f"{address}/{name}", wait_until="load")
                 page.add_style_tag(content=FORMULAS)
+                expected = _widgets_of(pages, name)
+                with contextlib.suppress(PlaywrightTimeout):
+                    page.wait_for_function(SHOWN, arg=expected, timeout=PATIENCE)
                 page.wait_for_timeout(REST)
                 found = page.evaluate(LOOK)
                 where = f"{name or 'index'}, {view}"
                 faults += [f"{where}: {fault}" for fault in (*complaints, *found["faults"])]
-                if found["widgets"] != (expected := _widgets_of(pages, name)):
+                if found["widgets"] != expected:
                     faults.append(f"{where}: {found['widgets']} widgets instead of {expected}")
                 if weight["bytes"] > HEAVIEST:
                     faults.append(f"{where}: {weight['bytes'] / 1e6:.1f} MB beside the theme")

@@ -132,8 +132,11 @@ def attacked_targets(
     Args:
         captured: as `target_of` takes it.
     """
-    if not profile.attacks:
-        raise ValueError(f"profile {profile.name}: expected at least one entry under attacks, got none")
+    if not profile.attacks_on(run.recipe.method):
+        raise ValueError(
+            f"profile {profile.name}: attacks: expected at least one on {run.recipe.method} that is not transferred from "
+            "itself, got none"
+        )
     on = {"device": device, "captured": captured}
     targets = [target_of(run, dataset, head=head, **on) for head in heads_of(run)]
     methods = {protocol.source for protocol in profile.attacks.values() if protocol.attack == "transfer"}

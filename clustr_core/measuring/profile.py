@@ -228,11 +228,15 @@ class Profile:
         """The methods that attacks are run on: all but smoothing, whose base classifier is not what it certifies."""
         return self.ordinary | self.lipschitz
 
+    def attacks_on(self, method: str) -> dict[str, Protocol]:
+        """The attacks that a method is asked: all but those that would be transferred from it to itself."""
+        return {name: each for name, each in self.attacks.items() if each.attack != "transfer" or each.source != method}
+
     @property
     def measured(self) -> dict[str, list[str]]:
         """Which methods each kind of table covers: ``results/<name>/<kind>-<method>.csv``."""
         return {
-            "attacks": [*self.attacked],
+            "attacks": [method for method in self.attacked if self.attacks_on(method)],
             "certificates": [*self.recipes, "prototypes"] if self.recipes else [],
             "diagnostics": [*self.ordinary] if self.examination else [],
             "ablations": [*self.ordinary] if self.examination else [],

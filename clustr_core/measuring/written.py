@@ -122,8 +122,11 @@ def is_current(made: Mapping[str, Any], profile: Profile, kind: str, method: str
     wanted = asked_of(profile, kind, method)
     # else it is of another training of the same recipe, or of weights that were rounded
     wanted["weights_sha256"] = recipe and _weights(recipe)
-    said, sources = made.get("sources") or {}, sources_of(profile, kind)
-    return not differing(made, wanted) and not any(differing(said.get(name, {}), sources[name]) for name in sources)
+    said, sources = made.get("sources"), sources_of(profile, kind)
+    # one more, or one fewer, is another table
+    if differing(made, wanted) or (said is not None and set(said) != set(sources)):
+        return False
+    return not any(differing((said or {}).get(name, {}), sources[name]) for name in sources)
 
 
 def asked_of(profile: Profile, kind: str, method: str) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def site(folder: Path, bodies: dict[str, str]) -> Path:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """These pages need no time to come to rest."""
     monkeypatch.setattr(page_test, "REST", 50)
+    monkeypatch.setattr(page_test, "PATIENCE", 50)
 
 
 @pytest.mark.usefixtures("at_once")

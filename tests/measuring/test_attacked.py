@@ -782,8 +782,15 @@ def test_a_source_that_was_never_trained_is_named(runs, digits, tmp_path, monkey
 
 
 def test_a_profile_without_attacks_is_refused(runs):
-    with pytest.raises(ValueError, match="profile bare: expected at least one entry under attacks, got none"):
+    with pytest.raises(ValueError, match="profile bare: attacks: expected at least one on ce that is not"):
         attacks_of(runs["ce"], Profile("bare", {}, {}))
+
+
+def test_a_method_that_is_only_transferred_from_has_no_table_of_attacks():
+    recipes = {"ce": CrossEntropy(epochs=3), "other": CrossEntropy(epochs=4)}
+    transfer = {"transfer": replace(KINDS["transfer"], source="ce")}
+    assert Profile("tiny", recipes, transfer).measured["attacks"] == ["other"]
+    assert Profile("tiny", recipes, transfer | {"linf": PROTOCOL}).measured["attacks"] == ["ce", "other"]
 
 
 def test_a_changed_dataset_is_noticed(runs, digits):

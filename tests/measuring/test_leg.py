@@ -737,6 +737,18 @@ def test_prototypes_of_another_number_are_not_done(whole, home):
     assert "certificates-prototypes" in tables_left(replace(profile, recipes=recipes))
 
 
+def test_rows_without_a_source_that_there_is_today_are_not_done(home):
+    """As a diagnosis before the profile had a model to transfer from, and one after it has none any more."""
+    home("here")
+    tiny = load_profile("tiny")
+    profile = replace(tiny, attacks={"linf": tiny.attacks["linf"]})
+    alone = replace(profile, recipes={name: each for name, each in profile.recipes.items() if name != "ce"})
+    for now, then in ((profile, alone), (alone, profile)):
+        made = json.loads(json.dumps(made_by(then, "diagnostics", "cpu") | {"method": "clustr"}))
+        assert is_current(made, then, "diagnostics", "clustr")
+        assert not is_current(made, now, "diagnostics", "clustr")
+
+
 def test_rows_of_another_version_of_an_attack_of_ones_own_are_not_done(home, monkeypatch):
     home("here")
     profile = replace(load_profile("tiny"), attacks={"mine": load_profile("tiny").attacks["linf"]})
