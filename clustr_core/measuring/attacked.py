@@ -134,8 +134,8 @@ def attacked_targets(
     """
     if not profile.attacks_on(run.recipe.method):
         raise ValueError(
-            f"profile {profile.name}: attacks: expected at least one on {run.recipe.method} that is not transferred from "
-            "itself, got none"
+            f"profile {profile.name}: attacks: expected at least one on {run.recipe.method} that is not transferred "
+            "from itself, got none"
         )
     on = {"device": device, "captured": captured}
     targets = [target_of(run, dataset, head=head, **on) for head in heads_of(run)]

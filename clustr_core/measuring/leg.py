@@ -6,7 +6,6 @@ kept, so that the rows are those of one uninterrupted run.
 """
 
 import errno
-import json
 import logging
 import shutil
 import time
@@ -26,11 +25,11 @@ from clustr_core.measuring.certified import certificate_pieces, certificates_of,
 from clustr_core.measuring.counterexamples import load_counterexample
 from clustr_core.measuring.examination import examined
 from clustr_core.measuring.pieces import CachedRows, fill_cache
-from clustr_core.measuring.profile import PARTIAL, Profile, Protocol
+from clustr_core.measuring.profile import PARTIAL, Profile, Protocol, reduced_protocol
 from clustr_core.measuring.sandwiched import sandwich_of, sandwich_pieces
 from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.versions import VERSIONS, columns_of
-from clustr_core.measuring.written import is_current, is_written, made_by, made_of, write_rows
+from clustr_core.measuring.written import are_of, is_current, is_written, made_by, made_of, write_rows
 from clustr_core.numerics.rounding import full_precision
 from clustr_core.storage.files import alone, copy_whole, home
 from clustr_core.storage.gate import check_own, shown
@@ -212,23 +211,8 @@ def early_attacks(profile: Profile) -> dict[str, Protocol]:
     return dict(sorted(reduced.items(), key=lambda item: place(item[1])))
 
 
-def _early(profile: Profile) -> Profile:
-    """A profile with its early attacks alone."""
-    return replace(profile, attacks=early_attacks(profile))
-
-
 def _is_decisive(protocol: Protocol) -> bool:
     return protocol.attack in DECISIVE and protocol.norm == "linf"
-
-
-def reduced_protocol(protocol: Protocol, profile: Profile) -> Protocol:
-    """The paper's protocol with one restart, at the eps at which AutoAttack is run if it is one of its own, else at its
-    first; any other attack as it is."""
-    if protocol.attack != "paper":
-        return protocol
-    referees = [each for each in profile.attacks.values() if each.attack == "autoattack" and each.norm == protocol.norm]
-    shared = [eps for each in referees for eps in each.eps if eps in protocol.eps]
-    return replace(protocol, eps=((*shared, *protocol.eps)[0],), restarts=1)
 
 
 def gradients(protocol: Protocol) -> float:
@@ -768,8 +752,7 @@ def _worth(table: Path, profile: Profile) -> int:
     said = {}
     if table.parent.name == PARTIAL:
         said, made = made.get("protocol") or {}, {**made, "protocol": None}
-        whole, early = (json.loads(json.dumps(each.protocol(kind))) for each in (profile, _early(profile)))
-        if any(value not in (whole.get(name), early.get(name)) for name, value in said.items()):
+        if not are_of(profile, said):
             return 1
     return 2 + len(said) if is_current(made, profile, kind, method) else 1
 

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -285,6 +285,16 @@ MOST_NAMED = 12
 # folders of results/ and results/published/ that are of no profile
 OTHERS = ("published", "bench", "full-width", "strangers")
 _BUDGETS = {"examination": Examination, "sandwich": SandwichBudget, "smoothing": SmoothingBudget}
+
+
+def reduced_protocol(protocol: Protocol, profile: Profile) -> Protocol:
+    """The paper's protocol with one restart, at the eps at which AutoAttack is run if it is one of its own, else at its
+    first; any other attack as it is."""
+    if protocol.attack != "paper":
+        return protocol
+    referees = [each for each in profile.attacks.values() if each.attack == "autoattack" and each.norm == protocol.norm]
+    shared = [eps for each in referees for eps in each.eps if eps in protocol.eps]
+    return replace(protocol, eps=((*shared, *protocol.eps)[0],), restarts=1)
 
 
 def load_profile(name: str | Path) -> Profile:

@@ -29,7 +29,7 @@ from clustr_core.measuring.accuracy import (
     summary_table,
 )
 from clustr_core.measuring.profile import PARTIAL, Profile, Protocol, load_profile
-from clustr_core.measuring.written import asked_of, differing, is_current
+from clustr_core.measuring.written import are_of, asked_of, differing, is_current
 from clustr_core.storage.files import home, read_json
 from clustr_core.storage.gate import TABLE_LIMIT, brief, read_bytes
 from clustr_core.storage.provenance import check_sidecar, names_in, note_read, read_checked, sidecar_of
@@ -360,8 +360,9 @@ def _is_of(profile: Profile, method: str, table: Path) -> bool:
     if not sidecar_of(table).exists():
         return True
     made, asked = check_sidecar(table)["made"], asked_of(profile, "attacks", method)
-    if table.parent.name == PARTIAL:
-        asked = {key: asked[key] for key in ("method", "data", "run")}
+    said = made.get("protocol") or {}
+    if table.parent.name == PARTIAL and are_of(profile, said):
+        asked["protocol"] = said
     if made.get("run") in run_keys(profile.recipes[method]):
         del asked["run"]
     if wrong := differing(made, asked):

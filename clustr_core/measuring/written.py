@@ -3,13 +3,14 @@
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from clustr_core.measuring.profile import Profile
+from clustr_core.measuring.profile import Profile, reduced_protocol
 from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS, columns_of
 from clustr_core.storage.files import digest, read_json, written_whole
 from clustr_core.storage.gate import TENSORS_LIMIT, is_stream, read_bytes
@@ -141,6 +142,15 @@ def asked_of(profile: Profile, kind: str, method: str) -> dict[str, Any]:
         "data": _data(profile),
         "run": recipe and run_key(recipe),
     }
+
+
+def are_of(profile: Profile, said: Mapping[str, Any]) -> bool:
+    """Whether each attack that the sidecar of a partial table says is one that the profile asks for today, as it stands
+    there or reduced."""
+    whole = profile.attacks
+    reduced = {name: reduced_protocol(each, profile) for name, each in whole.items()}
+    asked = [json.loads(json.dumps(replace(profile, attacks=each).protocol("attacks"))) for each in (whole, reduced)]
+    return all(value in [each.get(name) for each in asked] for name, value in said.items())
 
 
 def differing(said: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -76,6 +76,8 @@ def _check_fields(kind: type[Recipe]) -> None:
     name = kind.__name__
     if kind.guarantee not in get_args(Guarantee):
         raise ValueError(f"{name}.guarantee: expected one of {get_args(Guarantee)}, got {kind.guarantee!r}")
+    if type(kind.version) is not int or kind.version < 1:
+        raise ValueError(f"{name}.version: expected an integer above 0, got {kind.version!r}")
     if (kind.guarantee == "smoothing") != issubclass(kind, Smoothing):
         raise ValueError(
             f"{name}.guarantee: expected smoothing of a class that derives from Smoothing, and of no other"

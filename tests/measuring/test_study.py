@@ -12,6 +12,7 @@ import pytest
 from clustr_core.measuring import study, timings
 from clustr_core.measuring.accuracy import certified_accuracy
 from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.versions import VERSIONS
 from clustr_core.storage.provenance import check_sidecar, write_sidecar
 from clustr_core.storage.tables import read_table
 from clustr_core.training.recipes import run_keys
@@ -118,7 +119,7 @@ def test_a_study_that_is_published_in_part_is_shown_of_the_methods_that_are_ther
 
 
 def test_rows_of_another_recipe_are_not_shown_as_those_of_the_profile(
-    home: Path, caplog: pytest.LogCaptureFixture
+    home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole or in part; those of an earlier version of the same training are."""
     shutil.copytree(ROOT / "results/published/gpu", home / "results/published/gpu")
@@ -130,7 +131,14 @@ def test_rows_of_another_recipe_are_not_shown_as_those_of_the_profile(
     profile.path.write_text(text.replace("epochs: 30", "epochs: 300"), encoding="utf-8")
     assert study.as_far_as_published("gpu").ordinary == ["ce", "ce-clusters"]
     assert "attacks-clustr.csv: expected rows of clustr, got those of another run: not shown" in caplog.text
+    profile.path.write_text(text.replace("steps: 100, restarts: 10", "steps: 50, restarts: 10"), encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"gpu/attacks-ce\.csv: expected a published table"):
+        study.as_far_as_published("gpu")
+    assert "attacks-ce.csv: expected rows of ce, got those of another protocol: not shown" in caplog.text
     profile.path.write_text(text, encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setitem(VERSIONS, "attack", VERSIONS["attack"] + 1)
+        assert study.studies_in_part() == []
     for path in (home / "results/published/gpu/partial").glob("attacks-clustr.*"):
         path.rename(home / "results/published/gpu" / path.name)
     # whole tables are of all attacks

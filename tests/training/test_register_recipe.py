@@ -249,6 +249,17 @@ def test_a_precisions_version_is_part_of_the_name(monkeypatch):
     assert [key == run_key(recipe) for key, recipe in zip(before, recipes, strict=True)] == [True, True, False, False]
 
 
+@pytest.mark.parametrize("version", ["2", 2.0, None, 0, -1, True])
+def test_a_version_is_a_count(version):
+    @dataclass(frozen=True, kw_only=True)
+    class Own(Recipe):
+        method: ClassVar[str] = "own-version"
+
+    Own.version = version
+    with pytest.raises(ValueError, match=r"Own\.version: expected an integer above 0, got "):
+        register_recipe(objective=plain)(Own)
+
+
 def test_what_a_registered_class_lacks_is_named():
     register = register_recipe(objective=plain)
 
