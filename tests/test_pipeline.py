@@ -361,6 +361,16 @@ def test_nothing_is_published_where_a_runs_weights_are_missing(
     assert not (one_chapter / "figures/published").exists()
 
 
+def test_what_is_printed_in_parts_is_published_as_one() -> None:
+    printed = [
+        nbformat.v4.new_output("stream", name=name, text=text) for name, text in (("stdout", "a\n"), ("stdout", "b\n"))
+    ]
+    table = nbformat.v4.new_output("display_data", data={"text/plain": "t"})
+    found = publish._joined([*printed, table, *printed])
+    assert [output.get("text", "t") for output in found] == ["a\nb\n", "t", "a\nb\n"]
+    assert printed[0].text == "a\n"
+
+
 def test_two_runs_publish_the_same_bytes(one_chapter: Path) -> None:
     published = []
     for _ in range(2):

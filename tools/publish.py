@@ -72,8 +72,20 @@ def _cell(mine: NotebookNode, theirs: NotebookNode, *, stem: str, index: int, al
     cell.id = f"{stem}-{index:03d}"
     if cell.cell_type == "code":
         alt = alts.get(cell.metadata.get("label", ""), "")
-        cell.outputs = [_output(output, cell.id, alt) for output in theirs.outputs if not _is_progress(output)]
+        kept = [output for output in theirs.outputs if not _is_progress(output)]
+        cell.outputs = [_output(output, cell.id, alt) for output in _joined(kept)]
     return cell
+
+
+def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
+    """Outputs with what was printed on end as one: it comes in as many parts as the machine was busy."""
+    joined: list[NotebookNode] = []
+    for output in outputs:
+        if joined and output.output_type == "stream" and joined[-1].get("name") == output.name:
+            joined[-1] = NotebookNode(joined[-1] | {"text": joined[-1].text + output.text})
+        else:
+            joined.append(output)
+    return joined
 
 
 def _is_progress(output: NotebookNode) -> bool:
