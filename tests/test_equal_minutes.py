@@ -1,6 +1,6 @@
 """Comparisons at equal CPU minutes: budgets, images held out, the race of encoders, heads and losses."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -93,7 +93,6 @@ def test_the_best_half_goes_on_and_what_is_known_is_not_computed_again(tmp_path,
     monkeypatch.setattr(race, "CANDIDATES", dict.fromkeys("abc"))
     monkeypatch.setattr(race, "raced", raced)
     monkeypatch.setattr(race, "ProcessPoolExecutor", InPlace)
-    monkeypatch.setattr(race, "as_completed", lambda waiting: waiting)
     path = tmp_path / "race.csv"
     for _ in range(2):
         race.race("digits", [1.0, 2.0, 4.0], [2, 1], seeds=2, jobs=1, path=path)
@@ -119,8 +118,9 @@ class InPlace:
         return None
 
     def submit(self, function, *arguments):
-        result = function(*arguments)
-        return type("Done", (), {"result": lambda _: result})()
+        done = Future()
+        done.set_result(function(*arguments))
+        return done
 
 
 @pytest.mark.parametrize("name", ["SLL 64", "CPL 64, bfloat16"])
@@ -172,7 +172,6 @@ def test_heads_go_on_where_they_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(heads, "curves", curves)
     monkeypatch.setattr(heads, "ProcessPoolExecutor", InPlace)
-    monkeypatch.setattr(heads, "as_completed", lambda waiting: waiting)
     path = tmp_path / "heads.csv"
     assert len(heads.computed(keys[:3], 1.0, 1, path)) == 3
     write_table(path, read_table(path))

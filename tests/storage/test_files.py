@@ -67,6 +67,7 @@ NOT_A_FILE_THAT_STAYS = {
     ("clustr_core/drawing/verdict.py", "savefig"): "into a buffer in memory",
     ("clustr_core/storage/tables.py", "to_csv"): "into a text in memory",
     ("clustr_core/storage/gate.py", "open"): "a device or a FIFO, which takes what is whole already",
+    ("clustr_core/storage/provenance.py", "open"): "a line to what a run gathers, for its own end",
     ("tools/book_check.py", "write_text"): "into the throw-away copy of the book",
     ("tools/page_test.py", "copytree"): "into the throw-away copy of the book",
     ("tools/typeset.py", "copytree"): "into the throw-away copy of the book",
