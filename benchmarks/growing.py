@@ -56,7 +56,7 @@ def rows_at(path: Path, key: Sequence[str]) -> pd.DataFrame:
     """
     if not path.exists():
         return pd.DataFrame(columns=list(key))
-    found = read_table(path, text=TEXT)
+    found = read_table(path, as_text=TEXT)
     if lacking := [name for name in key if name not in found]:
         raise ValueError(f"{path}: expected the columns [{listed(list(key))}], got none called {listed(lacking)}")
     return found

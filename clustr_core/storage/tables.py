@@ -37,15 +37,15 @@ def table_bytes(table: pd.DataFrame, *, digits: int = 9) -> bytes:
     return table.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n", encoding="utf-8").encode()
 
 
-def read_table(path: Path, *, text: Sequence[str] = ()) -> pd.DataFrame:
+def read_table(path: Path, *, as_text: Sequence[str] = ()) -> pd.DataFrame:
     """Read a table that `write_table` wrote.
 
     Args:
-        text: columns that stay text where all of it looks like numbers, as digests may.
+        as_text: columns that stay text where all of it looks like numbers, as digests may.
     Raises:
         ValueError: if the file is empty, no CSV or not in UTF-8, with its path.
     """
-    return parsed_table(path, read_bytes(path, limit=TABLE_LIMIT), text=text)
+    return parsed_table(path, read_bytes(path, limit=TABLE_LIMIT), as_text=as_text)
 
 
 def read_sealed(path: Path) -> pd.DataFrame:
@@ -64,11 +64,11 @@ def _seal(path: Path, text: bytes) -> bytes:
     return _SEAL + digest(path.name, text).encode() + b"\n"
 
 
-def parsed_table(path: Path, content: bytes, *, text: Sequence[str] = ()) -> pd.DataFrame:
+def parsed_table(path: Path, content: bytes, *, as_text: Sequence[str] = ()) -> pd.DataFrame:
     """The table that a file's bytes are; nothing but an empty cell is missing, whatever word stands in one.
 
     Args:
-        text: as in `read_table`.
+        as_text: as in `read_table`.
     Raises:
         ValueError: as `read_table`.
     """
@@ -81,7 +81,7 @@ def parsed_table(path: Path, content: bytes, *, text: Sequence[str] = ()) -> pd.
             # rows with more fields than the header, the first of which pandas would take for names of the rows
             warnings.simplefilter("error", pd.errors.ParserWarning)
             options = {"encoding": "utf-8", "index_col": False, "keep_default_na": False, "na_values": [""]}
-            return pd.read_csv(io.BytesIO(content), dtype=dict.fromkeys(text, str), **options)
+            return pd.read_csv(io.BytesIO(content), dtype=dict.fromkeys(as_text, str), **options)
     except (ValueError, pd.errors.ParserWarning) as error:  # pandas' own errors and UnicodeDecodeError are among them
         why = shortened(str(error))
         raise ValueError(f"{path}: expected a table, got something empty or damaged ({why})") from error
