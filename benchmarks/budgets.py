@@ -17,14 +17,12 @@ import pandas as pd
 import torch
 
 from benchmarks.growing import add_rows, check_published, done_at, profile_of, results_of, rows_at
-from benchmarks.seeds import at_one_eps, of_method
-from clustr_core.measuring.attacked import attacks_of
+from benchmarks.seeds import at_one_eps, attacked_anew, of_method
 from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.measuring.seeds import counted
 from clustr_core.measuring.study import as_far_as_published
 from clustr_core.measuring.written import asked_of, sources_of
 from clustr_core.storage.files import home, seal_of
-from clustr_core.training.loop import fit
 from clustr_core.training.recipes import Recipe
 
 # `asked` is the digest of what decides the rows: recipes, attacks, versions. Rows of other ones are other rows
@@ -60,11 +58,7 @@ def rows_of(name: str, method: str, epochs: int) -> pd.DataFrame:
     if epochs == profile.recipes[method].epochs:
         attacks = of_method(as_far_as_published(name).attacks, method)
     else:
-        seen = of_length(profile, method, epochs)
-        run = fit(seen.recipes[method], device="cpu", progress=False)
-        for source in {each.source for each in seen.attacks.values() if each.attack == "transfer"} - {method}:
-            fit(profile.recipes[source], device="cpu", progress=False)
-        attacks = attacks_of(run, seen, progress=False)
+        _, attacks = attacked_anew(of_length(profile, method, epochs), method)
     rows = counted(attacks, pd.DataFrame(), eps=profile.examination.eps, radii=[])
     return rows.assign(**dict(zip(KEY, about(profile, method, epochs), strict=True)))
 

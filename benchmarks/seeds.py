@@ -26,6 +26,7 @@ from clustr_core.measuring.seeds import counted, pooled
 from clustr_core.measuring.study import RADII, as_far_as_published
 from clustr_core.storage.files import home
 from clustr_core.training.loop import fit
+from clustr_core.training.run import Run
 
 METHODS = ["ce", "pgd-at", "clustr", "clustr-qtrades", "clustr-cert", "lip-linear"]
 KEY = ["profile", "asked", "method", "seed"]
@@ -50,13 +51,20 @@ def rows_of(name: str, method: str, seed: int) -> pd.DataFrame:
     else:
         recipes = {other: seeded(recipe, seed) for other, recipe in profile.recipes.items()}
         seen = replace(profile, recipes=recipes, attacks=at_one_eps(profile))
-        for source in {each.source for each in seen.attacks.values() if each.attack == "transfer"} - {method}:
-            fit(recipes[source], device="cpu", progress=False)
-        run = fit(recipes[method], device="cpu", progress=False)
-        attacks, certificates = attacks_of(run, seen, progress=False), certificates_of(run, seen, progress=False)
+        run, attacks = attacked_anew(seen, method)
+        certificates = certificates_of(run, seen, progress=False)
     if profile.recipes[method].guarantee == "none":
         certificates = certificates.iloc[:0]
     return counted(attacks, certificates, eps=profile.examination.eps, radii=radii).assign(**about)
+
+
+def attacked_anew(profile: Profile, method: str) -> tuple[Run, pd.DataFrame]:
+    """A method's run and the rows of its attacks; it is trained, and what these are transferred from, unless it was."""
+    sources = {each.source for each in profile.attacks.values() if each.attack == "transfer"}
+    for source in sorted(sources - {method}):
+        fit(profile.recipes[source], device="cpu", progress=False)
+    run = fit(profile.recipes[method], device="cpu", progress=False)
+    return run, attacks_of(run, profile, progress=False)
 
 
 def of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ def provenance(root: Path, source: Path, profile: Profile, *, results: str = "re
     The package is not among them: a mended docstring makes no picture stale, and a change of behaviour is another
     `TRAINING_VERSION`, other `VERSIONS`, and so other rows. Nor are the rows of the battery, where no code names them,
     or those of methods that are not named, where code names methods one by one. Committed tables that a chapter reads
-    beside them, of benchmarks and of other profiles, are noted when it is executed (``published``, see `digests`).
+    beside them, of benchmarks and of other profiles, are noted when it is executed (``published``, see `changed`).
 
     Args:
         results: the folder of folders of rows: "results" after a run, "results/published" of what is committed.
@@ -205,18 +205,6 @@ def provenance(root: Path, source: Path, profile: Profile, *, results: str = "re
     }
 
 
-def digests(root: Path, names: Iterable[str]) -> dict[str, str | None]:
-    """The SHA-256 of files of the book as they are now, None of one that is not there; of a folder, which a slash ends,
-    of the names of its tables."""
-    return {name: _digest(root / name, folder=name.endswith("/")) for name in names}
-
-
-def _digest(path: Path, *, folder: bool) -> str | None:
-    if folder:
-        return digest(names_in(path))
-    return digest(path.read_bytes()) if path.is_file() else None
-
-
 def changed(root: Path, published: Mapping[str, str]) -> list[str]:
     """The tables that an executed chapter has read of which there are others now.
 
@@ -225,7 +213,14 @@ def changed(root: Path, published: Mapping[str, str]) -> list[str]:
     """
     if other := [name for name in published if not PUBLISHED.fullmatch(name)]:
         raise ValueError(f"published: expected tables in results/published, got {brief(other[0])}")
-    return [name for name, now in digests(root, published).items() if now != published[name]]
+    return [name for name, then in published.items() if then != _digest_now(root, name)]
+
+
+def _digest_now(root: Path, name: str) -> str | None:
+    """The SHA-256 of a file, None if it is not there; of a folder, which a slash ends, of the names of its tables."""
+    if name.endswith("/"):
+        return digest(names_in(root / name))
+    return digest((root / name).read_bytes()) if (root / name).is_file() else None
 
 
 def is_executed(path: Path) -> bool:

@@ -32,7 +32,7 @@ from clustr_core.measuring.profile import PARTIAL, Profile, Protocol, load_profi
 from clustr_core.measuring.written import are_of, asked_of, differing, is_current
 from clustr_core.storage.files import home, read_json
 from clustr_core.storage.gate import TABLE_LIMIT, brief, read_bytes
-from clustr_core.storage.provenance import check_sidecar, names_in, note_read, read_checked, sidecar_of
+from clustr_core.storage.provenance import check_sidecar, note_read, read_checked, sidecar_of
 from clustr_core.training.fields import build, field_value
 from clustr_core.training.recipes import epochs_in_words, run_folder, run_keys
 
@@ -337,7 +337,7 @@ def _published() -> list[Path]:
     known = sorted(path.stem for path in (home() / "profiles").glob("*.yaml"))
     folders = [home() / "results/published" / name for name in known]
     for folder in folders:
-        note_read(folder, names_in(folder))
+        note_read(folder)
     return [folder for folder in folders if folder.is_dir()]
 
 
@@ -862,7 +862,7 @@ def _claimed_of(study: Study, method: str) -> str:
 
 
 def _missing(profile: Profile, folder: Path) -> list[Path]:
-    note_read(folder, names_in(folder))
+    note_read(folder)
     names = (f"{kind}-{method}.csv" for kind, method in profile.tables)
     return [folder / name for name in names if not (folder / name).exists()]
 

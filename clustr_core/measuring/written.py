@@ -123,11 +123,11 @@ def is_current(made: Mapping[str, Any], profile: Profile, kind: str, method: str
     wanted = asked_of(profile, kind, method)
     # else it is of another training of the same recipe, or of weights that were rounded
     wanted["weights_sha256"] = recipe and _weights(recipe)
-    said, sources = made.get("sources"), sources_of(profile, kind)
-    # one more, or one fewer, is another table
-    if differing(made, wanted) or (said is not None and set(said) != set(sources)):
-        return False
-    return not any(differing((said or {}).get(name, {}), sources[name]) for name in sources)
+    sources = sources_of(profile, kind)
+    said = sources if made.get("sources") is None else made["sources"]
+    # one source more, or one fewer, is another table
+    same = set(said) == set(sources) and not any(differing(said[name], sources[name]) for name in sources)
+    return same and not differing(made, wanted)
 
 
 def asked_of(profile: Profile, kind: str, method: str) -> dict[str, Any]:

@@ -157,16 +157,16 @@ def read_checked(table: Path) -> pd.DataFrame:
     return parsed_table(table, content)
 
 
-def note_read(place: Path, content: bytes) -> None:
+def note_read(place: Path, content: bytes | None = None) -> None:
     """Add a file or folder of the book to what was read, as it was then, where somebody gathers that.
 
     Args:
-        content: of a file its bytes, of a folder `names_in`.
+        content: of a file; None for a folder, of which `names_in` counts.
     """
     if (gathered := os.environ.get(READ)) and place.is_relative_to(home()):
-        name = place.relative_to(home()).as_posix() + ("" if place.suffix else "/")
+        name = place.relative_to(home()).as_posix() + ("/" if content is None else "")
         with Path(gathered).open("a", encoding="utf-8") as file:
-            file.write(json.dumps([name, digest(content)]) + "\n")
+            file.write(json.dumps([name, digest(names_in(place) if content is None else content)]) + "\n")
 
 
 def names_in(folder: Path) -> bytes:
