@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 
 from benchmarks.growing import add_rows, done_at, profile_of, results_of, rows_at
-from clustr_core.measuring.accuracy import best_bound, both_protocols, certified_accuracy
 from clustr_core.measuring.attacked import attacks_of
 from clustr_core.measuring.certified import certificates_of
 from clustr_core.measuring.examination import diagnostics_of
 from clustr_core.measuring.moved import moved_by
 from clustr_core.measuring.profile import Profile, load_profile
+from clustr_core.measuring.seeds import counted
 from clustr_core.storage.files import home
 from clustr_core.storage.tables import write_table
 from clustr_core.training.loop import fit
@@ -49,17 +49,11 @@ def asked_of(profile: Profile) -> str:
 
 def numbers(run: Run, profile: Profile) -> Iterator[dict[str, object]]:
     """Every number of a run that a page may print: accuracies, in shares, and 1 for each check that fires."""
+    promised = run.recipe.guarantee == "lipschitz"
+    certificates = certificates_of(run, profile, progress=False) if promised else pd.DataFrame()
     attacks = attacks_of(run, profile, progress=False)
-    accuracies = both_protocols(attacks)
-    names = {"paper": "paper's protocol", "correct": "correct attacks"}
-    for row in accuracies[(accuracies["eps"] - profile.examination.eps).abs() < 1e-9].to_dict("records"):
-        yield {"model": row["method"], "number": names[row["protocol"]], "value": row["robust_accuracy"]}
-    for row in accuracies.query("eps == 0 and protocol == 'paper'").to_dict("records"):
-        yield {"model": row["method"], "number": "clean", "value": row["robust_accuracy"]}
-    if run.recipe.guarantee == "lipschitz":
-        rows = best_bound(certificates_of(run, profile, progress=False))
-        share = certified_accuracy(rows, [RADIUS])["certified_accuracy"].iloc[0]
-        yield {"model": run.recipe.method, "number": f"certified at {RADIUS}", "value": share}
+    for row in counted(attacks, certificates, eps=profile.examination.eps, radii=[RADIUS]).to_dict("records"):
+        yield {"model": row["model"], "number": row["number"], "value": row["holds"] / row["images"]}
     if run.recipe.method in profile.ordinary:
         for row in diagnostics_of(run, profile).to_dict("records"):
             yield {"model": row["method"], "number": f"check {row['check']}", "value": float(row["flagged"])}

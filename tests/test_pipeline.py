@@ -485,6 +485,11 @@ def test_a_parameter_of_another_kind_is_refused(given: str) -> None:
         given_parameters([given], DECLARED, Path("01-test.md"))
 
 
+def test_a_parameter_given_twice_is_refused():
+    with pytest.raises(ValueError, match="-p rows: expected it once, got 4 and '5'"):
+        given_parameters(["rows=4", "rows=5"], DECLARED, Path("01-test.md"))
+
+
 def test_the_profile_is_no_other_than_the_one_named_for_all():
     with pytest.raises(ValueError, match="-p profile: expected none, since --profile says it, got 'quick'"):
         given_parameters(["profile=quick"], {"profile": "smoke"}, Path("01-test.md"))

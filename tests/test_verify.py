@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from clustr_core.storage.files import digest, read_json, seal_of, write_json
 from clustr_core.storage.provenance import check_sidecar, environment, write_sidecar
 from clustr_core.storage.tables import read_table, write_table
 from tools import claims, compare, recomputed, verify
@@ -143,6 +144,20 @@ def test_a_changed_sidecar_is_seen(copy: Path, pattern: str, replacement: str, w
     assert any("attacks-ce" in fault and words in fault for fault in claims.sidecar_faults(copy))
 
 
+@pytest.mark.parametrize(
+    ("name", "pattern", "replacement", "words"),
+    [
+        ("history.csv", r"\n2,0\.77", r"\n2,0.66", "run.json: expected history_sha256"),
+        ("run.json", r'"threads": 1', '"threads": 2', "run.json: expected sha256"),
+        ("run.json", r'  "history_sha256": .*\n', "", "run.json: expected history_sha256"),
+        ("run.json", r"\{", "", "run.json: expected JSON"),
+    ],
+)
+def test_a_changed_training_is_seen(copy: Path, name: str, pattern: str, replacement: str, words: str) -> None:
+    edit(copy / "results/published/quick/weights/ce" / name, pattern, replacement)
+    assert any(words in fault for fault in claims.sidecar_faults(copy))
+
+
 def test_a_missing_sidecar_is_seen(copy: Path) -> None:
     (copy / "results/published/bench/bench.json").unlink()
     assert any("bench.json" in fault for fault in claims.sidecar_faults(copy))
@@ -153,6 +168,10 @@ def test_a_changed_weight_is_seen(copy: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(content)
+    assert any("run.json: expected weights_sha256" in fault for fault in claims.sidecar_faults(copy))
+    said = read_json(weights.with_name("run.json")) | {"weights_sha256": digest(bytes(content))}
+    del said["sha256"]
+    write_json(weights.with_name("run.json"), said | {"sha256": seal_of(said)})
     faults = recomputed.tables(copy, share=10**6, seed=0)
     assert any("attacks-ce.csv" in fault and "published weights of ce" in fault for fault in faults)
 

@@ -42,12 +42,15 @@ from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.measuring.study import Study, as_far_as_published, certified_lines, protocol_lines, summary
 from clustr_core.measuring.versions import MEASUREMENT_OF
 from clustr_core.measuring.written import asked_of, differing
-from clustr_core.storage.files import home
+from clustr_core.storage.files import digest, home, read_json, seal_of
 from clustr_core.storage.gate import brief
 from clustr_core.storage.provenance import check_sidecar, profile_of
 from clustr_core.storage.tables import read_table
+from clustr_core.training.names import DONE, HISTORY, WEIGHTS
 
 # beside the chapters; not api.md, which tools.api writes from docstrings: their numbers are constants of the code
+# what a run says of its files
+SEALED = {"weights_sha256": WEIGHTS, "history_sha256": HISTORY}
 PAGES = ("index.md", "how-to-read.md", "results.md", "notation.md", "README.md", "site/slides.md")
 
 _NUMBER = r"(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
@@ -226,9 +229,26 @@ def sidecar_faults(root: Path) -> Iterator[str]:
                 continue
             if published[0] in table.parents:
                 yield from _rows_of_others(root, table, made)
+    for folder in sorted(path.parent for path in published[0].glob(f"*/weights/*/{DONE}")):
+        yield from _run_faults(root, folder)
     for sidecar in sorted(path for folder in published for path in folder.glob("*/*.json")):
         if not sidecar.with_suffix(".csv").exists():
             yield f"{sidecar.relative_to(root)}: expected the table {sidecar.stem}.csv beside its sidecar, got none"
+
+
+def _run_faults(root: Path, folder: Path) -> Iterator[str]:
+    """What a published run is not that it says of itself, or does not say."""
+    place = (folder / DONE).relative_to(root)
+    try:
+        said = read_json(folder / DONE)
+        found = {key: digest((folder / name).read_bytes()) for key, name in SEALED.items()}
+    except (ValueError, OSError) as error:
+        yield str(error).replace(f"{root}/", "")
+        return
+    found["sha256"] = seal_of({key: value for key, value in said.items() if key != "sha256"})
+    for key, value in found.items():
+        if said.get(key) != value:
+            yield f"{place}: expected {key} {value[:10]}, as its files are, got {brief(said.get(key))}"
 
 
 def _rows_of_others(root: Path, table: Path, made: dict[str, Any]) -> Iterator[str]:

@@ -62,6 +62,8 @@ def given_parameters(pairs: Sequence[str], declared: Mapping[str, Any], source: 
             raise ValueError(
                 f"-p: expected NAME=VALUE, NAME one of {', '.join(declared) or 'none'} in {source.name}, got {pair!r}"
             )
+        if name in given:
+            raise ValueError(f"-p {name}: expected it once, got {given[name]!r} and {value!r}")
         try:
             given[name] = _alike(value, declared[name], f"-p {name}")
         except ValueError as error:

@@ -75,6 +75,11 @@ def both_protocols(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([robust_accuracy(rows).assign(protocol=name) for name, rows in parts.items()], ignore_index=True)
 
 
+def at_eps(rows: pd.DataFrame, eps: float) -> pd.DataFrame:
+    """The rows at an eps, which tables keep in nine digits."""
+    return rows.loc[(rows["eps"] - eps).abs() < 1e-6]
+
+
 def summary_table(
     attacks: pd.DataFrame, certificates: pd.DataFrame, *, eps: float, pixels: int, norm: Norm = "linf"
 ) -> pd.DataFrame:
@@ -96,7 +101,7 @@ def summary_table(
     Raises:
         ValueError: if there are no attacks at eps, or the two protocols do not meet there.
     """
-    here = attacks.loc[(attacks["norm"] == norm) & ((attacks["eps"] - eps).abs() < 1e-6)]
+    here = at_eps(attacks.loc[attacks["norm"] == norm], eps)
     if here.empty:
         raise ValueError(f"attacks: expected rows in {norm} at eps {eps:g}, got none")
     both = (

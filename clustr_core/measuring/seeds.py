@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from clustr_core.measuring.accuracy import best_bound, binomial_interval, both_protocols, certified_accuracy
+from clustr_core.measuring.accuracy import at_eps, best_bound, binomial_interval, both_protocols, certified_accuracy
 from clustr_core.measuring.study import in_order, method_name, with_interval
 
 KEYS = ["profile", "model", "number"]
@@ -25,8 +25,7 @@ def counted(attacks: pd.DataFrame, certificates: pd.DataFrame, *, eps: float, ra
     Raises:
         ValueError: if no two protocols meet at eps.
     """
-    here = pd.DataFrame(attacks[(attacks["eps"] - eps).abs() < 1e-9])
-    both = both_protocols(here).rename(columns={"method": "model", "robust_accuracy": "share"})
+    both = both_protocols(at_eps(attacks, eps)).rename(columns={"method": "model", "robust_accuracy": "share"})
     both["number"] = both["protocol"].map(NAMES.get).where(both["eps"] > 0, "clean")
     rows = [both.drop_duplicates(["model", "number"])]
     if len(certificates):

@@ -20,6 +20,7 @@ import pandas as pd
 from clustr_core.attacks.names import Norm
 from clustr_core.certificates.names import HARD_BOUNDS
 from clustr_core.measuring.accuracy import (
+    at_eps,
     best_bound,
     both_protocols,
     certified_accuracy,
@@ -572,7 +573,7 @@ def disagreement(rows: pd.DataFrame, eps: float) -> float:
 
 def _attacked_at(rows: pd.DataFrame, eps: float) -> pd.DataFrame:
     """The rows of attacks in L-infinity at an eps."""
-    return where(rows, (rows["norm"] == "linf") & ((rows["eps"] - eps).abs() < 1e-6))
+    return at_eps(where(rows, rows["norm"] == "linf"), eps)
 
 
 def ablation_table(study: Study) -> pd.DataFrame:
