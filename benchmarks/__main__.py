@@ -22,6 +22,7 @@ from benchmarks import attacking, certifying, growth, steps, whole
 from benchmarks.harness import Effort, Row, machine
 from clustr_core.storage.files import alone, home
 from clustr_core.storage.tables import read_table, write_table
+from tools.telling import count, told
 
 SUITES: dict[str, Callable[[Effort], list[Row]]] = {
     "certificates": certifying.certificates,
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", nargs="+", choices=[*SUITES, *TABLES], metavar="SUITE", help=", ".join([*SUITES, *TABLES])
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes; writes nothing but to --output")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
+    parser.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads (default: all)")
     parser.add_argument("--output", type=Path, help="folder of the tables (default: results/bench/)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -99,10 +100,12 @@ def _with_others(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     """The table, and the rows of other suites that lie there already, in the order of the suites."""
     if path.exists():
         before = read_table(path)
+        if "suite" not in before:
+            raise ValueError(f"--output: expected a table of earlier suites in {path}, got another")
         table = pd.concat([table, before[~before["suite"].isin(table["suite"])]], ignore_index=True)
     order = {suite: n for n, suite in enumerate(SUITES)}
     return table.sort_values("suite", key=lambda suite: suite.map(order), kind="stable", ignore_index=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -8,6 +8,7 @@ results/bench/budgets.csv; runs and measured pieces are kept as always: killed, 
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -24,6 +25,7 @@ from clustr_core.measuring.study import as_far_as_published
 from clustr_core.measuring.written import asked_of, sources_of
 from clustr_core.storage.files import home, seal_of
 from clustr_core.training.recipes import Recipe
+from tools.telling import count, told
 
 # `asked` is the digest of what decides the rows: recipes, attacks, versions. Rows of other ones are other rows
 KEY = ["profile", "asked", "method", "epochs", "seed"]
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--profile", default="cpu-cifar10")
     parser.add_argument("--trainings", nargs="+", type=training, required=True, metavar="METHOD=EPOCHS")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, a thread each")
+    parser.add_argument("--jobs", type=count, default=1, help="trainings side by side, a thread each")
     options = parser.parse_args(arguments)
     profile = profile_of(parser, options.profile)
     if profile.examination is None:
@@ -96,4 +98,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told(main))

@@ -9,6 +9,7 @@ where the embeddings lie, so the images are noisy copies of as many patterns as 
 
 import argparse
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from clustr_core.models.clusters import fit_clusters
 from clustr_core.models.encoders import build_encoder
 from clustr_core.storage.files import home
 from clustr_core.storage.tables import write_table
+from tools.telling import count, told
 
 SHAPE = (3, 32, 32)
 CLASSES = 10
@@ -194,9 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, and write it with the environment to results/bench/certification-cost.csv."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", help="take encoder, width and clusters of each class from its recipes")
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=count, default=64)
+    parser.add_argument("--samples", type=count, default=1000)
+    parser.add_argument("--rounds", type=count, default=7)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -209,4 +211,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told(main))

@@ -8,6 +8,7 @@ is judged by another's. Writes results/bench/convolutions.csv.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from clustr_core.storage.files import home
 from clustr_core.storage.tables import write_table
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import ClustrCert
+from tools.telling import amount, count, told
 
 # encoder and learning rate
 KINDS = {"SLL": ("lip-cnn", 1e-2), "AOL": ("lip-cnn-aol", 2e-3), "Cayley": ("lip-cnn-cayley", 1e-2)}
@@ -76,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compare, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="folder:data/cifar10-jpeg")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--minutes", type=float, default=3.0)
-    parser.add_argument("--examples", type=int, default=2000)
+    parser.add_argument("--width", type=count, default=64)
+    parser.add_argument("--minutes", type=amount, default=3.0)
+    parser.add_argument("--examples", type=count, default=2000)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     table = comparison(
@@ -89,4 +91,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told(main))

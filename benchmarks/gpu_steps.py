@@ -38,6 +38,7 @@ from clustr_core.training.loop import train_epoch
 from clustr_core.training.processes import join
 from clustr_core.training.recipes import Precision, Recipe
 from clustr_core.training.state import State, new_state
+from tools.telling import told
 
 # seconds of an epoch on an H100 that are aimed at, and how many times the bare loop's step cross-entropy's may take
 EPOCHS = {"ce": None, "clustr": 2.0, "clustr-qtrades": 4.5, "pgd-at": 10.0, "fast-at": 3.0}
@@ -217,4 +218,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

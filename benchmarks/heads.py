@@ -11,6 +11,7 @@ images. Adds a training at a time to results/bench/heads-settings.csv and heads.
 
 import argparse
 import itertools
+import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +30,7 @@ from clustr_core import data
 from clustr_core.measuring.equal_minutes import TRAINING
 from clustr_core.storage.files import home
 from clustr_core.training.recipes import ClustrCert, LipschitzMargin, Recipe
+from tools.telling import amount, count, told
 
 LOSSES = ("margin", "emma", "annealed")
 _SHARED = {
@@ -84,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Choose settings, train every seed, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=sorted(MARGINS), default="mnist5k")
-    parser.add_argument("--seconds", type=float, default=20.0, help="process time of each training")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, a core each")
+    parser.add_argument("--seconds", type=amount, default=20.0, help="process time of each training")
+    parser.add_argument("--seeds", type=count, default=3)
+    parser.add_argument("--jobs", type=count, default=1, help="trainings side by side, a core each")
     options = parser.parse_args(arguments)
     compute = partial(computed, seconds=options.seconds, jobs=options.jobs)
     pairs, bench = [*itertools.product(HEADS, LOSSES)], home() / "results/bench"
@@ -99,4 +101,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told(main))

@@ -36,6 +36,7 @@ from clustr_core.numerics.kernels.pairwise_radius import pairwise_radius
 from clustr_core.storage.files import home
 from clustr_core.storage.provenance import commit
 from clustr_core.storage.tables import write_table
+from tools.telling import amount, count, told
 
 # compute capabilities, and the bytes of shared memory that one program may have there
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -317,13 +318,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="compile for sm_80 and sm_90; needs no device")
     parser.add_argument("--architectures", type=int, nargs="+", choices=SHARED, default=ARCHITECTURES)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--examples", type=int, default=10_000)
-    parser.add_argument("--classes", type=int, default=100)
-    parser.add_argument("--per-class", type=int, default=10)
-    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--rounds", type=count, default=20)
+    parser.add_argument("--examples", type=count, default=10_000)
+    parser.add_argument("--classes", type=count, default=100)
+    parser.add_argument("--per-class", type=count, default=10)
+    parser.add_argument("--dim", type=count, default=512)
     for limit in ("bandwidth", "float32", "half"):
-        parser.add_argument(f"--peak-{limit}", type=float, help="of the device, a second; replaces the table's")
+        parser.add_argument(f"--peak-{limit}", type=amount, help="of the device, a second; replaces the table's")
     options = parser.parse_args()
     if options.compile:
         sys.exit(min(compile_all(options.architectures), 1))
@@ -347,4 +348,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told(main))

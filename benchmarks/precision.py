@@ -11,6 +11,7 @@ results/bench/precision.csv.
 
 import argparse
 import platform
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from clustr_core.storage.files import home
 from clustr_core.storage.tables import write_table
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import Precision, Recipe
+from tools.telling import told
 
 METHODS = ("ce", "pgd-at", "clustr-cert")
 # on a CPU tf32 is float32
@@ -122,4 +124,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told(main))

@@ -10,6 +10,7 @@ run it again.
 """
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +27,7 @@ from benchmarks.growing import add_rows, done_at, results_of, rows_at
 from clustr_core import data
 from clustr_core.storage.files import home
 from clustr_core.training.recipes import LipschitzMargin, Recipe
+from tools.telling import amount, count, told
 
 RADII = [0, 36 / 255, 72 / 255, 108 / 255]
 KEY = ["dataset", "candidate", "minutes", "seed", "images"]
@@ -102,10 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Race, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="folder:data/cifar10-jpeg")
-    parser.add_argument("--minutes", type=float, nargs="+", default=[3.0, 10.0, 30.0])
+    parser.add_argument("--minutes", type=amount, nargs="+", default=[3.0, 10.0, 30.0])
     parser.add_argument("--keep", type=int, nargs="*", default=[2, 1], help="how many go on after each round")
-    parser.add_argument("--seeds", type=int, default=1, help="of the last round")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, a core each")
+    parser.add_argument("--seeds", type=count, default=1, help="of the last round")
+    parser.add_argument("--jobs", type=count, default=1, help="trainings side by side, a core each")
     options = parser.parse_args(arguments)
     if len(options.keep) != len(options.minutes) - 1:
         parser.error(f"--keep: expected {len(options.minutes) - 1} numbers, one a round but the last")
@@ -115,4 +117,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told(main))

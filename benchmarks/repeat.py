@@ -9,6 +9,7 @@ training at a time to results/bench/repeat.csv, and what is moved by how much to
 
 import argparse
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +31,7 @@ from clustr_core.storage.tables import write_table
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import Recipe
 from clustr_core.training.run import Run
+from tools.telling import count, told
 
 # `asked` is the digest of the profile's file: rows of what it said before are other rows
 KEY = ["profile", "asked", "method", "seed", "trained_by"]
@@ -81,12 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--methods", nargs="+", default=["ce", "pgd-at", "clustr", "clustr-cert"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="what the fewest trained, all measure")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
+    parser.add_argument("--seeds", type=count, default=3)
+    parser.add_argument("--threads", type=count, nargs="+", default=[1, 2], help="what the fewest trained, all measure")
+    parser.add_argument("--jobs", type=count, default=1, help="trainings side by side")
     options = parser.parse_args(arguments)
     path, counts = home() / "results/bench" / "repeat.csv", sorted(set(options.threads))
-    digest = asked_of(profile_of(parser, options.profile))
+    profile = profile_of(parser, options.profile)
+    if unknown := set(options.methods) - set(profile.recipes):
+        parser.error(f"--methods: expected some of {', '.join(profile.recipes)}, got {', '.join(sorted(unknown))}")
+    digest = asked_of(profile)
     asked = [
         (options.profile, digest, method, seed, threads)
         for seed in range(options.seeds)
@@ -109,4 +114,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told(main))

@@ -9,6 +9,7 @@ training at a time to results/bench/seeds.csv; runs and measured pieces are kept
 
 import argparse
 import itertools
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -27,6 +28,7 @@ from clustr_core.measuring.study import RADII, as_far_as_published
 from clustr_core.storage.files import home
 from clustr_core.training.loop import fit
 from clustr_core.training.run import Run
+from tools.telling import count, told
 
 METHODS = ["ce", "pgd-at", "clustr", "clustr-qtrades", "clustr-cert", "lip-linear"]
 KEY = ["profile", "asked", "method", "seed"]
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", default="cpu")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[111, 112, 113])
-    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, a thread each")
+    parser.add_argument("--jobs", type=count, default=1, help="trainings side by side, a thread each")
     options = parser.parse_args(arguments)
     profile = profile_of(parser, options.profile)
     if profile.examination is None:
@@ -99,4 +101,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told(main))

@@ -32,9 +32,9 @@ from clustr_core.measuring.pieces import CachedRows, Share, fill_cache
 from clustr_core.measuring.profile import MOST, Examination, Profile, load_profile
 from clustr_core.measuring.sandwiched import sandwich_of, sandwich_pieces
 from clustr_core.measuring.targets import AttackTarget, check_source
-from clustr_core.measuring.written import made_by, made_of, write_rows
+from clustr_core.measuring.written import check_output, made_by, made_of, write_rows
 from clustr_core.models.official import NUM_CLASSES, official_model
-from clustr_core.storage.files import LONGEST_NAME, digest, expanded, home, write_string
+from clustr_core.storage.files import digest, expanded, home, write_string
 from clustr_core.storage.gate import (
     RELEASED_LIMIT,
     VALUE_LIMIT,
@@ -46,7 +46,6 @@ from clustr_core.storage.gate import (
     target_of,
 )
 from clustr_core.storage.pack import Bounds, parse_size
-from clustr_core.storage.provenance import check_sidecar, is_sidecar, sidecar_of
 from clustr_core.training.fields import read_yaml
 from clustr_core.training.loop import fit
 from clustr_core.training.names import DONE
@@ -152,27 +151,7 @@ def _check_output(options: argparse.Namespace) -> None:
         return
     if options.shard is not None:
         raise ValueError(f"--output: expected none with --shard, which writes no table, got {given}")
-    if is_stream(Path(given)):
-        return
-    target_of(Path(given))
-    if Path(given).suffix != ".csv":
-        raise ValueError(f"--output: expected a file name that ends in .csv, since X.json lies beside it, got {given}")
-    above = next(each for each in Path(given).absolute().parents if each.exists())
-    if not above.is_dir():
-        raise ValueError(f"--output: expected a file in a folder, got {given}, and {above} is none")
-    if len(os.fsencode(Path(given).name)) > LONGEST_NAME:
-        raise ValueError(f"--output: expected a file name of at most {LONGEST_NAME} bytes, got {brief(given)}")
-    if (beside := sidecar_of(Path(given))).exists() and not is_sidecar(beside):
-        raise ValueError(f"--output: expected at {beside} no file but a table's sidecar, got one that would be lost")
-    # a run's history is a CSV, too, and so is what somebody wrote by hand
-    if Path(given).exists():
-        try:
-            check_sidecar(Path(given))
-        except (ValueError, OSError) as error:
-            raise ValueError(
-                f"--output: expected no file, or a table with its sidecar, got another that would be lost ({error}); "
-                "delete it, or take another name"
-            ) from error
+    check_output(Path(given))
 
 
 def _profile(options: argparse.Namespace, usual: str = "quick") -> Profile:
@@ -303,6 +282,10 @@ def _diagnose_stranger(options: argparse.Namespace) -> None:
         raise ValueError(f"--html: expected a file name that ends in .html, in a folder that is there, got {html}")
     if html is not None:
         _check_writable("html", html)
+        if html.is_file() and stranger.MARK.encode() not in read_bytes(html, limit=RELEASED_LIMIT)[:1000]:
+            raise ValueError(
+                f"--html: expected no file, or an earlier call's page, got another that would be lost: {html}"
+            )
     device, dataset = _device(options), data.load_dataset(options.data)
     model = stranger.built(options.model, device)
     surface = None if options.surface is None else stranger.built(options.surface, device, argument="surface")
@@ -482,7 +465,7 @@ def _device(options: argparse.Namespace) -> torch.device:
         # what holds no numbers is no device to compute on
         device.item()
         return device.device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
         given, why = brief(options.device), shortened(str(error), 160)
         raise ValueError(f"--device: expected one that works here, such as cpu, got {given} ({why})") from error
 

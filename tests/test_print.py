@@ -37,6 +37,16 @@ def set_in(template: str, body: str, folder: Path) -> Path:
     return typeset.compile_pdf(ROOT, f'#import "{template}.typ": *\n{body}\n', writer, folder, "few")
 
 
+def test_a_folder_of_ones_own_is_not_replaced(tmp_path: Path) -> None:
+    """As of a clone that lies there under the same name."""
+    mine = tmp_path / "few/runs/model.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="--output: expected a folder without few/, or with an earlier call's"):
+        set_in("book", "text", tmp_path)
+    assert mine.read_text(encoding="utf-8") == "mine"
+
+
 def test_the_book_is_one_pdf_with_every_page_and_figure(book: tuple[Path, typeset.Writer]) -> None:
     path, writer = book
     assert path.read_bytes().startswith(b"%PDF")

@@ -1,5 +1,6 @@
 """Networks that others trained go through the gate by one command, and what is no such network is named."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from clustr_core.models.classifiers import LinearClassifier
 from clustr_core.models.encoders import build_encoder
 from clustr_core.storage.provenance import check_sidecar
 from clustr_core.storage.tables import read_table
-from tools import strangers
+from tools import given_weights, strangers
 
 
 @pytest.fixture
@@ -65,3 +66,32 @@ def test_another_file_is_named(files: list[str], tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         strangers.main([*files, "--examples", "0"])
     assert "--examples: expected a positive number, got 0" in capsys.readouterr().err
+
+
+def test_what_lies_there_is_not_replaced_and_a_fifo_is_named(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "made/attacks-adversarial.csv"
+    mine.parent.mkdir()
+    mine.write_text("my own,table\n", encoding="utf-8")
+    assert strangers.main(files) == 2
+    assert "--into: expected no file, or a table with its sidecar, got another" in capsys.readouterr().err
+    assert mine.read_text(encoding="utf-8") == "my own,table\n"
+    mine.unlink()
+    (tmp_path / "lenet.pt").unlink()
+    os.mkfifo(tmp_path / "lenet.pt")
+    assert strangers.main(files) == 2
+    assert "lenet.pt: expected a regular file" in capsys.readouterr().err
+
+
+def test_given_weights_do_not_take_the_place_of_what_was_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "run.json"
+    recipe.write_text("{}", encoding="utf-8")
+    os.mkfifo(tmp_path / "weights")
+    places = {"weights": "weights", "recipe": "run.json", "data": "data", "source": "weights", "into": "run.csv"}
+    given = [part for name, path in places.items() for part in (f"--{name}", str(tmp_path / path))]
+    assert given_weights.main(given) == 2
+    assert "run.json no file but a table's sidecar, got one that would be lost" in capsys.readouterr().err
+    assert recipe.read_text(encoding="utf-8") == "{}"

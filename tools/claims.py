@@ -48,9 +48,9 @@ from clustr_core.storage.provenance import check_sidecar, profile_of
 from clustr_core.storage.tables import read_table
 from clustr_core.training.names import DONE, HISTORY, WEIGHTS
 
-# beside the chapters; not api.md, which tools.api writes from docstrings: their numbers are constants of the code
 # what a run says of its files
 SEALED = {"weights_sha256": WEIGHTS, "history_sha256": HISTORY}
+# beside the chapters; not api.md, which tools.api writes from docstrings: their numbers are constants of the code
 PAGES = ("index.md", "how-to-read.md", "results.md", "notation.md", "README.md", "site/slides.md")
 
 _NUMBER = r"(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"

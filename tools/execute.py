@@ -106,15 +106,21 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
         given: parameters as NAME=VALUE, over those of the profile.
 
     Raises:
-        ValueError: for a profile key that the notebook does not declare, an output that is no notebook, or one that
-            another process is making.
+        ValueError: for a profile key that the notebook does not declare, an output that is no notebook, one that
+            another process is making, or one where something of another's would be lost.
         PapermillExecutionError: if a cell raises.
     """
     if output.suffix != ".ipynb":
         raise ValueError(f"--output: expected a file name that ends in .ipynb, got {output}")
-    if output.exists() and not notebooks.is_executed(output):
-        raise ValueError(f"--output: expected no other notebook than an executed chapter there, got {output}")
     root, source = home().resolve(), source.resolve()
+    running = (output.parent / "failed" / output.name).absolute()
+    for path in (output, running):
+        if path.exists() and not notebooks.is_executed(path):
+            raise ValueError(f"--output: expected no other notebook than an executed chapter there, got {path}")
+    if output.resolve() == source.with_suffix(".ipynb"):
+        raise ValueError(f"--output: expected another place than the published twin's, got {output}")
+    if given and output.resolve().parent == root:
+        raise ValueError(f"--output: expected a folder of its own for other parameters' figures, got {output}")
     profile = load_profile(profile_name)
     notebook, declared = _read_chapter(source)
     parameters = chosen_parameters(source, declared, profile.chapters.get(source.stem, {}), profile.name)
@@ -122,7 +128,6 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
     made_from = notebooks.provenance(root, source, profile)
     made = environment("cpu") | drawn_from(profile, parameters, declared)
     notebook.metadata["clustr"] = made_from | {"made": made} | ({"given": list(given)} if given else {})
-    running = (output.parent / "failed" / output.name).absolute()
     beside = running.with_suffix("")
     beside.mkdir(parents=True, exist_ok=True)
     with alone(beside, busy=f"--output: expected one that no other process is making, got {output}"):
@@ -190,7 +195,12 @@ def _run(
 ) -> None:
     # The kernel is this interpreter's, its cells show their figures whatever the caller's shell says, and a chapter
     # without parameters still draws under the profile's name.
-    os.environ |= {"CLUSTR_PROFILE": profile, FIGURES: str(drawn), READ: str(_gathered(drawn))}
+    os.environ |= {
+        "CLUSTR_HOME": str(home().resolve()),
+        "CLUSTR_PROFILE": profile,
+        FIGURES: str(drawn),
+        READ: str(_gathered(drawn)),
+    }
     os.environ |= {"JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": INLINE}
     with tempfile.TemporaryDirectory() as scratch:
         converted = Path(scratch, running.name)

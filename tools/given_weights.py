@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
 from clustr_core import data
@@ -33,9 +33,10 @@ from clustr_core.measuring.pieces import drawn_order
 from clustr_core.measuring.profile import Protocol
 from clustr_core.measuring.study import full_width
 from clustr_core.measuring.targets import AttackTarget
-from clustr_core.measuring.written import write_rows
+from clustr_core.measuring.written import check_output, write_rows
 from clustr_core.models.official import load_official
 from clustr_core.storage.files import digest, home, read_json
+from clustr_core.storage.gate import TENSORS_LIMIT, read_bytes
 from clustr_core.storage.provenance import environment
 from clustr_core.training.recipes import Recipe, recipe_from_dict, recipe_to_dict
 from clustr_core.training.run import cluster_network
@@ -68,36 +69,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measured(options: argparse.Namespace) -> int:
+    check_output(options.into, "--into")
     recipe = recipe_from_dict(read_json(options.recipe)["recipe"])
-    dataset, sha256 = data.load_dataset(f"folder:{options.data}"), digest(options.weights.read_bytes())
+    content, source = (read_bytes(path, limit=TENSORS_LIMIT) for path in (options.weights, options.source))
+    dataset, sha256 = data.load_dataset(f"folder:{options.data}"), digest(content)
     kept = home() / "runs" / f"given-{sha256[:10]}" / "tables"
     target_of = partial(AttackTarget, tables=kept, dataset=dataset, device=options.device)
     # the rule, and what pixels are centred by, are the recipe's
     asked_of = digest(sha256, json.dumps(recipe_to_dict(recipe), sort_keys=True))
 
     def network() -> nn.Module:
-        tensors = load_file(options.weights)
-        _check_same(options.weights, sha256)
         return (
-            cluster_network(recipe, dataset.image_shape, tensors, recipe.rule, options.weights)
+            cluster_network(recipe, dataset.image_shape, load(content), recipe.rule, options.weights)
             .eval()
             .to(options.device)
         )
 
-    other = digest(options.source.read_bytes())
+    other = digest(source)
 
     def stranger() -> nn.Module:
-        source = load_official(options.source, dataset="cifar10").to(options.device)
+        network = load_official(options.source, dataset="cifar10").to(options.device)
         _check_same(options.source, other)
-        return source
+        return network
 
     if options.battery:
         return _battery(options, recipe, dataset, network(), stranger())
-    target, source = target_of(recipe.method, network, asked_of), target_of("source", stranger, other)
+    target, transferred = target_of(recipe.method, network, asked_of), target_of("source", stranger, other)
     parts = []
     for name, protocol in PROTOCOLS.items():
         asked = replace(protocol, examples=options.examples)
-        parts.append(measure(target, asked, source=source if name == "transfer" else None))
+        parts.append(measure(target, asked, source=transferred if name == "transfer" else None))
         print(parts[-1].groupby("loss")["robust"].mean().rename(name), flush=True)
     table = pd.concat(parts, ignore_index=True).assign(method=recipe.method)
     facts = {"weights_sha256": sha256, "source_sha256": other, "recipe": recipe_to_dict(recipe)}
@@ -108,7 +109,7 @@ def _measured(options: argparse.Namespace) -> int:
 
 def _check_same(path: Path, sha256: str) -> None:
     """Rows are kept under the digest of what was there at first."""
-    if (found := digest(path.read_bytes())) != sha256:
+    if (found := digest(read_bytes(path, limit=TENSORS_LIMIT))) != sha256:
         raise ValueError(f"{path}: expected the file of sha256 {sha256[:10]} that was there at first, got {found[:10]}")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from clustr_core.storage.files import home
+from tools.telling import told
 from tools.typeset import Page, Writer, build, compile_pdf, public, string, targets, text
 
 NAME = "clustr-book"
@@ -84,4 +85,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

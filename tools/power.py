@@ -25,16 +25,18 @@ from clustr_core.measuring import power
 from clustr_core.measuring.diagnostics import asked_with
 from clustr_core.measuring.pieces import CachedRows, drawn_order, kept_at
 from clustr_core.measuring.profile import Profile, load_profile
-from clustr_core.measuring.written import write_rows
+from clustr_core.measuring.written import check_output, write_rows
 from clustr_core.numerics.checks import check_positive
 from clustr_core.storage.files import home
 from clustr_core.storage.provenance import environment
 from clustr_core.training.loop import fit
 from clustr_core.training.recipes import Recipe
 from clustr_core.training.run import Run
+from tools.telling import count
 
 # of the paper, and whose accuracy under attack is honest
 METHODS = ("ce", "clustr", "clustr-qtrades", "free-clustr", "pgd-at", "trades", "fast-at")
+TABLES = ("battery", "planted")
 
 
 def recipe_of(recipe: Recipe, **changed: object) -> Recipe:
@@ -125,14 +127,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 0 when the tables are there: battery.csv, and planted.csv."""
     parser = argparse.ArgumentParser(prog="python -m tools.power", description="Measure the battery of checks.")
     parser.add_argument("--profile", default="quick", help="whose recipes are trained (quick)")
-    parser.add_argument("--widths", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--widths", type=count, nargs="+", default=[16, 32])
     parser.add_argument("--seeds", type=int, nargs="+", default=[111, 112, 113])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--examples", type=int, default=64, help="test images (64)")
+    parser.add_argument("--examples", type=count, default=64, help="test images (64)")
     parser.add_argument("--eps", type=float, help="the profile's examination's, unless given")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--restarts", type=int, default=2)
-    parser.add_argument("--into", type=Path, default=home() / "results/bench", help="a folder (results/bench)")
+    parser.add_argument("--steps", type=count, default=20)
+    parser.add_argument("--restarts", type=count, default=2)
+    parser.add_argument("--into", type=Path, help="a folder (results/bench)")
     options = parser.parse_args(arguments)
     if {"ce", "pgd-at"} - set(options.methods):
         parser.error("methods: expected ce and pgd-at among them, from which images are transferred")
@@ -144,12 +146,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measured(options: argparse.Namespace) -> int:
+    folder = options.into or home() / "results/bench"
+    for name in TABLES:
+        check_output(folder / f"{name}.csv", "--into")
     check_counts(**{name: getattr(options, name) for name in ("examples", "steps", "restarts")})
     check_positive(eps=_eps(options, load_profile(options.profile)))
     # as the pipeline does: rows do not depend on how many there are here
     torch.set_num_threads(1)
     dataset = data.load_dataset(next(iter(load_profile(options.profile).recipes.values())).dataset)
-    tables: dict[str, list[pd.DataFrame]] = {"battery": [], "planted": []}
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     for table, about, piece in pieces(options, dataset):
         rows = piece.read()
         print(f"{about} {' '.join(map(str, rows.iloc[0, :5]))}", flush=True)
@@ -158,7 +163,7 @@ def _measured(options: argparse.Namespace) -> int:
     made = environment("cpu") | {"profile": {"name": options.profile, "sha256": None}, "asked": asked}
     for name, rows in tables.items():
         note = "The battery measured, by python -m tools.power."
-        write_rows(options.into / f"{name}.csv", pd.concat(rows, ignore_index=True), made, note=note)
+        write_rows(folder / f"{name}.csv", pd.concat(rows, ignore_index=True), made, note=note)
     return 0
 
 

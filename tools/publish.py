@@ -18,6 +18,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from clustr_core.measuring.profile import Profile, load_profile
+from clustr_core.measuring.versions import MEASUREMENT_OF
 from clustr_core.measuring.written import is_written
 from clustr_core.storage.files import copy_whole, digest, home, written_whole
 from clustr_core.storage.gate import brief, read_text, shortened
@@ -135,8 +136,8 @@ def publish(root: Path, profile: str) -> list[Path]:
     Everything is checked before anything is written.
 
     Raises:
-        ValueError: if a chapter was not executed, or not from what is there now, or a table of the profile is missing,
-            made otherwise, or not its sidecar's.
+        ValueError: if a folder of the profile's holds something that is not published; if a chapter was not executed,
+            or not from what is there now, or a table of the profile is missing, made otherwise, or not its sidecar's.
         FileNotFoundError: if a table has no sidecar.
     """
     asked = load_profile(root / "profiles" / f"{profile}.yaml")
@@ -148,6 +149,8 @@ def publish(root: Path, profile: str) -> list[Path]:
                 "another: make figures first"
             )
     _check_is_its_own(root / "results/published" / profile, profile)
+    _check_is_made(root / "results/published" / profile, rf"({'|'.join(MEASUREMENT_OF)})-.+\.(csv|json)")
+    _check_is_made(root / "figures/published" / profile, r"(fig|widget)-.+")
     executed = _executed(root, profile)
     twins = {source.with_suffix(".ipynb"): _twin_text(root, source, run, profile) for source, run in executed.items()}
     tables = sorted(root / "results" / profile / f"{kind}-{method}.csv" for kind, method in asked.tables)
@@ -231,6 +234,15 @@ def _as_executed(run: NotebookNode) -> NotebookNode:
     if not (isinstance(given, list) and all(isinstance(name, str) for name in given)):
         raise ValueError(f"given {brief(given)}")
     return run
+
+
+def _check_is_made(folder: Path, pattern: str) -> None:
+    """Refuse a folder with files of other names than those that are published: they would be removed."""
+    others = [path for path in sorted(folder.glob("*")) if path.is_file() and not re.fullmatch(pattern, path.name)]
+    if others:
+        raise ValueError(
+            f"{others[0]}: expected nothing beside what is published, got a file of one's own; move it away"
+        )
 
 
 def _replace(folder: Path, files: Sequence[Path]) -> None:

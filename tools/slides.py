@@ -17,6 +17,7 @@ from typing import NamedTuple
 import yaml
 
 from clustr_core.storage.files import home
+from tools.telling import told
 from tools.typeset import Node, Page, Writer, build, compile_pdf, public, string, targets
 
 SOURCE = "site/slides.md"
@@ -110,4 +111,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

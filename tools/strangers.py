@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-import torch
 from torch import nn
 
 from clustr_core import data
 from clustr_core.measuring.attacked import measure
 from clustr_core.measuring.profile import Protocol
 from clustr_core.measuring.targets import AttackTarget
-from clustr_core.measuring.written import write_rows
-from clustr_core.models.official import load_official
+from clustr_core.measuring.written import check_output, write_rows
+from clustr_core.models.official import load_official, saved_content
 from clustr_core.storage.files import digest, home
+from clustr_core.storage.gate import TENSORS_LIMIT, read_bytes
 from clustr_core.storage.provenance import environment
 
 NOTE = "Networks that others trained, by python -m tools.strangers."
@@ -59,9 +59,9 @@ def lenet5(path: Path) -> nn.Module:
     Raises:
         ValueError: if the file holds other tensors.
     """
-    network = small_network()
+    network, content = small_network(), read_bytes(path, limit=TENSORS_LIMIT)
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network.load_state_dict(saved_content(content, path))  # pyright: ignore[reportArgumentType]
     except Exception as error:  # whatever lies in a stranger's file
         raise ValueError(f"--lenet5: expected a state dict of its layers in {path}, got another file") from error
     return network.eval().requires_grad_(False)
@@ -79,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--examples: expected a positive number, got {options.examples}")
     photographs = f"folder:{options.data}"
     try:
+        for name in ("standard", "adversarial"):
+            check_output(_table(options, name), "--into")
         # both are read before one is attacked
         networks = [
             ("standard", photographs, 8 / 255, options.resnet18, load_official(options.resnet18, dataset="cifar10")),
@@ -92,9 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _table(options: argparse.Namespace, name: str) -> Path:
+    return options.into / f"attacks-{name}.csv"
+
+
 def _measure(options: argparse.Namespace, name: str, dataset: str, eps: float, path: Path, network: nn.Module) -> None:
     """The table of one network."""
-    sha256 = digest(path.read_bytes())
+    sha256 = digest(read_bytes(path, limit=TENSORS_LIMIT))
     network.to(options.device)
     tables = home() / "runs" / f"stranger-{sha256[:10]}" / "tables"
     target = AttackTarget(name, lambda: network, sha256, tables, data.load_dataset(dataset), options.device)
@@ -102,7 +108,7 @@ def _measure(options: argparse.Namespace, name: str, dataset: str, eps: float, p
     table = pd.concat(rows, ignore_index=True).assign(method=name)
     print(name, table.groupby(["attack", "loss"], sort=False)["robust"].mean(), sep="\n", flush=True)
     facts = {"weights_sha256": sha256, "dataset": dataset, "profile": {"name": None, "sha256": None}, "run": None}
-    write_rows(options.into / f"attacks-{name}.csv", table, environment(options.device) | facts, note=NOTE)
+    write_rows(_table(options, name), table, environment(options.device) | facts, note=NOTE)
 
 
 if __name__ == "__main__":

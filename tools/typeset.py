@@ -432,20 +432,25 @@ def compile_pdf(root: Path, source: str, writer: Writer, folder: Path, name: str
     """Set a text as ``folder/name.pdf``; its source and pictures stay beside it, in ``folder/name``.
 
     Raises:
+        FileExistsError: if that folder is there, and is not of an earlier call.
         RuntimeError: if Typst refuses the text, or warns: of a missing letter, a label that is not there.
     """
     import matplotlib
     import typst
 
     work = folder / name
-    shutil.rmtree(work, ignore_errors=True)
-    (work / "files").mkdir(parents=True)
+    if work.exists() and not (work / f"{name}.typ").is_file():
+        raise FileExistsError(f"--output: expected a folder without {name}/, or with an earlier call's, got {folder}")
+    work.mkdir(parents=True, exist_ok=True)
+    # also of a call that is killed before its text is there
+    write_string(work / f"{name}.typ", source)
+    shutil.rmtree(work / "files", ignore_errors=True)
+    (work / "files").mkdir()
     for template in (root / TEMPLATES).iterdir():
         shutil.copy(template, work / template.name)
     shutil.copy(root / "references.bib", work / "references.bib")
     for shown, path in writer.images.items():
         shutil.copy(path, work / "files" / shown)
-    write_string(work / f"{name}.typ", source)
     output = folder / f"{name}.pdf"
     options = {"root": work, "font_paths": [Path(matplotlib.get_data_path(), "fonts/ttf")], "ignore_system_fonts": True}
     try:

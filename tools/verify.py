@@ -27,6 +27,7 @@ from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.study import published_profiles, read_study
 from clustr_core.storage.files import home
 from tools import claims, compare
+from tools.telling import count, told
 
 LEVELS = ("claims", "tables", "models")
 PROFILE = "quick"
@@ -71,18 +72,11 @@ def _not_copied(root: Path) -> Callable[[str, list[str]], list[str]]:
     return left_out
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 if a level fails."""
     parser = argparse.ArgumentParser(prog="python -m tools.verify", description="Do the published numbers hold?")
     parser.add_argument("--level", nargs="+", choices=LEVELS, default=["claims", "tables"])
-    parser.add_argument("--share", type=_positive, default=50, help="one in so many pieces of each table (50)")
+    parser.add_argument("--share", type=count, default=50, help="one in so many pieces of each table (50)")
     parser.add_argument("--seed", type=int, default=None, help="of the draw; printed")
     parser.add_argument("--methods", nargs="+", default=[], help="recompute the tables of these alone")
     parser.add_argument("--page", action="store_true", help="print the tables of results.md instead")
@@ -117,4 +111,4 @@ def _faults(level: str, root: Path, methods: Sequence[str], *, share: int, seed:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

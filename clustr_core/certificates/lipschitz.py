@@ -5,7 +5,7 @@ how loose the upper one may be.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -53,13 +53,21 @@ class OwnLayer:
         lipschitz: (layer, shape) -> a Lipschitz constant in L2 on inputs of that shape.
         rounding: (layer, shape, dtype, size) -> how far the computed output of an input of at most that norm may be
             from the exact one; None where nothing is known.
+        version: of both.
     """
 
     lipschitz: Callable[..., float]
     rounding: Callable[..., float] | None
+    version: int
 
 
 OWN_LAYERS: dict[type[nn.Module], OwnLayer] = {}
+
+
+def own_versions(layers: Iterable[type[nn.Module]]) -> dict[str, dict[str, int]]:
+    """The versions of those layers that `register_lipschitz` was told of, by name, as ``own_layers``; none without."""
+    versions = {layer.__qualname__: OWN_LAYERS[layer].version for layer in set(layers) & set(OWN_LAYERS)}
+    return {"own_layers": dict(sorted(versions.items()))} if versions else {}
 
 
 def lipschitz_upper_bound(encoder: nn.Module, image_shape: ImageShape) -> float:

@@ -6,13 +6,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from clustr_core.certificates.lipschitz import OWN_LAYERS, RULES, OwnLayer, inherits
+from clustr_core.storage.gate import brief
 
 Shape = tuple[int, ...]
 _Lipschitz = TypeVar("_Lipschitz", bound=Callable[[Any, Shape], float])
 
 
 def register_lipschitz(
-    layer: type[nn.Module], *, rounding: Callable[..., float] | None = None
+    layer: type[nn.Module], *, rounding: Callable[..., float] | None = None, version: int = 1
 ) -> Callable[[_Lipschitz], _Lipschitz]:
     """A decorator of a layer's Lipschitz rule, for `lipschitz_upper_bound`; with its rounding, for `certify` too.
 
@@ -26,9 +27,12 @@ def register_lipschitz(
             exceeds. It returns a bound on the L2 norm of computed minus exact output. With n roundings of each number
             and no cancellation that is about n eps / 2 times the norm of the output, and what can underflow. None:
             nothing is known, and `certify` refuses the layer.
+        version: raise it when the rule or its rounding gives other numbers than before: certificates are kept under the
+            layer's name and version alone.
     Raises:
         TypeError: if ``layer`` is no subclass of `nn.Module`.
-        ValueError: if the layer computes what one with a rule of the package computes. A layer may be registered again,
+        ValueError: if the version is no integer above 0, or the layer computes what one with a rule of the package
+            computes. A layer may be registered again,
             as when a cell of a notebook is run twice: the last rule counts.
     """
     if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
@@ -38,8 +42,11 @@ def register_lipschitz(
             f"layer: expected one without a rule, got {layer.__name__}, which has that of {known.__name__}"
         )
 
+    if type(version) is not int or version < 1:
+        raise ValueError(f"version: expected an integer above 0, got {brief(version)}")
+
     def register(rule: _Lipschitz) -> _Lipschitz:
-        OWN_LAYERS[layer] = OwnLayer(rule, rounding)
+        OWN_LAYERS[layer] = OwnLayer(rule, rounding, version)
         return rule
 
     return register

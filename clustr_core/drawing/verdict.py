@@ -16,6 +16,7 @@ from clustr_core.drawing.tables import shown
 from clustr_core.measuring.checks import loss_table
 from clustr_core.measuring.evaluation import Evaluation
 from clustr_core.measuring.slices import slice_table
+from clustr_core.measuring.stranger import MARK
 
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
@@ -51,7 +52,7 @@ def verdict_page(title: str, lines: Sequence[str], evaluation: Evaluation, table
         body.append(f"<figcaption>{escape(caption)}</figcaption></figure>")
     columns = ["check", "value", "threshold", "flagged", "meaning", "source"]
     body.append(f'<div class="wide">{shown(table[columns])._repr_html_()}</div>')
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8">{MARK}<title>{escape(title)}</title><style>{STYLE}</style>'
     head += '<meta name="viewport" content="width=device-width">'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
 

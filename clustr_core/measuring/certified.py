@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clustr_core import data
 from clustr_core.certificates.ladder import certified_radius
 from clustr_core.certificates.linear import margin_radius
-from clustr_core.certificates.lipschitz import lipschitz_lower_bound, lipschitz_upper_bound
+from clustr_core.certificates.lipschitz import lipschitz_lower_bound, lipschitz_upper_bound, own_versions
 from clustr_core.certificates.names import HARD_BOUNDS, HardBound
 from clustr_core.certificates.prototypes import pixel_prototype_rows
 from clustr_core.certificates.rounding import embedding_error
@@ -36,6 +36,8 @@ from clustr_core.training.run import Run
 BOUNDS: tuple[HardBound, ...] = ("triangle", "nearest", "pairwise")
 # images at which a lower bound on the Lipschitz constant is looked for
 PROBES = 64
+# what rounding in float32 may add to a lower bound, in shares of it
+SLACK = 1e-3
 # a radius is kept with all of its bits, since the sandwich searches in the very ball that was certified
 DIGITS = 17
 
@@ -132,10 +134,17 @@ class CertifiedRun:
 
     @cached_property
     def lipschitz(self) -> tuple[float, float]:
-        """An upper bound, and what is reached at the first images."""
+        """An upper bound, and what is reached at the first images.
+
+        Raises:
+            ValueError: if that is more, by more than rounding: the rule of some layer is wrong.
+        """
         probes = self.pixels(drawn_order(self.target.dataset)[:PROBES])
         upper = lipschitz_upper_bound(self.model.encoder, self.run.image_shape)
-        return upper, lipschitz_lower_bound(self.model.encoder, probes)
+        lower = lipschitz_lower_bound(self.model.encoder, probes)
+        if lower > upper * (1 + SLACK):
+            raise ValueError(f"encoder: expected a Lipschitz constant of at most {upper:g}, got {lower:g} at an image")
+        return upper, lower
 
     def pixels(self, indices: Tensor) -> Tensor:
         """Test images in [0, 1], in the model's dtype and on its device."""
@@ -169,8 +178,9 @@ def certified_target(run: Run, dataset: data.Dataset, device: str | torch.device
 def cluster_pieces(run: Run, target: AttackTarget, examples: int | None) -> list[CachedRows]:
     """The chunks of a certificate that goes by embeddings."""
     rows = partial(certificate_rows, CertifiedRun(run, target))
+    own = own_versions(map(type, target.model.modules()))
     return cached_chunks(
-        run, target.dataset, "certificate", examples, {}, rows,
+        run, target.dataset, "certificate", examples, own, rows,
         rows_per_image=len(bounds_of(run.recipe)), digits=DIGITS, device=target.device,
     )  # fmt: skip
 

@@ -676,22 +676,28 @@ def _restore(unpacked: Path, root: Path, profile: Profile) -> None:
     """Move what was unpacked to where it is missing, damaged or behind; what is here otherwise stays.
 
     Raises:
-        ValueError: before anything is moved, if a run there is no run of the profile's, or is finished here as another.
+        ValueError: before anything is moved, if a run there is no run of the profile's, or is finished here as another,
+            or a table here has no sidecar.
     """
     _check_places(unpacked, profile)
     recipes = _runs_of(profile)
     runs = [(run, root / "runs" / run.name) for run in sorted((unpacked / "runs").glob("*"))]
     for theirs, mine in runs:
         _check_run(theirs, mine, recipes[theirs.name])
+    results = Path("results") / profile.name
+    tables = [path for path in sorted(_files(unpacked / results)) if path.suffix == ".csv"]
+    places = {theirs: root / results / theirs.relative_to(unpacked / results) for theirs in tables}
+    for mine in places.values():
+        # whatever the book writes has one
+        if mine.exists() and not sidecar_of(mine).exists():
+            raise ValueError(f"--into: expected no table of one's own in the place of a pack's, got {shown(mine)}")
     for theirs, mine in runs:
         mine.mkdir(parents=True, exist_ok=True)
         # not while it is trained
         with alone(mine):
             _restore_run(theirs, mine)
-    results = Path("results") / profile.name
     check_own(root / results / PARTIAL)
-    for theirs in sorted(path for path in _files(unpacked / results) if path.suffix == ".csv"):
-        mine = root / results / theirs.relative_to(unpacked / results)
+    for theirs, mine in places.items():
         if _worth(theirs, profile) > _worth(mine, profile):
             # a table alone would be taken at its word
             for path, target in ((sidecar_of(theirs), sidecar_of(mine)), (theirs, mine)):

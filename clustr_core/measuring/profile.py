@@ -401,7 +401,7 @@ def _import_plugin(name: str, profile: Path) -> None:
             raise ValueError(f"expected another file name, since a module {path.stem!r} is there already")
         if known is None:
             _load_file(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{where}: expected modules that can be imported, got {name!r} ({error})") from error
 
 

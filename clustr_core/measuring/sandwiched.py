@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clustr_core import data
+from clustr_core.certificates.lipschitz import own_versions
 from clustr_core.measuring.accuracy import best_bound
 from clustr_core.measuring.certified import certified_target, cluster_pieces
 from clustr_core.measuring.pieces import (
@@ -89,7 +90,8 @@ def _pieces(
     chunks = zip(image_chunks(dataset, longer), cluster_pieces(run, target, longer), strict=True)
     certificates = {index: piece for chunk, piece in chunks for index in chunk.tolist()}
     rows = partial(_rows, run, target, certificates, budget)
-    what, attacks = asdict(replace(budget, examples=None)), chosen_attacks(budget)
+    own = own_versions(map(type, target.model.modules()))
+    what, attacks = asdict(replace(budget, examples=None)) | own, chosen_attacks(budget)
     return cached_chunks(
         run, dataset, "sandwich", budget.examples, what, rows, rows_per_image=len(attacks), device=device
     )

@@ -23,6 +23,8 @@ from clustr_core.measuring.study import with_interval
 from clustr_core.storage.gate import shortened
 
 WIDTH = 88
+# by which a page that was written earlier is known
+MARK = '<meta name="generator" content="clustr diagnose">'
 
 
 class Stranger(nn.Module):

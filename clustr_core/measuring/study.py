@@ -273,7 +273,8 @@ def read_study(
 
     Args:
         profile: as `load_profile` takes it, or a profile.
-        published: take the published rows, whatever has been regenerated.
+        published: measure nothing, and take the published rows first: regenerated ones only where those are none of the
+            profile's today.
         radii: for certificates; None takes those of the profile's chapter 7, else `RADII`.
     Raises:
         FileNotFoundError: if ``published`` and a table is not; the first that is missing is named.
@@ -285,20 +286,19 @@ def read_study(
         "regenerated": home() / "results" / profile.name,
         "published": home() / "results/published" / profile.name,
     }
-    for source, folder in folders.items():
+    found: dict[Source, tuple[list[Path], Path | None]] = {}
+    for source, folder in sorted(folders.items(), reverse=not published):
         missing = _missing(profile, folder)
-        if source == "regenerated" and published:
-            continue
         outdated = None if missing else _outdated(profile, folder, weights=source == "regenerated")
-        if not missing and not outdated:
+        if not missing and outdated is None:
             return Study(profile, source, folder, shown)
-        if outdated and published:
-            raise ValueError(
-                f"{outdated}: expected rows of profile {profile.name} as it is today, got those of another"
-            )
-        if published:
+        found[source] = missing, outdated
+    if published:
+        missing, outdated = found["published"]
+        if outdated is None:
             command = f"make publish PROFILE={profile.name}"
             raise FileNotFoundError(f"{missing[0]}: expected a published table, got none: {command} makes it")
+        raise ValueError(f"{outdated}: expected rows of profile {profile.name} as it is today, got those of another")
     log.warning(
         "%s: expected rows in %s, got none: they are trained for and measured now, which may take long; "
         "make figures PROFILE=%s does it once, and goes on where it was killed",
@@ -314,8 +314,10 @@ def studies_beside(mine: Study) -> dict[str, Study]:
 
 
 def published_profiles() -> list[str]:
-    """The names of the book's profiles of which all rows are published."""
-    return sorted(folder.name for folder in _published() if not _missing(load_profile(folder.name), folder))
+    """The names of the book's profiles of which all rows are published, as those would be measured today."""
+    profiles = [(load_profile(folder.name), folder) for folder in _published()]
+    whole = [(profile, folder) for profile, folder in profiles if not _missing(profile, folder)]
+    return sorted(profile.name for profile, folder in whole if not _outdated(profile, folder, weights=False))
 
 
 def studies_in_part() -> list[Study]:

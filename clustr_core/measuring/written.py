@@ -1,6 +1,7 @@
 """Tables of a profile as files, each with the sidecar that says how it was made; and whether one is there already."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,9 +13,9 @@ import pandas as pd
 
 from clustr_core.measuring.profile import Profile, reduced_protocol
 from clustr_core.measuring.versions import MEASUREMENT_OF, VERSIONS, columns_of
-from clustr_core.storage.files import digest, read_json, written_whole
-from clustr_core.storage.gate import TENSORS_LIMIT, is_stream, read_bytes
-from clustr_core.storage.provenance import check_sidecar, environment, write_sidecar
+from clustr_core.storage.files import LONGEST_NAME, digest, read_json, written_whole
+from clustr_core.storage.gate import TENSORS_LIMIT, brief, is_stream, read_bytes, target_of
+from clustr_core.storage.provenance import check_sidecar, environment, is_sidecar, sidecar_of, write_sidecar
 from clustr_core.storage.tables import table_bytes
 from clustr_core.training.names import DONE, WEIGHTS
 from clustr_core.training.recipes import CrossEntropy, Recipe, run_folder, run_key
@@ -41,16 +42,20 @@ def made_by(profile: Profile, kind: str, device: str) -> dict[str, Any]:
 
 
 def asked_beside(profile: Profile, kind: str) -> dict[str, Any]:
-    """What decides the rows of a kind of table beside its protocol: versions of attacks of one's own, and how many
-    prototypes a class has, of which no run says it."""
-    if kind == "certificates":
-        return {"per_class": next((recipe.per_class for recipe in profile.recipes.values()), None)}
+    """What decides the rows of a kind of table beside its protocol: versions of attacks and layers of one's own, and
+    how many prototypes a class has, of which no run says it."""
     # loaded by whoever registers one
-    registry = sys.modules.get("clustr_core.attacks.registry")
-    if kind != "attacks" or registry is None:
+    attacks, layers = map(sys.modules.get, ("clustr_core.attacks.registry", "clustr_core.certificates.lipschitz"))
+    if kind == "attacks" and attacks is not None:
+        named = {each.attack for each in profile.attacks.values()} & set(attacks.OWN_ATTACKS)
+        versions = {name: attacks.OWN_ATTACKS[name].version for name in sorted(named)}
+        return {"own_attacks": versions} if versions else {}
+    if kind not in ("certificates", "sandwich"):
         return {}
-    named = {each.attack for each in profile.attacks.values()} & set(registry.OWN_ATTACKS)
-    return {"own_attacks": {name: registry.OWN_ATTACKS[name].version for name in sorted(named)}} if named else {}
+    own = {} if layers is None else layers.own_versions(layers.OWN_LAYERS)
+    if kind == "certificates":
+        own["per_class"] = next((recipe.per_class for recipe in profile.recipes.values()), None)
+    return own
 
 
 def _data(profile: Profile) -> str | None:
@@ -86,6 +91,37 @@ def made_of(method: str, run: "Run | None") -> dict[str, Any]:
     }
 
 
+def check_output(path: Path, name: str = "--output") -> None:
+    """Refuse a path that somebody gave for a table, where none can be written or something else would be lost.
+
+    Args:
+        name: of the option.
+    Raises:
+        ValueError: names what is there.
+    """
+    if is_stream(path):
+        return
+    target_of(path)
+    if path.suffix != ".csv":
+        raise ValueError(f"{name}: expected a file name that ends in .csv, since X.json lies beside it, got {path}")
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not above.is_dir():
+        raise ValueError(f"{name}: expected a file in a folder, got {path}, and {above} is none")
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise ValueError(f"{name}: expected a file name of at most {LONGEST_NAME} bytes, got {brief(path)}")
+    if (beside := sidecar_of(path)).exists() and not is_sidecar(beside):
+        raise ValueError(f"{name}: expected at {beside} no file but a table's sidecar, got one that would be lost")
+    # a run's history is a CSV, too, and so is what somebody wrote by hand
+    if path.exists():
+        try:
+            check_sidecar(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{name}: expected no file, or a table with its sidecar, got another that would be lost ({error}); "
+                "delete it, or take another name"
+            ) from error
+
+
 def write_rows(
     path: Path, table: pd.DataFrame, made: dict[str, Any], *, note: str = "", asked_for: bool = False
 ) -> None:
@@ -95,11 +131,12 @@ def write_rows(
         asked_for: as in `written_whole`.
     """
     content = table_bytes(table)
-    # first, so that no table is ever without: what a kill leaves is no table, or one that is not its sidecar's
-    if not (asked_for and is_stream(path)):
-        write_sidecar(path, made, note=note, written=content)
     with written_whole(path, asked_for=asked_for) as temporary:
         temporary.write_bytes(content)
+        # there is room for both; and before the table, so that none is ever without: what a kill leaves is no table, or
+        # one that is not its sidecar's
+        if not (asked_for and is_stream(path)):
+            write_sidecar(path, made, note=note, written=content)
 
 
 def is_written(folder: Path, profile: Profile, kind: str, method: str) -> bool:
@@ -133,9 +170,10 @@ def is_current(made: Mapping[str, Any], profile: Profile, kind: str, method: str
 def asked_of(profile: Profile, kind: str, method: str) -> dict[str, Any]:
     """What the sidecar of a method's table says, whatever the machine, if the profile asks for it today."""
     recipe = profile.recipes.get(method)
+    # of a trained method its run says how many
+    counts = {} if recipe is None else {"per_class": None}
     return {
-        # of a trained method its run says it
-        **(asked_beside(profile, kind) if kind == "attacks" or recipe is None else {}),
+        **(asked_beside(profile, kind) | counts),
         "method": method,
         "protocol": json.loads(json.dumps(profile.protocol(kind))),
         "version": VERSIONS[MEASUREMENT_OF[kind]],

@@ -81,7 +81,7 @@ def official_model(written: bytes, path: Path, *, dataset: str) -> ClusterClassi
     """
     if dataset not in NUM_CLASSES:
         raise ValueError(f"dataset: expected one of {sorted(NUM_CLASSES)}, got {dataset!r}")
-    content = _content(written, path)
+    content = saved_content(written, path)
     try:
         return _model(content, dataset).eval()
     except ValueError as error:
@@ -148,7 +148,7 @@ def _check_savable(model: ClusterClassifier, dataset: str) -> tuple[ResNet18, in
     return encoder, counts[0]
 
 
-def _content(data: bytes, path: Path) -> object:
+def saved_content(data: bytes, path: Path) -> object:
     """What a file of tensors and plain values says, in either format of torch.save.
 
     NumPy scalars and arrays are refused with all other classes: the format as it is described needs none.

@@ -1,6 +1,7 @@
 """The one training loop: a checkpoint each epoch, resume."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -15,8 +16,8 @@ from tqdm.auto import tqdm
 
 from clustr_core import data
 from clustr_core.models.clusters import Clusters
-from clustr_core.storage.files import alone, digest, seal_of, write_json, written_whole
-from clustr_core.storage.gate import brief
+from clustr_core.storage.files import alone, digest, read_json, seal_of, write_json, written_whole
+from clustr_core.storage.gate import brief, listed
 from clustr_core.storage.provenance import environment
 from clustr_core.storage.tables import write_table
 from clustr_core.training.captured import (
@@ -111,11 +112,14 @@ def fit(
             call takes up after the last whole epoch.
     Raises:
         ValueError: if the recipe's method is not registered; with ``captured``, on a CPU or in several processes; if
-            ``folder`` holds the run of another recipe, version or data, a damaged checkpoint, or with ``half`` a run in
-            full precision; if the finished network could have no clusters, which a class with too few examples makes
-            impossible; if the training diverges or collapses, in the epoch where it does. What was kept so far stays.
+            ``folder`` holds the run of another recipe, version or data, a damaged checkpoint, files of a run's names
+            that no run left there, or with ``half`` a run in full precision; if the finished network could have no
+            clusters, which a class with too few examples makes impossible; if the training diverges or collapses, in
+            the epoch where it does. What was kept so far stays.
     """
     check_registered(recipe)
+    if folder is not None:
+        _check_nobodys(Path(folder))
     folder = Path(folder or run_folder(recipe))
     if not isinstance(dataset, data.Dataset | None):
         raise TypeError(f"dataset: expected a Dataset, as load_dataset gives one, got {brief(dataset)}")
@@ -127,6 +131,14 @@ def fit(
     options = {"progress": progress, "half": half, "captured": captured, "before_epoch": before_epoch}
     with processes.in_precision(), _one_training(folder, processes):
         return _fit(recipe, dataset, folder, processes, **options)
+
+
+def _check_nobodys(folder: Path) -> None:
+    """Refuse a folder with files of a run's names that no run has left there: they would be replaced."""
+    if any((folder / name).exists() for name in (DONE, CHECKPOINT)):
+        return
+    if lost := [name for name in (WEIGHTS, HISTORY) if (folder / name).is_file() and not (folder / name).is_symlink()]:
+        raise ValueError(f"folder: expected a run's or an empty one, got {listed(lost)} without a run in {folder}")
 
 
 @contextmanager
@@ -164,6 +176,7 @@ def _fit(
         if dataset is not None:
             run.check_data(dataset)
         _tell_another_start(run)
+        _tell_another_module(run)
         return run
     dataset = dataset or _loaded(recipe, processes)
     resumed = processes.from_first((folder / CHECKPOINT).exists)
@@ -223,6 +236,23 @@ def _tell_another_start(run: Run) -> None:
         log.warning(
             "%s: began from the weights %s of %s, which are %s now; delete the run, and it is trained from these",
             run.path, run.start_sha256[:10], folder.name, found[:10],
+        )  # fmt: skip
+
+
+def _module_digest(recipe: Recipe) -> str | None:
+    """SHA-256 of the file that registers a method of one's own; None of ours, which have versions, and of cells."""
+    module = sys.modules[type(recipe).__module__]
+    path = Path(getattr(module, "__file__", None) or "")
+    return None if module.__name__.startswith("clustr_core.") or not path.is_file() else digest(path.read_bytes())
+
+
+def _tell_another_module(run: Run) -> None:
+    """Warn where the run was made by other words of the method's module than those here."""
+    said, found = read_json(run.path / DONE).get("module_sha256"), _module_digest(run.recipe)
+    if None not in (said, found) and said != found:
+        log.warning(
+            "%s: trained by another text of the module %s than the one here; if it trains otherwise, raise its version",
+            run.path, type(run.recipe).__module__,
         )  # fmt: skip
 
 
@@ -363,6 +393,7 @@ def finish(
     content: dict[str, Any] = {
         "recipe": recipe_to_dict(recipe),
         "module": type(recipe).__module__,
+        "module_sha256": _module_digest(recipe),
         "version": training_version(recipe),
         "seed": recipe.seed,
         "weights_dtype": dtype,

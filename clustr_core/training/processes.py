@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clustr_core.numerics.rounding import full_precision, repeatable_convolutions, tf32
+from clustr_core.storage.gate import brief
 from clustr_core.training.recipes import Precision
 
 log = logging.getLogger(__name__)
@@ -191,9 +192,12 @@ def device_here(name: str | torch.device | None = None) -> torch.device:
     """The device of that name; with several processes on GPUs, this process's own. None is a GPU if there is one.
 
     Raises:
-        ValueError: if several processes are sent to one GPU.
+        ValueError: if there is no device of that name, or several processes are sent to one GPU.
     """
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected one such as 'cpu' or 'cuda:1', got {brief(name)}") from error
     if count() == 1 or device.type == "cpu":
         return device
     own = int(os.environ["LOCAL_RANK"])

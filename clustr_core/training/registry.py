@@ -3,7 +3,10 @@
 import json
 from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
 from typing import Any, TypeVar, get_args
+
+from torch import Tensor
 
 from clustr_core.numerics.checks import is_name
 from clustr_core.training.fields import build
@@ -35,7 +38,8 @@ def register_recipe(*, objective: Callable[[Any, Step], Terms] | None = None) ->
     Args:
         objective: the loss of a batch, of the recipe and a `Step`; None keeps that of the class it derives from. It
             draws what is random for the whole batch, takes its own rows by `Step.mine`, and passes them through
-            `Step.embed` or `Step.logits`: then it works with several processes and in bfloat16.
+            `Step.embed` or `Step.logits`: then it works with several processes and in bfloat16. What it returns is
+            checked at each step.
     Raises:
         ValueError: if the class could be trained but not read back; what it lacks is named.
     """
@@ -45,11 +49,30 @@ def register_recipe(*, objective: Callable[[Any, Step], Terms] | None = None) ->
         _check_name(kind)
         _check_fields(kind)
         if objective is not None:
-            objectives.register(kind, objective)
+            objectives.register(kind, _checked(objective))
         METHODS[kind.method] = kind
         return kind
 
     return register
+
+
+def _checked(objective: Callable[[Any, Step], Terms]) -> Callable[[Any, Step], Terms]:
+    """An objective whose losses are known to be what training takes them for."""
+
+    @wraps(objective)
+    def checked(recipe: Recipe, step: Step) -> Terms:
+        terms, count = objective(recipe, step), len(step.mine(step.labels))
+        if not isinstance(terms, Terms):
+            raise TypeError(f"{recipe.method}: expected Terms from its objective, got {type(terms).__name__}")
+        for name, rows in terms._asdict().items():
+            if not (isinstance(rows, Tensor) and rows.shape == (count,)) and (rows is not None or name == "loss"):
+                got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+                raise ValueError(f"{recipe.method}: {name}: expected a loss for each of {count} examples, got {got}")
+        if not terms.loss.requires_grad:
+            raise ValueError(f"{recipe.method}: loss: expected one with a gradient, got one without")
+        return terms
+
+    return checked
 
 
 def _check_class(kind: type[Recipe]) -> None:

@@ -121,7 +121,7 @@ class Run:
         Args:
             rule: None for the method's own, which is "soft" for a method without clusters.
         """
-        rule = rule or self.recipe.rule
+        rule = self.recipe.rule if rule is None else rule
         network = cluster_network(self.recipe, self.image_shape, self.weights(), rule, self.path / WEIGHTS)
         if network.clusters.num_classes != self.num_classes:
             found = network.clusters.num_classes
@@ -401,6 +401,8 @@ def new_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
+        if next(encoder.parameters(), None) is None:
+            raise ValueError(f"encoder: expected one with parameters to train, got {recipe.encoder!r} without")
         dim: int = encoder.embedding_dim  # pyright: ignore[reportAssignmentType]
         if not recipe.learnable_centroids:
             return LinearClassifier(encoder, dim, num_classes, orthonormal=recipe.orthonormal_head)

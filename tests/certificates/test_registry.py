@@ -12,6 +12,9 @@ from torch import nn
 import clustr_core as cc
 from clustr_core.certificates.lipschitz import OWN_LAYERS
 from clustr_core.certificates.rounding import embedding_error
+from clustr_core.measuring.certified import certificate_table
+from clustr_core.models import encoders
+from clustr_core.training.recipes import Clustr
 
 ROOT = Path(__file__).resolve().parents[2]
 # the example of CONTRIBUTING.md
@@ -122,6 +125,37 @@ def test_without_a_rounding_it_is_bounded_and_not_certified():
     for given in ({}, {"lipschitz": 1.0}):
         with pytest.raises(TypeError, match=r"no bound on the rounding of the layer Shifted is known.* as rounding="):
             cc.certify(model, images, **given)
+
+
+@pytest.mark.usefixtures("as_installed")
+@pytest.mark.parametrize("version", [0, 1.0, "1", True])
+def test_a_version_is_a_count(version):
+    with pytest.raises(ValueError, match="version: expected an integer above 0, got"):
+        cc.register_lipschitz(Shifted, version=version)
+
+
+def test_certificates_are_of_the_rules_version(digits, tmp_path, monkeypatch):
+    """A corrected rule gives other rows, once its version says so; one that an image disproves gives none."""
+    monkeypatch.setenv("CLUSTR_HOME", str(tmp_path))
+    monkeypatch.setattr(encoders, "ENCODERS", dict(encoders.ENCODERS))
+
+    @cc.register_encoder("shifted-net")
+    def net(image_shape, width, dataset):
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, width), Shifted())
+        encoder.embedding_dim = width
+        return encoder
+
+    def constant(factor, **options):
+        cc.register_lipschitz(Shifted, **options)(lambda layer, shape: factor)
+        return certificate_table(run, examples=4, dataset=digits, progress=False)["lipschitz"].unique().item()
+
+    recipe = Clustr(encoder="shifted-net", width=16, train_examples=200, epochs=1)
+    run = cc.fit(recipe, dataset=digits, progress=False)
+    true = constant(1.0)
+    assert constant(3.0) == true
+    assert constant(3.0, version=2) == pytest.approx(3 * true)
+    with pytest.raises(ValueError, match=r"encoder: expected a Lipschitz constant of at most .*, got .* at an image"):
+        constant(1e-3, version=3)
 
 
 class Deeper(Shifted):

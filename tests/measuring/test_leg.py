@@ -547,6 +547,18 @@ def test_what_is_damaged_here_gives_way_to_what_travelled(whole, carried, home, 
     assert path.read_bytes() == good
 
 
+def test_a_table_of_ones_own_is_not_replaced(whole, home, tmp_path):
+    shutil.copytree(whole, home("there"), dirs_exist_ok=True)
+    leg(tmp_path / "pack")
+    path = home("here") / "results/tiny/certificates-ce.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("my own,table\n", encoding="utf-8")
+    before = contents(path.parents[2])
+    with pytest.raises(ValueError, match=r"--into: expected no table of one's own in the place of a pack's, got .*-ce"):
+        leg(tmp_path / "pack")
+    assert contents(path.parents[2]) == before
+
+
 def test_a_table_of_another_protocol_gives_way_to_the_published_one(whole, home, tmp_path):
     place = home("here")
     for folder in ("results/published/tiny", "results/tiny"):

@@ -271,6 +271,7 @@ def test_outputs_of_half_the_bits_are_judged(here, capsys):
         (["--model", "{}:build", *ASKED, "--examples", "0"], "examples: expected a positive whole number, got 0"),
         (["--model", "{}:build", *ASKED, "--eps", "8"], "--eps: expected a number above 0 and at most 1"),
         (["--model", "{}:build", *ASKED, "--eps", "nan"], "--eps: expected a number above 0 and at most 1"),
+        (["--model", "{}:build", *ASKED, "--html", "mine.html"], "--html: expected no file, or an earlier call's page"),
         (["--model", "{}:build", *ASKED, "--html", "no/page.html"], "in a folder that is there, got no/page.html"),
         (["--model", "{}:build", *ASKED, "--precision", "tf32"], "--precision: expected none with --model"),
         (["--model", "{}:leaves", *ASKED], "to build a network, got SystemExit: 3"),
@@ -294,7 +295,8 @@ def test_outputs_of_half_the_bits_are_judged(here, capsys):
         (["--model", "{}:build", "--surface", "{}:backwards", *ASKED], "surface: expected the classes that the model"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_clear_line(here, capsys, given, message):
+def test_bad_input_is_one_clear_line(here, capsys, tmp_path, given, message):
+    (tmp_path / "mine.html").write_text("mine", encoding="utf-8")
     assert main(["diagnose", *(each.format(here) if "{}" in each else each for each in given)]) == 2
     said = capsys.readouterr()
     assert said.out == ""

@@ -180,6 +180,16 @@ def test_published_rows_of_another_recipe_are_not_the_profiles(home: Path) -> No
     with pytest.raises(ValueError, match=expected):
         study.read_study("quick", published=True)
     assert study.read_study("quick").source == "measured now"
+    assert study.published_profiles() == []
+
+
+def test_rows_that_were_made_anew_stand_in_for_published_ones_of_an_earlier_profile(home: Path) -> None:
+    shutil.copytree(home / "results/published/quick", home / "results/quick", ignore=shutil.ignore_patterns("weights"))
+    table = home / "results/published/quick/attacks-ce.csv"
+    made = check_sidecar(table)["made"]
+    made["protocol"]["linf"]["steps"] = 5
+    write_sidecar(table, made)
+    assert study.read_study("quick", published=True).source == "regenerated"
 
 
 def test_the_larger_profiles_stand_beside_ones_own() -> None:

@@ -6,8 +6,10 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from disk import contents, files_of_at_most
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -207,3 +209,13 @@ def test_a_list_of_names_is_cut():
     assert gate.listed(list("abcdef")) == "a, b, c, d and 2 more"
     assert gate.shown("a\nb\x1b[31m") == r"a\nb\x1b[31m"
     assert gate.shown("катя") == "катя"
+
+
+def test_a_full_disk_leaves_a_table_and_its_sidecar_as_they_were(tmp_path):
+    """There may be room for a sidecar and none for its table."""
+    path = tmp_path / "table.csv"
+    write_rows(path, pd.DataFrame({"a": range(3)}), {"method": "ce"})
+    before = contents(tmp_path)
+    with files_of_at_most(2_000), pytest.raises(OSError, match="File too large"):
+        write_rows(path, pd.DataFrame({"a": range(10_000)}), {"method": "clustr"})
+    assert contents(tmp_path) == before

@@ -1022,6 +1022,16 @@ def test_a_training_that_is_refused_leaves_no_folder(train, home):
     assert not (home / "run").exists()
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, HISTORY])
+def test_a_file_of_ones_own_is_not_taken_for_a_runs(train, home, name):
+    (folder := home / "mine").mkdir(parents=True)
+    (folder / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"folder: expected a run's or an empty one, got {name} without a run in"):
+        train(RECIPES["ce, sgd, crop, milestones"], folder=folder)
+    assert (folder / name).read_text(encoding="utf-8") == "mine"
+    assert [path.name for path in folder.iterdir()] == [name]
+
+
 def test_links_in_a_run_of_somebody_elses_lead_nowhere(train, home):
     """Only their names are written: a run that is carried about may hold links."""
     (folder := home / "run").mkdir(parents=True)

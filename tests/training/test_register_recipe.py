@@ -135,6 +135,48 @@ def test_its_objective_is_what_it_trains_with(book, digits):
     assert first[0] == first[1] != first[2]
 
 
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (
+            lambda losses: Terms(losses.mean()),
+            ValueError,
+            r"own: loss: expected a loss for each of 64 examples, got \[\]",
+        ),
+        (
+            lambda losses: Terms(losses[:3]),
+            ValueError,
+            r"own: loss: expected a loss for each of 64 examples, got \[3\]",
+        ),
+        (lambda losses: Terms(losses, losses[:3]), ValueError, r"own: magnet: .* each of 64 examples, got \[3\]"),
+        (lambda losses: Terms(None), ValueError, "own: loss: expected a loss for each of 64 examples, got NoneType"),
+        (lambda losses: Terms(losses.detach()), ValueError, "own: loss: expected one with a gradient, got one without"),
+        (lambda losses: losses, TypeError, "own: expected Terms from its objective, got Tensor"),
+        (lambda losses: None, TypeError, "own: expected Terms from its objective, got NoneType"),
+    ],
+)
+@pytest.mark.usefixtures("as_installed")
+def test_an_objective_that_returns_something_else_is_named(book, digits, returned, error, message):
+    @register_recipe(objective=lambda recipe, step: returned(cross_entropy(step.logits(step.images), step.labels)))
+    @dataclass(frozen=True, kw_only=True)
+    class Own(Recipe):
+        method: ClassVar[str] = "own"
+
+    with pytest.raises(error, match=message):
+        fit(Own(width=8, train_examples=150), dataset=digits, progress=False)
+
+
+def test_a_run_of_another_text_of_the_module_is_told(book, digits, caplog):
+    recipe = load_profile("tiny").recipes["jitter"]
+    fit(recipe, dataset=digits, progress=False)
+    fit(recipe, dataset=digits, progress=False)
+    assert "another text" not in caplog.text
+    path = book / "profiles/my_method.py"
+    path.write_text(MY_METHOD.replace("recipe.jitter * noise", "recipe.jitter * noise / 2"), encoding="utf-8")
+    fit(recipe, dataset=digits, progress=False)
+    assert "trained by another text of the module my_method than the one here" in caplog.text
+
+
 def test_the_shell_trains_it(book):
     command = [sys.executable, "-m", "clustr_core.cli", "train", "--profile", "tiny", "--method", "jitter"]
     environment = {"CLUSTR_HOME": str(book), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
