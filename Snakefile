@@ -5,8 +5,7 @@
 #
 # Training keeps its own checkpoints beside run.json, which appears when the run is complete: Snakemake deletes the
 # declared outputs of a killed job, never the checkpoints, so the next call goes on from the last epoch. Tables are made
-# of pieces that are kept beside the run in the same way. Tables, figures and executed chapters are written whole or not at
-# all, and stay until then (`update`).
+# of pieces that are kept beside the run in the same way.
 #
 # What is done is told by what files say of themselves, not by when they were written, since they are copied in any order
 # and made by hand, too: a finished run is no rule's output, so that nothing deletes it or trains it again; a table that
@@ -118,11 +117,6 @@ def figures(chapter):
     return [f"figures/{NAME}/{label}{suffix}" for label in labels for suffix in (".svg", ".png", ".csv", ".json")]
 
 
-def kept(paths):
-    """Outputs that stay until their successors are whole, and come back where a job fails: Snakemake removes others."""
-    return [update(path) if Path(path).exists() else path for path in paths]
-
-
 wildcard_constraints:
     key="|".join(re.escape(key) for key in METHOD_OF if key not in TRAINED) or "none",
     method="|".join([*RUN_OF, "prototypes"]),
@@ -158,7 +152,7 @@ rule attack:
         lambda wildcards: RUN_OF[wildcards.method],
         SOURCES,
     output:
-        update(f"results/{NAME}/attacks-{{method}}.csv"),
+        f"results/{NAME}/attacks-{{method}}.csv",
     params:
         version=VERSIONS["attack"],
         protocol=PROFILE.protocol("attacks"),
@@ -175,8 +169,8 @@ rule diagnose:
         lambda wildcards: RUN_OF[wildcards.method],
         [RUN_OF["ce"]] if "ce" in RUN_OF else [],
     output:
-        update(f"results/{NAME}/diagnostics-{{method}}.csv"),
-        update(f"results/{NAME}/ablations-{{method}}.csv"),
+        f"results/{NAME}/diagnostics-{{method}}.csv",
+        f"results/{NAME}/ablations-{{method}}.csv",
     params:
         version=VERSIONS["diagnostics"],
         protocol=PROFILE.protocol("diagnostics"),
@@ -191,7 +185,7 @@ rule certify:
     input:
         lambda wildcards: RUN_OF.get(wildcards.method, CERTIFYING),
     output:
-        update(f"results/{NAME}/certificates-{{method}}.csv"),
+        f"results/{NAME}/certificates-{{method}}.csv",
     params:
         version=VERSIONS["certificate"],
         protocol=PROFILE.protocol("certificates"),
@@ -210,7 +204,7 @@ rule sandwich:
         # the radii within which the attacks search
         f"results/{NAME}/certificates-{{method}}.csv",
     output:
-        update(f"results/{NAME}/sandwich-{{method}}.csv"),
+        f"results/{NAME}/sandwich-{{method}}.csv",
     params:
         version=VERSIONS["sandwich"],
         protocol=PROFILE.protocol("sandwich"),
@@ -233,8 +227,8 @@ for chapter, source in CHAPTERS.items():
             TOOLS,
             source=f"notebooks/{chapter}.md",
         output:
-            kept(figures(chapter)),
-            notebook=update(f"_build/{NAME}/{chapter}.ipynb"),
+            figures(chapter),
+            notebook=f"_build/{NAME}/{chapter}.ipynb",
         params:
             # by its words, since a path with braces could not be an input
             profile=digest(PROFILE.path.read_bytes()),

@@ -79,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = options.only or [*SUITES, *TABLES]
     about = machine()
     suites = [name for name in SUITES if name in asked]
+    for name in ["bench"] * bool(suites) + [name for name in TABLES if name in asked]:
+        if folder and (path := folder / f"{name}.csv").exists() and not {"system", "torch"} <= {*read_table(path)}:
+            raise ValueError(f"--output: expected no table, or one of an earlier call, got another in {path}")
     if suites:
         table = rows_of(suites, effort).assign(**about)
         if folder:
@@ -100,8 +103,6 @@ def _with_others(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     """The table, and the rows of other suites that lie there already, in the order of the suites."""
     if path.exists():
         before = read_table(path)
-        if "suite" not in before:
-            raise ValueError(f"--output: expected a table of earlier suites in {path}, got another")
         table = pd.concat([table, before[~before["suite"].isin(table["suite"])]], ignore_index=True)
     order = {suite: n for n, suite in enumerate(SUITES)}
     return table.sort_values("suite", key=lambda suite: suite.map(order), kind="stable", ignore_index=True)

@@ -133,3 +133,11 @@ def test_a_trainee_trains():
     trainee.train()
     after = list(trainee.state.network.encoder.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_a_table_of_ones_own_is_not_replaced(tmp_path: Path) -> None:
+    mine = tmp_path / "layouts.csv"
+    mine.write_text("a,b\n1,2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="--output: expected no table, or one of an earlier call, got another in"):
+        entry.main(["--quick", "--only", "layouts", "--output", str(tmp_path)])
+    assert mine.read_text(encoding="utf-8") == "a,b\n1,2\n"

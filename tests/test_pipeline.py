@@ -207,27 +207,6 @@ def test_a_chapter_of_other_words_or_parameters_is_executed_whatever_the_times(o
     assert jobs() == 1
 
 
-def test_a_failing_job_takes_nothing_that_an_earlier_one_made(one_chapter: Path) -> None:
-    """Snakemake removes what a job will write before it runs, and after it has failed."""
-    source, rows = one_chapter / "notebooks/01-test.md", one_chapter / "results/smoke/certificates-prototypes.csv"
-    profile = one_chapter / "profiles/smoke.yaml"
-    text = "chapters:\n  01-test: {rows: 3}\nshared: {train_examples: 100}\nmethods:\n  ce: {epochs: 1}\n"
-    profile.write_text(text + "certified_examples: 8\n", encoding="utf-8")
-    make = ("snakemake", "--cores", "1", "--quiet", "--keep-incomplete", "--config", "profile=smoke", "--")
-    made = [one_chapter / "_build/smoke/01-test.ipynb", one_chapter / "figures/smoke/fig-test.csv", rows]
-    done = run(one_chapter, *make, *(path.relative_to(one_chapter).as_posix() for path in made))
-    assert done.returncode == 0, done.stderr[-4000:]
-    before = [path.read_bytes() for path in made]
-    source.write_text(CHAPTER + "\n```{code-cell} ipython3\nnothing\n```\n", encoding="utf-8")
-    profile.write_text(text + "certified_examples: 9\n", encoding="utf-8")
-    command = one_chapter / "clustr_core/__main__.py"
-    command.write_text("raise SystemExit(1)\n", encoding="utf-8")
-    for path in made[::2]:
-        done = run(one_chapter, *make, path.relative_to(one_chapter).as_posix())
-        assert done.returncode != 0
-    assert [path.read_bytes() for path in made] == before
-
-
 def test_an_output_takes_the_place_of_nothing_but_an_executed_chapter(
     one_chapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,8 +218,6 @@ def test_an_output_takes_the_place_of_nothing_but_an_executed_chapter(
         run_chapter(source, "smoke", one_chapter / "mine/01-test.ipynb")
     with pytest.raises(ValueError, match="expected another place than the published twin's, got"):
         run_chapter(source, "smoke", source.with_suffix(".ipynb"))
-    with pytest.raises(ValueError, match="expected a folder of its own for other parameters' figures, got"):
-        run_chapter(source, "smoke", one_chapter / "mine.ipynb", ["rows=4"])
 
 
 def test_a_chapter_is_not_executed_into_its_source(one_chapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,14 +345,14 @@ def test_nothing_of_a_run_with_other_parameters_takes_the_profiles_place(one_cha
     before = drawn.read_bytes()
     assert execute(one_chapter, "01-test", "smoke", "-p", "rows=7").returncode == 0
     assert drawn.read_bytes() == before
-    assert len((one_chapter / "_build/smoke/figures/smoke/fig-test.csv").read_text().splitlines()) == 8
+    assert len((one_chapter / "_build/smoke/01-test-figures/smoke/fig-test.csv").read_text().splitlines()) == 8
     done = called(publish.main, one_chapter, "--profile", "smoke")
     assert done.returncode == 1
     assert "01-test: expected it executed with the profile's parameters, got rows=7: make figures first" in done.stderr
 
 
 def test_a_chapter_that_two_execute_at_once_is_refused_to_the_second(one_chapter: Path) -> None:
-    waiting = one_chapter / "_build/smoke/failed/01-test"
+    waiting = one_chapter / "_build/smoke/failed/.01-test"
     waiting.mkdir(parents=True)
     with alone(waiting):
         done = execute(one_chapter, "01-test")
@@ -440,7 +417,15 @@ def test_a_profile_replaces_no_tables_that_are_published_of_something_else(one_c
     assert (theirs / "race.csv").exists()
 
 
-@pytest.mark.parametrize("place", ["results/published/smoke/NOTES.md", "figures/published/smoke/my-own.svg"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "results/published/smoke/NOTES.md",
+        "results/published/smoke/attacks-notes.json",
+        "figures/published/smoke/my-own.svg",
+        "figures/published/smoke/fig-mine.png",
+    ],
+)
 def test_files_of_ones_own_stay_beside_what_is_published(one_chapter: Path, place: str) -> None:
     mine = one_chapter / place
     mine.parent.mkdir(parents=True, exist_ok=True)
@@ -448,7 +433,7 @@ def test_files_of_ones_own_stay_beside_what_is_published(one_chapter: Path, plac
     assert execute(one_chapter, "01-test").returncode == 0
     done = called(publish.main, one_chapter, "--profile", "smoke")
     assert done.returncode == 1
-    assert f"{mine.name}: expected nothing beside what is published, got a file of one's own" in done.stderr
+    assert f"{mine.name}: expected nothing but what is published, got a file of one's own" in done.stderr
     assert mine.read_text(encoding="utf-8") == "mine"
 
 

@@ -100,7 +100,7 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
     """Execute ``source`` under the profile into ``output``; a failed run is kept in ``failed/`` beside it.
 
     What the chapter draws is put in place once it is whole: into the book's ``figures/``, or with other parameters
-    than the profile's into ``figures/`` beside the output.
+    than the profile's into ``NAME-figures/`` beside the output ``NAME.ipynb``.
 
     Args:
         given: parameters as NAME=VALUE, over those of the profile.
@@ -119,8 +119,6 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
             raise ValueError(f"--output: expected no other notebook than an executed chapter there, got {path}")
     if output.resolve() == source.with_suffix(".ipynb"):
         raise ValueError(f"--output: expected another place than the published twin's, got {output}")
-    if given and output.resolve().parent == root:
-        raise ValueError(f"--output: expected a folder of its own for other parameters' figures, got {output}")
     profile = load_profile(profile_name)
     notebook, declared = _read_chapter(source)
     parameters = chosen_parameters(source, declared, profile.chapters.get(source.stem, {}), profile.name)
@@ -128,14 +126,15 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
     made_from = notebooks.provenance(root, source, profile)
     made = environment("cpu") | drawn_from(profile, parameters, declared)
     notebook.metadata["clustr"] = made_from | {"made": made} | ({"given": list(given)} if given else {})
-    beside = running.with_suffix("")
+    # of a name that nobody gives to a folder of his own
+    beside = running.with_name(f".{running.stem}")
     beside.mkdir(parents=True, exist_ok=True)
     with alone(beside, busy=f"--output: expected one that no other process is making, got {output}"):
         drawn = beside / "figures"
         shutil.rmtree(drawn, ignore_errors=True)
         write_string(_gathered(drawn), "")
         _run(notebook, running, parameters, folder=source.parent, drawn=drawn, profile=profile.name)
-        figures = output.parent / "figures" if given else root / "figures"
+        figures = output.with_name(f"{output.stem}-figures") if given else root / "figures"
         note_files(running, drawn)
         for path in _files_under(drawn):
             copy_whole(path, figures / path.relative_to(drawn))

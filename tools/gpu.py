@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clustr_core.storage.files import copy_whole, home, written_whole
+from tools.telling import told
 
 STAGES = ("tests", "kernels", "steps", "leg")
 # of the minutes that are left when it begins, at most this share; the last stage has all of it
@@ -135,4 +136,4 @@ def _has_gpu() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

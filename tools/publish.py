@@ -18,11 +18,10 @@ import nbformat
 from nbformat import NotebookNode
 
 from clustr_core.measuring.profile import Profile, load_profile
-from clustr_core.measuring.versions import MEASUREMENT_OF
 from clustr_core.measuring.written import is_written
 from clustr_core.storage.files import copy_whole, digest, home, written_whole
 from clustr_core.storage.gate import brief, read_text, shortened
-from clustr_core.storage.provenance import check_sidecar, profile_of, sidecar_of
+from clustr_core.storage.provenance import check_sidecar, is_sidecar, profile_of, sidecar_of
 from clustr_core.training.names import DONE, HISTORY, WEIGHTS
 from clustr_core.training.recipes import run_key
 from tools import notebooks
@@ -149,8 +148,6 @@ def publish(root: Path, profile: str) -> list[Path]:
                 "another: make figures first"
             )
     _check_is_its_own(root / "results/published" / profile, profile)
-    _check_is_made(root / "results/published" / profile, rf"({'|'.join(MEASUREMENT_OF)})-.+\.(csv|json)")
-    _check_is_made(root / "figures/published" / profile, r"(fig|widget)-.+")
     executed = _executed(root, profile)
     twins = {source.with_suffix(".ipynb"): _twin_text(root, source, run, profile) for source, run in executed.items()}
     tables = sorted(root / "results" / profile / f"{kind}-{method}.csv" for kind, method in asked.tables)
@@ -159,10 +156,12 @@ def publish(root: Path, profile: str) -> list[Path]:
     for table in (*tables, *(path for path in figures if path.suffix == ".csv")):
         check_sidecar(table)
     rows = [path for table in tables for path in (table, sidecar_of(table))]
-    _replace(root / "results/published" / profile, rows)
-    _replace(root / "figures/published" / profile, figures)
-    for method, files in weights.items():
-        _replace(root / "results/published" / profile / "weights" / method, files)
+    places = {root / "results/published" / profile: rows, root / "figures/published" / profile: figures}
+    places |= {root / "results/published" / profile / "weights" / method: files for method, files in weights.items()}
+    for folder, files in places.items():
+        _check_is_made(folder, files)
+    for folder, files in places.items():
+        _replace(folder, files)
     if profile != BOOK:
         return []
     for path, text in twins.items():
@@ -236,13 +235,14 @@ def _as_executed(run: NotebookNode) -> NotebookNode:
     return run
 
 
-def _check_is_made(folder: Path, pattern: str) -> None:
-    """Refuse a folder with files of other names than those that are published: they would be removed."""
-    others = [path for path in sorted(folder.glob("*")) if path.is_file() and not re.fullmatch(pattern, path.name)]
-    if others:
-        raise ValueError(
-            f"{others[0]}: expected nothing beside what is published, got a file of one's own; move it away"
-        )
+def _check_is_made(folder: Path, files: Sequence[Path]) -> None:
+    """Refuse a folder with anything but these files and earlier ones that have sidecars: it would be removed."""
+    names = {path.name for path in files}
+    for path in sorted(folder.glob("*")):
+        if path.is_file() and path.name not in names and not is_sidecar(path.with_suffix(".json")):
+            raise ValueError(
+                f"{path}: expected nothing beside what is published, got a file of one's own; move it away"
+            )
 
 
 def _replace(folder: Path, files: Sequence[Path]) -> None:

@@ -66,7 +66,10 @@ OWN_LAYERS: dict[type[nn.Module], OwnLayer] = {}
 
 def own_versions(layers: Iterable[type[nn.Module]]) -> dict[str, dict[str, int]]:
     """The versions of those layers that `register_lipschitz` was told of, by name, as ``own_layers``; none without."""
-    versions = {layer.__qualname__: OWN_LAYERS[layer].version for layer in set(layers) & set(OWN_LAYERS)}
+    asked = set(layers)
+    # in the order in which they came: of two of one name, as when a cell is run twice, the last counts
+    own = [(f"{layer.__module__}.{layer.__qualname__}", each) for layer, each in OWN_LAYERS.items() if layer in asked]
+    versions = {name: each.version for name, each in own}
     return {"own_layers": dict(sorted(versions.items()))} if versions else {}
 
 

@@ -32,8 +32,7 @@ def register_lipschitz(
     Raises:
         TypeError: if ``layer`` is no subclass of `nn.Module`.
         ValueError: if the version is no integer above 0, or the layer computes what one with a rule of the package
-            computes. A layer may be registered again,
-            as when a cell of a notebook is run twice: the last rule counts.
+            computes. A layer may be registered again, as when a cell of a notebook is run twice: the last rule counts.
     """
     if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
         raise TypeError(f"layer: expected a subclass of nn.Module, got {layer!r}")

@@ -598,12 +598,24 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if not path.name.startswith(".") and path.is_file())
 
 
+def _check_has_sidecar(table: Path) -> None:
+    """Refuse a table that the book has not written, since it has no sidecar, before another takes its place."""
+    if table.exists() and not sidecar_of(table).exists():
+        raise ValueError(
+            f"expected no table without a sidecar in the place of the book's, got {shown(table)}: move it away"
+        )
+
+
 def _take_published(profile: Profile) -> None:
     """Put published tables that are what the profile would make into ``results/<profile>``, where none such is."""
     published = home() / "results/published" / profile.name
     for kind, method in profile.tables:
         if is_written(published, profile, kind, method) and not is_written(_results(profile), profile, kind, method):
             table = published / f"{kind}-{method}.csv"
+            # the first tables do not say of which run they are: they are no reason to leave one out
+            if method in profile.recipes and check_sidecar(table)["made"].get("run") is None:
+                continue
+            _check_has_sidecar(_results(profile) / table.name)
             # a table alone would be taken at its word
             for path in (sidecar_of(table), table):
                 copy_whole(path, _results(profile) / path.name)
@@ -688,9 +700,7 @@ def _restore(unpacked: Path, root: Path, profile: Profile) -> None:
     tables = [path for path in sorted(_files(unpacked / results)) if path.suffix == ".csv"]
     places = {theirs: root / results / theirs.relative_to(unpacked / results) for theirs in tables}
     for mine in places.values():
-        # whatever the book writes has one
-        if mine.exists() and not sidecar_of(mine).exists():
-            raise ValueError(f"--into: expected no table of one's own in the place of a pack's, got {shown(mine)}")
+        _check_has_sidecar(mine)
     for theirs, mine in runs:
         mine.mkdir(parents=True, exist_ok=True)
         # not while it is trained

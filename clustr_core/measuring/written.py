@@ -179,6 +179,7 @@ def asked_of(profile: Profile, kind: str, method: str) -> dict[str, Any]:
         "version": VERSIONS[MEASUREMENT_OF[kind]],
         "data": _data(profile),
         "run": recipe and run_key(recipe),
+        "seed": recipe and recipe.seed,
     }
 
 

@@ -137,7 +137,8 @@ def _check_nobodys(folder: Path) -> None:
     """Refuse a folder with files of a run's names that no run has left there: they would be replaced."""
     if any((folder / name).exists() for name in (DONE, CHECKPOINT)):
         return
-    if lost := [name for name in (WEIGHTS, HISTORY) if (folder / name).is_file() and not (folder / name).is_symlink()]:
+    names = [WEIGHTS, HISTORY, *(f"snapshots/{path.name}" for path in folder.glob("snapshots/*"))]
+    if lost := [name for name in names if (folder / name).is_file() and not (folder / name).is_symlink()]:
         raise ValueError(f"folder: expected a run's or an empty one, got {listed(lost)} without a run in {folder}")
 
 

@@ -554,9 +554,16 @@ def test_a_table_of_ones_own_is_not_replaced(whole, home, tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text("my own,table\n", encoding="utf-8")
     before = contents(path.parents[2])
-    with pytest.raises(ValueError, match=r"--into: expected no table of one's own in the place of a pack's, got .*-ce"):
+    with pytest.raises(ValueError, match=r"expected no table without a sidecar in the place of the book's, got .*-ce"):
         leg(tmp_path / "pack")
     assert contents(path.parents[2]) == before
+    place = home("published")
+    shutil.copytree(whole / "results/tiny", place / "results/published/tiny")
+    (place / "results/tiny").mkdir()
+    (mine := place / "results/tiny/attacks-ce.csv").write_text("my own,table\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="expected no table without a sidecar"):
+        leg(tmp_path / "another")
+    assert mine.read_text(encoding="utf-8") == "my own,table\n"
 
 
 def test_a_table_of_another_protocol_gives_way_to_the_published_one(whole, home, tmp_path):
