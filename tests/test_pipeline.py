@@ -433,7 +433,7 @@ def test_files_of_ones_own_stay_beside_what_is_published(one_chapter: Path, plac
     assert execute(one_chapter, "01-test").returncode == 0
     done = called(publish.main, one_chapter, "--profile", "smoke")
     assert done.returncode == 1
-    assert f"{mine.name}: expected nothing but what is published, got a file of one's own" in done.stderr
+    assert f"{mine.name}: expected nothing beside what is published, got a file of one's own" in done.stderr
     assert mine.read_text(encoding="utf-8") == "mine"
 
 
