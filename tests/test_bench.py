@@ -139,5 +139,5 @@ def test_a_table_of_ones_own_is_not_replaced(tmp_path: Path) -> None:
     mine = tmp_path / "layouts.csv"
     mine.write_text("a,b\n1,2\n", encoding="utf-8")
     with pytest.raises(ValueError, match="--output: expected no table, or one of an earlier call, got another in"):
-        entry.main(["--quick", "--only", "layouts", "--output", str(tmp_path)])
+        entry.main(["--quick", "--threads", "1", "--only", "layouts", "--output", str(tmp_path)])
     assert mine.read_text(encoding="utf-8") == "a,b\n1,2\n"
