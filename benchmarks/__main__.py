@@ -79,9 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = options.only or [*SUITES, *TABLES]
     about = machine()
     suites = [name for name in SUITES if name in asked]
-    for name in ["bench"] * bool(suites) + [name for name in TABLES if name in asked]:
-        if folder and (path := folder / f"{name}.csv").exists() and not {"system", "torch"} <= {*read_table(path)}:
-            raise ValueError(f"--output: expected no table, or one of an earlier call, got another in {path}")
+    if folder:
+        _check_ours(folder, [*(["bench"] if suites else []), *(name for name in TABLES if name in asked)])
     if suites:
         table = rows_of(suites, effort).assign(**about)
         if folder:
@@ -97,6 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 told = {key: value for key, value in about.items() if key not in found}
                 write_table(folder / f"{name}.csv", found.assign(**told))
     return 0
+
+
+def _check_ours(folder: Path, names: Sequence[str]) -> None:
+    """Refuse tables that no earlier call has written, before others take their places."""
+    for path in (folder / f"{name}.csv" for name in names):
+        if path.exists() and not {"system", "torch"} <= {*read_table(path)}:
+            raise ValueError(f"--output: expected no table, or one of an earlier call, got another in {path}")
 
 
 def _with_others(table: pd.DataFrame, path: Path) -> pd.DataFrame:

@@ -130,10 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--widths", type=count, nargs="+", default=[16, 32])
     parser.add_argument("--seeds", type=int, nargs="+", default=[111, 112, 113])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--examples", type=count, default=64, help="test images (64)")
+    parser.add_argument("--examples", type=int, default=64, help="test images (64)")
     parser.add_argument("--eps", type=float, help="the profile's examination's, unless given")
-    parser.add_argument("--steps", type=count, default=20)
-    parser.add_argument("--restarts", type=count, default=2)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--restarts", type=int, default=2)
     parser.add_argument("--into", type=Path, help="a folder (results/bench)")
     options = parser.parse_args(arguments)
     if {"ce", "pgd-at"} - set(options.methods):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clustr_core.attacks.ball import Ball, Eps, Images, Walk, check_within, one_each, with_gradients
 from clustr_core.attacks.names import ATTACKS
 from clustr_core.attacks.result import AttackResult, Model, logits_of, predicted, prepared
-from clustr_core.numerics.checks import check_evaluating, is_name
+from clustr_core.numerics.checks import check_evaluating, check_version, is_name
 
 _Attack = TypeVar("_Attack", bound=Callable[..., Images])
 KEYWORDS = ("norm", "eps", "step_size", "steps", "restarts", "seed")
@@ -50,8 +50,7 @@ def register_attack(name: str, *, version: int = 1) -> Callable[[_Attack], _Atta
         raise ValueError(f"name: expected one such as 'my-attack', got {name!r}")
     if name in ATTACKS and name not in OWN_ATTACKS:
         raise ValueError(f"name: expected a free one, got {name!r}, which is an attack of the package")
-    if type(version) is not int or version < 1:
-        raise ValueError(f"version: expected an integer above 0, got {version!r}")
+    check_version(version)
 
     def register(attack: _Attack) -> _Attack:
         call = f"attack(model, images, labels, *, {', '.join(KEYWORDS)})"

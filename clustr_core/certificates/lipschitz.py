@@ -68,8 +68,8 @@ def own_versions(layers: Iterable[type[nn.Module]]) -> dict[str, dict[str, int]]
     """The versions of those layers that `register_lipschitz` was told of, by name, as ``own_layers``; none without."""
     asked = set(layers)
     # in the order in which they came: of two of one name, as when a cell is run twice, the last counts
-    own = [(f"{layer.__module__}.{layer.__qualname__}", each) for layer, each in OWN_LAYERS.items() if layer in asked]
-    versions = {name: each.version for name, each in own}
+    own = [(layer, own.version) for layer, own in OWN_LAYERS.items() if layer in asked]
+    versions = {f"{layer.__module__}.{layer.__qualname__}": version for layer, version in own}
     return {"own_layers": dict(sorted(versions.items()))} if versions else {}
 
 

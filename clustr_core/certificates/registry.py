@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from clustr_core.certificates.lipschitz import OWN_LAYERS, RULES, OwnLayer, inherits
-from clustr_core.storage.gate import brief
+from clustr_core.numerics.checks import check_version
 
 Shape = tuple[int, ...]
 _Lipschitz = TypeVar("_Lipschitz", bound=Callable[[Any, Shape], float])
@@ -40,9 +40,7 @@ def register_lipschitz(
         raise ValueError(
             f"layer: expected one without a rule, got {layer.__name__}, which has that of {known.__name__}"
         )
-
-    if type(version) is not int or version < 1:
-        raise ValueError(f"version: expected an integer above 0, got {brief(version)}")
+    check_version(version)
 
     def register(rule: _Lipschitz) -> _Lipschitz:
         OWN_LAYERS[layer] = OwnLayer(rule, rounding, version)

@@ -19,6 +19,12 @@ def is_name(name: object) -> TypeGuard[str]:
     return not re.fullmatch(r"[0-9-]+(e[0-9-]+)?|inf|infinity|nan|true|false", name)
 
 
+def check_version(version: object, name: str = "version") -> None:
+    """Raises a ValueError unless it counts from 1, as whoever owns an attack, a layer or a method raises it."""
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{name}: expected an integer above 0, got {version!r}")
+
+
 def check_are_tensors(**values: object) -> None:
     """Raises a TypeError unless each is a dense tensor of real numbers, on whichever device."""
     for name, value in values.items():

@@ -249,8 +249,9 @@ def _module_digest(recipe: Recipe) -> str | None:
 
 def _tell_another_module(run: Run) -> None:
     """Warn where the run was made by other words of the method's module than those here."""
-    said, found = read_json(run.path / DONE).get("module_sha256"), _module_digest(run.recipe)
-    if None not in (said, found) and said != found:
+    if (found := _module_digest(run.recipe)) is None:
+        return
+    if read_json(run.path / DONE).get("module_sha256") not in (None, found):
         log.warning(
             "%s: trained by another text of the module %s than the one here; if it trains otherwise, raise its version",
             run.path, type(run.recipe).__module__,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 
 from torch import Tensor
 
-from clustr_core.numerics.checks import is_name
+from clustr_core.numerics.checks import check_version, is_name
 from clustr_core.training.fields import build
 from clustr_core.training.objectives import objective as objectives
 from clustr_core.training.recipes import METHODS, Guarantee, Recipe, Smoothing, recipe_to_dict
@@ -99,8 +99,7 @@ def _check_fields(kind: type[Recipe]) -> None:
     name = kind.__name__
     if kind.guarantee not in get_args(Guarantee):
         raise ValueError(f"{name}.guarantee: expected one of {get_args(Guarantee)}, got {kind.guarantee!r}")
-    if type(kind.version) is not int or kind.version < 1:
-        raise ValueError(f"{name}.version: expected an integer above 0, got {kind.version!r}")
+    check_version(kind.version, f"{name}.version")
     if (kind.guarantee == "smoothing") != issubclass(kind, Smoothing):
         raise ValueError(
             f"{name}.guarantee: expected smoothing of a class that derives from Smoothing, and of no other"
