@@ -3,15 +3,15 @@
 #   snakemake --cores 2 --config profile=quick          (make figures PROFILE=quick)
 #   snakemake --workflow-profile slurm --config profile=paper processes=8
 #
-# Training keeps its own checkpoints beside run.json, which appears when the run is complete: Snakemake deletes the
-# declared outputs of a killed job, never the checkpoints, so the next call goes on from the last epoch. Tables are made
-# of pieces that are kept beside the run in the same way.
+# Training keeps its own checkpoints beside run.json, which appears when the run is complete, so that the next call goes
+# on from the last epoch. Tables are made of pieces that are kept beside the run in the same way.
 #
-# What is done is told by what files say of themselves, not by when they were written, since they are copied in any order
-# and made by hand, too: a finished run is no rule's output, so that nothing deletes it or trains it again; a table that
-# the profile would make so today is given a time after its runs', any other one a time before all; and so is a chapter
-# that was executed from other words or rows.
-import contextlib
+# Snakemake deletes the outputs of a job when it begins and when it fails. Tables, figures and executed chapters are
+# therefore no rule's outputs: each command puts its own in place once they are whole, and a mark in _build/<profile>/done
+# stands for them. What is done is told by what files say of themselves, not by when they were written, since they are
+# copied in any order and made by hand, too: before anything is planned, a table that the profile would make so today has
+# its mark, with a time after its runs', and any other one has none; and so with a chapter that was executed from other
+# words or rows. A finished run is no rule's output, so that nothing deletes it or trains it again.
 import os
 import re
 import shlex
@@ -22,7 +22,7 @@ sys.path.insert(0, str(workflow.basedir))
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.measuring.written import asked_beside, check_weights, is_written
-from clustr_core.storage.files import copy_whole, digest
+from clustr_core.storage.files import digest, write_string
 from clustr_core.storage.gate import brief
 from clustr_core.training.names import DONE
 from clustr_core.training.recipes import run_folder, run_key
@@ -45,8 +45,15 @@ TOOLS = ["tools/execute.py", "tools/notebooks.py"]
 
 METHOD_OF = {run_key(recipe): method for method, recipe in PROFILE.recipes.items()}
 RUN_OF = {method: f"runs/{key}/run.json" for key, method in METHOD_OF.items()}
-TABLES = [f"results/{NAME}/{kind}-{method}.csv" for kind, methods in PROFILE.measured.items() for method in methods]
 RESULTS = Path("results") / NAME
+MARKS = Path("_build") / NAME / "done"
+# one command writes diagnostics and ablations, and one mark stands for both
+TABLES = [
+    f"{MARKS}/{kind}-{method}"
+    for kind, methods in PROFILE.measured.items()
+    for method in methods
+    if kind != "ablations"
+]
 # where Snakemake is started again for one job, what was not there when the job was sent may be there now
 PLANS = workflow.is_main_process
 TRAINED = [key for key, method in METHOD_OF.items() if PLANS and (run_folder(PROFILE.recipes[method]) / DONE).exists()]
@@ -64,35 +71,36 @@ if braced := [recipe.dataset for recipe in PROFILE.recipes.values() if re.search
     raise ValueError(f"{PROFILE.path.name}: dataset: expected a folder whose name has no braces, got {brief(braced[0])}")
 
 
-def set_time(path, ns):
-    """Give a file a time; one of another user gives way to a copy, where that may be written."""
-    with contextlib.suppress(OSError):
-        try:
-            os.utime(path, ns=(ns, ns))
-        except PermissionError:
-            copy_whole(path, path)
-            os.utime(path, ns=(ns, ns))
+def done_today():
+    """What is what would be made today, by the name of its mark, and the files whose latest is the mark's time."""
+    done = {}
+    for kind, method in PROFILE.tables:
+        kinds = ("diagnostics", "ablations") if kind == "diagnostics" else (kind,)
+        if kind != "ablations" and all(is_written(RESULTS, PROFILE, each, method) for each in kinds):
+            radii = [RESULTS / f"certificates-{method}.csv"] if kind == "sandwich" else []
+            tables = [RESULTS / f"{each}-{method}.csv" for each in kinds]
+            runs = map(Path, [RUN_OF.get(method, ""), RUN_OF.get("ce", ""), *SOURCES])
+            done[f"{kind}-{method}"] = [*tables, *radii, *runs]
+    for chapter in CHAPTERS:
+        executed = Path(f"_build/{NAME}/{chapter}.ipynb")
+        if notebooks.is_current(Path("."), Path(f"notebooks/{chapter}.md"), executed, PROFILE):
+            done[chapter] = [executed]
+    return done
 
 
 def settle():
-    """Give files the times of what they are: tables and executed chapters of something else are older than all, current
-    tables no older than what they are of."""
+    """Mark what is done, and nothing else."""
     for recipe in PROFILE.recipes.values():
         check_weights(recipe)
-    for kind, method in PROFILE.tables:
-        table = RESULTS / f"{kind}-{method}.csv"
-        if not table.exists():
-            continue
-        latest = 1
-        if is_written(RESULTS, PROFILE, kind, method):
-            radii = f"results/{NAME}/certificates-{method}.csv" if kind == "sandwich" else ""
-            inputs = [RUN_OF.get(method, ""), RUN_OF.get("ce", ""), *SOURCES, radii]
-            latest = max(path.stat().st_mtime_ns for path in [table, *map(Path, inputs)] if path.is_file())
-        set_time(table, latest)
-    for chapter in CHAPTERS:
-        executed = Path(f"_build/{NAME}/{chapter}.ipynb")
-        if executed.exists() and not notebooks.is_current(Path("."), Path(f"notebooks/{chapter}.md"), executed, PROFILE):
-            set_time(executed, 1)
+    done = done_today()
+    for path in MARKS.glob("*"):
+        if path.name not in done:
+            path.unlink()
+    for name, files in done.items():
+        # a file of one's own, whoever left the last one
+        write_string(MARKS / name, "")
+        latest = max(path.stat().st_mtime_ns for path in files if path.is_file())
+        os.utime(MARKS / name, ns=(latest, latest))
 
 
 def needs(mem_mb, runtime, processes=PROCESSES):
@@ -111,12 +119,6 @@ def warm_start(wildcards):
     return [f"runs/{run_key(start)}/run.json"] if start else []
 
 
-def figures(chapter):
-    """The files that a chapter draws."""
-    labels = notebooks.figure_labels(CHAPTERS[chapter])
-    return [f"figures/{NAME}/{label}{suffix}" for label in labels for suffix in (".svg", ".png", ".csv", ".json")]
-
-
 wildcard_constraints:
     key="|".join(re.escape(key) for key in METHOD_OF if key not in TRAINED) or "none",
     method="|".join([*RUN_OF, "prototypes"]),
@@ -128,8 +130,7 @@ if PLANS:
 
 rule all:
     input:
-        [f"_build/{NAME}/{chapter}.ipynb" for chapter in CHAPTERS],
-        [path for chapter in CHAPTERS for path in figures(chapter)],
+        [f"{MARKS}/{chapter}" for chapter in CHAPTERS],
         TABLES,
 
 
@@ -152,7 +153,7 @@ rule attack:
         lambda wildcards: RUN_OF[wildcards.method],
         SOURCES,
     output:
-        f"results/{NAME}/attacks-{{method}}.csv",
+        touch(f"{MARKS}/attacks-{{method}}"),
     params:
         version=VERSIONS["attack"],
         protocol=PROFILE.protocol("attacks"),
@@ -169,8 +170,7 @@ rule diagnose:
         lambda wildcards: RUN_OF[wildcards.method],
         [RUN_OF["ce"]] if "ce" in RUN_OF else [],
     output:
-        f"results/{NAME}/diagnostics-{{method}}.csv",
-        f"results/{NAME}/ablations-{{method}}.csv",
+        touch(f"{MARKS}/diagnostics-{{method}}"),
     params:
         version=VERSIONS["diagnostics"],
         protocol=PROFILE.protocol("diagnostics"),
@@ -185,7 +185,7 @@ rule certify:
     input:
         lambda wildcards: RUN_OF.get(wildcards.method, CERTIFYING),
     output:
-        f"results/{NAME}/certificates-{{method}}.csv",
+        touch(f"{MARKS}/certificates-{{method}}"),
     params:
         version=VERSIONS["certificate"],
         protocol=PROFILE.protocol("certificates"),
@@ -202,9 +202,9 @@ rule sandwich:
     input:
         lambda wildcards: RUN_OF[wildcards.method],
         # the radii within which the attacks search
-        f"results/{NAME}/certificates-{{method}}.csv",
+        f"{MARKS}/certificates-{{method}}",
     output:
-        f"results/{NAME}/sandwich-{{method}}.csv",
+        touch(f"{MARKS}/sandwich-{{method}}"),
     params:
         version=VERSIONS["sandwich"],
         protocol=PROFILE.protocol("sandwich"),
@@ -227,11 +227,11 @@ for chapter, source in CHAPTERS.items():
             TOOLS,
             source=f"notebooks/{chapter}.md",
         output:
-            figures(chapter),
-            notebook=f"_build/{NAME}/{chapter}.ipynb",
+            touch(f"{MARKS}/{chapter}"),
         params:
+            notebook=f"_build/{NAME}/{chapter}.ipynb",
             # by its words, since a path with braces could not be an input
             profile=digest(PROFILE.path.read_bytes()),
         threads: 1
         shell:
-            "{PYTHON} -m tools.execute {input.source:q} --profile {GIVEN} --output {output.notebook:q}"
+            "{PYTHON} -m tools.execute {input.source:q} --profile {GIVEN} --output {params.notebook:q}"

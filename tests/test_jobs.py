@@ -134,7 +134,7 @@ def start(home: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def pipeline(*config: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "profile=lost", *config]
         command += ["--keep-incomplete", "--rerun-incomplete", "--keep-going", "--nolock", "--"]
-        command += ["results/lost/attacks-ce.csv", "results/lost/attacks-pgd-at.csv"]
+        command += ["_build/lost/done/attacks-ce", "_build/lost/done/attacks-pgd-at"]
         options = {"cwd": home, "env": os.environ | environment(home), "start_new_session": True, "text": True}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         begun.append(subprocess.Popen(command, **options, **pipes))

@@ -179,6 +179,32 @@ def test_what_an_earlier_run_left_stays_until_the_next_is_whole(one_chapter: Pat
     assert (one_chapter / "figures/smoke/fig-test.csv").read_bytes() == drawn
 
 
+def test_the_pipeline_removes_nothing_that_was_made(one_chapter: Path) -> None:
+    command = ("snakemake", "--cores", "1", "--quiet", "rules", "--config", "profile=smoke")
+    source, made = one_chapter / "notebooks/01-test.md", ("_build/smoke/01-test.ipynb", "figures/smoke/fig-test.png")
+    assert run(one_chapter, *command).returncode == 0
+    before = [(one_chapter / name).read_bytes() for name in made]
+    failing = CHAPTER + "\n```{code-cell} ipython3\nnothing\n```\n"
+    for _ in range(2):  # a failed job is not taken for a done one
+        source.write_text(failing, encoding="utf-8")
+        done = run(one_chapter, *command)
+        assert done.returncode == 1
+        assert "name 'nothing' is not defined" in done.stderr
+        assert [(one_chapter / name).read_bytes() for name in made] == before
+    source.write_text(failing.replace("nothing", "print('more')"), encoding="utf-8")
+    assert run(one_chapter, *command).returncode == 0
+    assert (one_chapter / made[0]).read_bytes() != before[0]
+
+
+def test_a_chapter_draws_what_it_labels(one_chapter: Path) -> None:
+    source = one_chapter / "notebooks/01-test.md"
+    source.write_text(CHAPTER.replace('"fig-test", pd', '"fig-other", pd'), encoding="utf-8")
+    done = execute(one_chapter, "01-test")
+    assert done.returncode == 1
+    assert done.stderr == "notebooks/01-test.md: expected it to draw all that it labels, got no fig-test\n"
+    assert not (one_chapter / "figures/smoke").exists()
+
+
 def test_a_chapter_of_other_words_or_parameters_is_executed_whatever_the_times(one_chapter: Path) -> None:
     """As a copy leaves them: sources older than what was made of earlier ones, and nothing of the pipeline's own."""
 

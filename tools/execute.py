@@ -135,6 +135,10 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
         write_string(_gathered(drawn), "")
         _run(notebook, running, parameters, folder=source.parent, drawn=drawn, profile=profile.name)
         figures = output.with_name(f"{output.stem}-figures") if given else root / "figures"
+        if missing := [
+            label for label in notebooks.figure_labels(notebook) if not _is_drawn(label, drawn, profile.name)
+        ]:
+            raise ValueError(f"expected it to draw all that it labels, got no {', '.join(missing)}")
         note_files(running, drawn)
         for path in _files_under(drawn):
             copy_whole(path, figures / path.relative_to(drawn))
@@ -172,6 +176,10 @@ def note_files(executed: Path, drawn: Path) -> None:
             read[name] = found if read.get(name, found) == found else ""
     notebook.metadata.clustr["published"] = read
     nbformat.write(notebook, executed)
+
+
+def _is_drawn(label: str, drawn: Path, profile: str) -> bool:
+    return all((drawn / profile / f"{label}{kind}").is_file() for kind in (".svg", ".png", ".csv", ".json"))
 
 
 def _gathered(drawn: Path) -> Path:

@@ -50,7 +50,9 @@ def models(root: Path, *, methods: Sequence[str] = ()) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "book")
         shutil.copytree(root, copy, ignore=_not_copied(root))
-        targets = [f"results/{PROFILE}/{name}" for name in names if methods]
+        # the pipeline's marks; one command writes diagnostics and ablations
+        wanted = [name.removesuffix(".csv") for name in names if methods and not name.startswith("ablations")]
+        targets = [f"_build/{PROFILE}/done/{name}" for name in wanted]
         command = [sys.executable, "-m", "snakemake", *targets, "--cores", "all", "--config", f"profile={PROFILE}"]
         environment = os.environ | {"CLUSTR_HOME": str(copy), "PYTHONPATH": str(copy)}
         print(f"  {', '.join(methods) or 'everything'} of profile {PROFILE} is trained and measured anew", flush=True)
