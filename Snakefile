@@ -6,12 +6,12 @@
 # Training keeps its own checkpoints beside run.json, which appears when the run is complete, so that the next call goes
 # on from the last epoch. Tables are made of pieces that are kept beside the run in the same way.
 #
-# Snakemake deletes the outputs of a job when it begins and when it fails. Tables, figures and executed chapters are
-# therefore no rule's outputs: each command puts its own in place once they are whole, and a mark in _build/<profile>/done
-# stands for them. What is done is told by what files say of themselves, not by when they were written, since they are
-# copied in any order and made by hand, too: before anything is planned, a table that the profile would make so today has
-# its mark, with a time after its runs', and any other one has none; and so with a chapter that was executed from other
-# words or rows. A finished run is no rule's output, so that nothing deletes it or trains it again.
+# Snakemake deletes the outputs of a job when it begins and when it fails. Nothing that is worth keeping is therefore an
+# output of a rule: each command puts what it makes in place once it is whole, and an empty mark in _build/<profile>/done
+# stands for it. What is done is told by what files say of themselves, not by when they were written, since they are
+# copied in any order and made by hand, too: before anything is planned, a finished run has its mark, and so has a table
+# that the profile would make so today, with a time after its runs', and a chapter that was executed from the words and
+# rows that are here; any other one has none.
 import os
 import re
 import shlex
@@ -44,9 +44,9 @@ CORE = sorted(str(path) for path in [*Path("clustr_core").rglob("*.py"), *Path("
 TOOLS = ["tools/execute.py", "tools/notebooks.py"]
 
 METHOD_OF = {run_key(recipe): method for method, recipe in PROFILE.recipes.items()}
-RUN_OF = {method: f"runs/{key}/run.json" for key, method in METHOD_OF.items()}
 RESULTS = Path("results") / NAME
 MARKS = Path("_build") / NAME / "done"
+RUN_OF = {method: f"{MARKS}/run-{key}" for key, method in METHOD_OF.items()}
 # one command writes diagnostics and ablations, and one mark stands for both
 TABLES = [
     f"{MARKS}/{kind}-{method}"
@@ -56,9 +56,10 @@ TABLES = [
 ]
 # where Snakemake is started again for one job, what was not there when the job was sent may be there now
 PLANS = workflow.is_main_process
-TRAINED = [key for key, method in METHOD_OF.items() if PLANS and (run_folder(PROFILE.recipes[method]) / DONE).exists()]
-# the runs from which attacks are transferred
-SOURCES = sorted({RUN_OF[each.source] for each in PROFILE.attacks.values() if each.attack == "transfer"})
+FINISHED = {method: run_folder(PROFILE.recipes[method]) / DONE for method in RUN_OF}
+TRAINED = [key for key, method in METHOD_OF.items() if PLANS and FINISHED[method].exists()]
+# the methods from whose runs attacks are transferred
+SOURCES = sorted({each.source for each in PROFILE.attacks.values() if each.attack == "transfer"})
 # prototypes are certified without a run: what their table depends on is code
 CERTIFYING = [path for path in CORE if "certificates" in Path(path).parts]
 CHAPTERS = {source.stem: notebooks.read_source(source) for source in notebooks.sources(Path("."))}
@@ -73,13 +74,13 @@ if braced := [recipe.dataset for recipe in PROFILE.recipes.values() if re.search
 
 def done_today():
     """What is what would be made today, by the name of its mark, and the files whose latest is the mark's time."""
-    done = {}
+    done = {f"run-{key}": [FINISHED[METHOD_OF[key]]] for key in TRAINED}
     for kind, method in PROFILE.tables:
         kinds = ("diagnostics", "ablations") if kind == "diagnostics" else (kind,)
         if kind != "ablations" and all(is_written(RESULTS, PROFILE, each, method) for each in kinds):
             radii = [RESULTS / f"certificates-{method}.csv"] if kind == "sandwich" else []
             tables = [RESULTS / f"{each}-{method}.csv" for each in kinds]
-            runs = map(Path, [RUN_OF.get(method, ""), RUN_OF.get("ce", ""), *SOURCES])
+            runs = [FINISHED[each] for each in (method, "ce", *SOURCES) if each in FINISHED]
             done[f"{kind}-{method}"] = [*tables, *radii, *runs]
     for chapter in CHAPTERS:
         executed = Path(f"_build/{NAME}/{chapter}.ipynb")
@@ -93,9 +94,8 @@ def settle():
     for recipe in PROFILE.recipes.values():
         check_weights(recipe)
     done = done_today()
-    for path in MARKS.glob("*"):
-        if path.name not in done:
-            path.unlink()
+    for name in {*map(os.path.basename, [*RUN_OF.values(), *TABLES]), *CHAPTERS} - set(done):
+        (MARKS / name).unlink(missing_ok=True)
     for name, files in done.items():
         # a file of one's own, whoever left the last one
         write_string(MARKS / name, "")
@@ -116,7 +116,7 @@ def needs(mem_mb, runtime, processes=PROCESSES):
 def warm_start(wildcards):
     """The run that this one starts from, if any."""
     start = PROFILE.recipes[METHOD_OF[wildcards.key]].warm_start
-    return [f"runs/{run_key(start)}/run.json"] if start else []
+    return [f"{MARKS}/run-{run_key(start)}"] if start else []
 
 
 wildcard_constraints:
@@ -138,7 +138,7 @@ rule train:
     input:
         warm_start,
     output:
-        "runs/{key}/run.json",
+        touch(f"{MARKS}/run-{{key}}"),
     params:
         method=lambda wildcards: METHOD_OF[wildcards.key],
     threads: PROCESSES
@@ -151,7 +151,7 @@ rule train:
 rule attack:
     input:
         lambda wildcards: RUN_OF[wildcards.method],
-        SOURCES,
+        [RUN_OF[source] for source in SOURCES],
     output:
         touch(f"{MARKS}/attacks-{{method}}"),
     params:

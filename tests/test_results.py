@@ -8,7 +8,7 @@ from pandas.testing import assert_frame_equal
 
 from clustr_core.attacks.names import PAPER_RESTARTS, PAPER_STEPS
 from clustr_core.certificates.names import HARD_BOUNDS
-from clustr_core.measuring import checks, study
+from clustr_core.measuring import study
 from clustr_core.measuring.accuracy import (
     best_bound,
     broken_certificates,
@@ -146,13 +146,10 @@ def test_findings_cover_every_method_and_follow_their_thresholds(profile: str) -
     methods = {*profile_of(profile).ordinary, "ce-clusters"}
     assert set(findings["method"]) == methods == set(rows(profile, "ablations")["method"])
     assert (findings["flagged"] == (findings["value"] > findings["threshold"])).all()
-    # the first rows of the photographs were measured before the checks that others have published came in
-    ours = {name for name, check in CHECKS.items() if check.ask.__module__ == checks.__name__}
     asked = findings.groupby("method")["check"].agg(set)
-    earlier = {"free-at", "fast-at", "free-clustr"} if profile == "cpu-cifar10" else set()
-    for method, names in asked.items():
+    for names in asked:
         # the model from which images are transferred has no such check
-        assert names | {"black box: transfer"} == (ours if method in earlier else set(CHECKS))
+        assert names | {"black box: transfer"} == set(CHECKS)
     thresholds = findings.groupby("check")["threshold"].agg(["min", "max"])
     assert thresholds.eq(pd.Series({name: check.threshold for name, check in CHECKS.items()}), axis=0).all(axis=None)
 

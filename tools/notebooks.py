@@ -13,7 +13,7 @@ from nbformat import NotebookNode
 
 from clustr_core.measuring.profile import Profile
 from clustr_core.storage.files import digest
-from clustr_core.storage.gate import MB, brief, read_bytes, read_text
+from clustr_core.storage.gate import MB, TABLE_LIMIT, brief, read_bytes, read_text
 from clustr_core.storage.provenance import names_in
 
 FIGURE_LABEL = re.compile(r"fig-[a-z0-9]+(?:-[a-z0-9]+)*")
@@ -193,15 +193,15 @@ def provenance(root: Path, source: Path, profile: Profile, *, results: str = "re
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     everything = bool(ALL_METHODS.search(code))
 
-    def is_read(table: Path) -> bool:
-        kind, method = table.stem.partition("-")[::2]
+    def is_read(kind: str, method: str) -> bool:
         return NAMED_WHERE_READ.get(kind, "") in code and (everything or f'"{method}"' in code)
 
-    tables = sorted((root / results / name).glob("*.csv")) if uses_tables(notebook) else []
+    read = [f"{kind}-{method}.csv" for kind, method in profile.tables if is_read(kind, method)]
+    tables = [root / results / name / table for table in sorted(read)] if uses_tables(notebook) else []
     return {
         "profile": {"name": name, "sha256": profile.sha256},
         "source": digest(source.read_bytes()),
-        "tables": {path.name: digest(path.read_bytes()) for path in tables if is_read(path)},
+        "tables": {path.name: digest(read_bytes(path, limit=TABLE_LIMIT)) for path in tables if path.exists()},
     }
 
 
@@ -241,9 +241,9 @@ def is_current(root: Path, source: Path, executed: Path, profile: Profile) -> bo
             for name, found in said["drawn"].items()
         )
         others = changed(root, said["published"])
+        made_from = provenance(root, source, profile)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
-    made_from = provenance(root, source, profile)
     return (
         drawn and not others and "given" not in said and all(said.get(key) == value for key, value in made_from.items())
     )

@@ -233,9 +233,10 @@ def _as_executed(run: NotebookNode) -> NotebookNode:
 
 def _check_is_made(folder: Path, files: Sequence[Path]) -> None:
     """Refuse a folder with anything but these files and earlier ones that have sidecars: it would be removed."""
-    names = {path.name for path in files}
+    names, kinds = {path.name for path in files}, {path.suffix for path in files} | {".csv", ".json"}
     for path in sorted(folder.glob("*")):
-        if path.is_file() and path.name not in names and not is_sidecar(path.with_suffix(".json")):
+        is_made = path.suffix in kinds and is_sidecar(path.with_suffix(".json"))
+        if path.is_file() and path.name not in names and not is_made:
             raise ValueError(
                 f"{path}: expected nothing beside what is published, got a file of one's own; move it away"
             )
