@@ -196,6 +196,44 @@ def test_the_pipeline_removes_nothing_that_was_made(one_chapter: Path) -> None:
     assert (one_chapter / made[0]).read_bytes() != before[0]
 
 
+def test_only_marks_are_outputs_of_rules() -> None:
+    """Snakemake deletes the outputs of a job that begins: of a run that somebody else has finished meanwhile, too."""
+    outputs = re.findall(r"output:\n +(.*)\n", (ROOT / "Snakefile").read_text(encoding="utf-8"))
+    assert len(outputs) == 6
+    assert all(re.fullmatch(r'touch\(f"\{MARKS\}/.*"\),', output) for output in outputs)
+
+
+def test_odd_files_beside_tables_and_marks_stop_nothing(one_chapter: Path) -> None:
+    rows, marks = one_chapter / "results/smoke", one_chapter / "_build/smoke/done"
+    for folder in (rows, marks):
+        folder.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(rows / "own.csv")
+    (rows / "folder.csv").mkdir()
+    (rows / "broken.csv").symlink_to("nowhere")
+    (marks / "remarks.txt").write_text("mine", encoding="utf-8")
+    (one_chapter / "notebooks/01-test.md").write_text(CHAPTER.replace("rows = 2", "profile = 'smoke'\nrows = 2"))
+    done = run(one_chapter, "snakemake", "--cores", "1", "--quiet", "rules", "--config", "profile=smoke")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (marks / "remarks.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_executed_chapter_that_shows_something_else_is_executed_anew(
+    one_chapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert execute(one_chapter, "01-test", "quick").returncode == 0
+    monkeypatch.setenv("CLUSTR_HOME", str(one_chapter))
+    executed, profile = one_chapter / "_build/quick/01-test.ipynb", load_profile("quick")
+    source, notebook = one_chapter / "notebooks/01-test.md", nbformat.read(executed, as_version=4)
+    nbformat.write(notebook, executed)
+    assert notebooks.is_current(one_chapter, source, executed, profile)
+    notebook.cells[-1].outputs = []
+    nbformat.write(notebook, executed)
+    assert not notebooks.is_current(one_chapter, source, executed, profile)
+    done = called(publish.main, one_chapter, "--profile", "quick")
+    assert done.returncode == 1
+    assert "its cells show something else than when it was executed" in done.stderr
+
+
 def test_a_chapter_draws_what_it_labels(one_chapter: Path) -> None:
     source = one_chapter / "notebooks/01-test.md"
     source.write_text(CHAPTER.replace('"fig-test", pd', '"fig-other", pd'), encoding="utf-8")
@@ -448,6 +486,7 @@ def test_a_profile_replaces_no_tables_that_are_published_of_something_else(one_c
     [
         "results/published/smoke/NOTES.md",
         "results/published/smoke/attacks-notes.json",
+        "figures/published/smoke/fig-test.pdf",
         "figures/published/smoke/my-own.svg",
         "figures/published/smoke/fig-mine.png",
     ],
@@ -630,7 +669,10 @@ def test_what_is_no_file_ends_no_comparison(one_chapter: Path, capsys: pytest.Ca
     for folder in (mine.parent, theirs.parent):
         folder.mkdir(parents=True, exist_ok=True)
     theirs.write_text("a\n1\n", encoding="utf-8")
+    for folder, words in ((mine.parent, "a,b\n1,2\n"), (theirs.parent, "method,radius\nce,x\n")):
+        (folder / "certificates-ce.csv").write_text(words, encoding="utf-8")
     os.mkfifo(mine)
     done = called(compare.main, one_chapter, "--profile", "smoke")
     assert done.returncode == 0
-    assert "x.csv: cannot be compared (ValueError: " in done.stdout
+    assert "  certificates-ce.csv: cannot be compared (" in done.stdout
+    assert "  x.csv: cannot be compared (ValueError: " in done.stdout

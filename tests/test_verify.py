@@ -1,5 +1,6 @@
 """What is published is held to its tables, sidecars and weights: each kind of tampering is seen."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -161,6 +162,24 @@ def test_a_changed_training_is_seen(copy: Path, name: str, pattern: str, replace
 def test_a_missing_sidecar_is_seen(copy: Path) -> None:
     (copy / "results/published/bench/bench.json").unlink()
     assert any("bench.json" in fault for fault in claims.sidecar_faults(copy))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_what_is_no_file_is_named_and_not_waited_for(copy: Path) -> None:
+    weights = copy / "results/published/quick/weights/ce/model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)
+    assert any(
+        "weights/ce/model.safetensors: expected a regular file" in fault for fault in claims.sidecar_faults(copy)
+    )
+
+
+@pytest.mark.parametrize(("key", "value"), [("method", []), ("versions", 3), ("profile", 3), ("sources", {"ce": 3})])
+def test_a_sidecar_of_another_kind_is_named(copy: Path, key: str, value: object) -> None:
+    table = copy / "results/published/quick/attacks-ce.csv"
+    write_sidecar(table, check_sidecar(table)["made"] | {key: value})
+    with pytest.raises(ValueError, match=f"attacks-ce.json: made: expected a .* in {key}, got"):
+        check_sidecar(table)
 
 
 def test_a_changed_weight_is_seen(copy: Path) -> None:

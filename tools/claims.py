@@ -43,7 +43,7 @@ from clustr_core.measuring.study import Study, as_far_as_published, certified_li
 from clustr_core.measuring.versions import MEASUREMENT_OF
 from clustr_core.measuring.written import asked_of, differing
 from clustr_core.storage.files import digest, home, read_json, seal_of
-from clustr_core.storage.gate import brief
+from clustr_core.storage.gate import TENSORS_LIMIT, brief, read_bytes
 from clustr_core.storage.provenance import check_sidecar, profile_of
 from clustr_core.storage.tables import read_table
 from clustr_core.training.names import DONE, HISTORY, WEIGHTS
@@ -241,7 +241,7 @@ def _run_faults(root: Path, folder: Path) -> Iterator[str]:
     place = (folder / DONE).relative_to(root)
     try:
         said = read_json(folder / DONE)
-        found = {key: digest((folder / name).read_bytes()) for key, name in SEALED.items()}
+        found = {key: digest(read_bytes(folder / name, limit=TENSORS_LIMIT)) for key, name in SEALED.items()}
     except (ValueError, OSError) as error:
         yield str(error).replace(f"{root}/", "")
         return

@@ -87,7 +87,7 @@ def _verdict(mine: Path, theirs: Path) -> tuple[str, str]:
         if (published := accuracies(theirs)) is not None and (found := accuracies(mine)) is not None:
             return _beside(found, published)
         return "differs", f"differs in {_differing(read_checked(mine), read_checked(theirs))}"
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # of many kinds, for what is no table of rows
         return "not comparable", f"cannot be compared ({type(error).__name__}: {error})"
 
 

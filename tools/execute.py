@@ -165,7 +165,8 @@ def _read_chapter(source: Path) -> tuple[NotebookNode, dict[str, Any]]:
 
 def note_files(executed: Path, drawn: Path) -> None:
     """Note in an executed notebook the SHA-256 of each file that it drew into a folder, as ``drawn``, and of each
-    committed table that it read, as it was then, as ``published``: empty where it read two."""
+    committed table that it read, as it was then, as ``published``: empty where it read two; and that of what its cells
+    show, as ``outputs``."""
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata.clustr["drawn"] = {
         path.relative_to(drawn).as_posix(): digest(path.read_bytes()) for path in _files_under(drawn)
@@ -175,6 +176,7 @@ def note_files(executed: Path, drawn: Path) -> None:
         if notebooks.PUBLISHED.fullmatch(name):
             read[name] = found if read.get(name, found) == found else ""
     notebook.metadata.clustr["published"] = read
+    notebook.metadata.clustr["outputs"] = notebooks.outputs_digest(json.loads(nbformat.writes(notebook)))
     nbformat.write(notebook, executed)
 
 

@@ -223,6 +223,12 @@ def _digest_now(root: Path, name: str) -> str | None:
     return digest((root / name).read_bytes()) if (root / name).is_file() else None
 
 
+def outputs_digest(notebook: Mapping[str, Any]) -> str:
+    """The SHA-256 of what the cells of a notebook show, as a file holds it."""
+    shown = [cell.get("outputs", []) for cell in notebook["cells"]]
+    return digest(json.dumps(shown, sort_keys=True).encode("utf-8"))
+
+
 def is_executed(path: Path) -> bool:
     """Whether a file is a notebook that `tools.execute` has made."""
     try:
@@ -233,9 +239,10 @@ def is_executed(path: Path) -> bool:
 
 def is_current(root: Path, source: Path, executed: Path, profile: Profile) -> bool:
     """Whether an executed chapter is of its source, its profile, that profile's rows and the committed tables as they
-    are now, and what it drew is there."""
+    are now, shows what it showed, and what it drew is there."""
     try:
-        said = json.loads(read_text(executed, limit=NOTEBOOK_LIMIT))["metadata"]["clustr"]
+        notebook = json.loads(read_text(executed, limit=NOTEBOOK_LIMIT))
+        said, shown = notebook["metadata"]["clustr"], outputs_digest(notebook)
         drawn = all(
             DRAWN.fullmatch(name) and digest(read_bytes(root / "figures" / name, limit=SOURCE_LIMIT)) == found
             for name, found in said["drawn"].items()
@@ -245,5 +252,9 @@ def is_current(root: Path, source: Path, executed: Path, profile: Profile) -> bo
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
     return (
-        drawn and not others and "given" not in said and all(said.get(key) == value for key, value in made_from.items())
+        drawn
+        and not others
+        and said.get("outputs") == shown
+        and "given" not in said
+        and all(said.get(key) == value for key, value in made_from.items())
     )

@@ -7,6 +7,7 @@ A twin is the source's own cells with the run's outputs, and nothing that change
 
 import argparse
 import copy
+import json
 import math
 import re
 import sys
@@ -61,7 +62,7 @@ def twin(source: NotebookNode, executed: NotebookNode, *, stem: str) -> Notebook
 
 def _metadata(source: NotebookNode, executed: NotebookNode) -> dict[str, Any]:
     kept = {key: value for key, value in source.metadata.items() if key not in ("papermill", "trusted")}
-    clustr = {key: value for key, value in executed.metadata["clustr"].items() if key != "drawn"}
+    clustr = {key: value for key, value in executed.metadata["clustr"].items() if key not in ("drawn", "outputs")}
     # in whole minutes: seconds are others at every run
     made = clustr["made"] | {"minutes": math.ceil(executed.metadata["papermill"]["duration"] / 60)}
     return kept | {"language_info": LANGUAGE, "clustr": clustr | {"made": made}}
@@ -209,7 +210,10 @@ def _executed(root: Path, profile: str) -> dict[Path, NotebookNode]:
         if not path.exists():
             raise ValueError(f"{name}: expected an executed chapter, got none: make figures first")
         try:
-            runs[source] = _as_executed(nbformat.reads(read_text(path, limit=notebooks.NOTEBOOK_LIMIT), as_version=4))
+            text = read_text(path, limit=notebooks.NOTEBOOK_LIMIT)
+            runs[source] = _as_executed(nbformat.reads(text, as_version=4))
+            if runs[source].metadata.clustr["outputs"] != notebooks.outputs_digest(json.loads(text)):
+                raise ValueError("its cells show something else than when it was executed: make figures first")
         except Exception as error:  # of many kinds, for what is no notebook
             said = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 200)
             raise ValueError(f"{name}: expected a chapter as tools.execute leaves it, got another ({said})") from error

@@ -187,7 +187,7 @@ def elsewhere(made: Mapping[str, Any]) -> list[str]:
     here = environment("cpu")
     pairs = {"processor": (made.get("processor"), here["processor"]), "threads": (made.get("threads"), 1)}
     for name in ("torch", "numpy"):
-        pairs[name] = (made.get("versions", {}).get(name), here["versions"][name])
+        pairs[name] = ((made.get("versions") or {}).get(name), here["versions"][name])
     return [f"{name} {there}, here {now}" for name, (there, now) in pairs.items() if there != now]
 
 

@@ -183,12 +183,13 @@ def _held(table: Path, written: bytes) -> dict[str, Any]:
     made = content.get("made")
     if not isinstance(said, dict) or not isinstance(made, dict):
         raise ValueError(f"{path}: expected the keys table and made, got {sorted(content)}")
-    nested = [(name, made.get(name) or {}) for name in ("protocol", "sources")]
+    nested = [(name, made.get(name) or {}) for name in ("protocol", "sources", "versions")]
     nested += [(name, each) for name, value in nested[1:2] if isinstance(value, dict) for each in value.values()]
     if odd := [name for name, value in nested if not isinstance(value, dict)]:
         raise ValueError(f"{path}: made: expected a mapping in {odd[0]}, got {brief(made[odd[0]])}")
-    if not isinstance(made.get("profile"), dict | str | None):
-        raise ValueError(f"{path}: made: expected a name in profile, got {brief(made['profile'])}")
+    for name, kinds in {"profile": dict | str | None, "method": str | None}.items():
+        if not isinstance(made.get(name), kinds):
+            raise ValueError(f"{path}: made: expected a name in {name}, got {brief(made[name])}")
     if wrong := sorted(key for key in found if said.get(key) != found[key]):
         differing = ", ".join(f"{key} {brief(said.get(key))}, found {brief(found[key])}" for key in wrong)
         raise ValueError(f"{table}: expected the table that its sidecar describes: {differing}")
