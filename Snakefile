@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(workflow.basedir))
@@ -67,6 +68,9 @@ CHAPTERS = {source.stem: notebooks.read_source(source) for source in notebooks.s
 
 if unknown := sorted(set(PROFILE.chapters) - set(CHAPTERS)):
     raise ValueError(f"{PROFILE.path.name}: chapters: expected some of {sorted(CHAPTERS)}, got {unknown}")
+drawn = Counter(label for source in CHAPTERS.values() for label in notebooks.figure_labels(source))
+if twice := sorted(label for label, count in drawn.items() if count > 1):
+    raise ValueError(f"notebooks: expected one chapter to draw {twice[0]}, got {drawn[twice[0]]}, as copies of one do")
 # runs are named by their folder of images, and Snakemake takes what stands in braces for a wildcard
 if braced := [recipe.dataset for recipe in PROFILE.recipes.values() if re.search("[{}]", run_key(recipe))]:
     raise ValueError(f"{PROFILE.path.name}: dataset: expected a folder whose name has no braces, got {brief(braced[0])}")

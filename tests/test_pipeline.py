@@ -662,6 +662,13 @@ def test_a_profile_names_chapters_that_are_there(one_chapter: Path) -> None:
     assert "smoke.yaml: chapters: expected some of ['01-test'], got ['01-tset']" in done.stdout + done.stderr
 
 
+def test_a_copy_of_a_chapter_draws_over_nothing(one_chapter: Path) -> None:
+    (one_chapter / "notebooks/01-test-Copy1.md").write_text(CHAPTER, encoding="utf-8")
+    done = planned(one_chapter, "--cores", "1", "--config", "profile=smoke")
+    assert done.returncode != 0
+    assert "notebooks: expected one chapter to draw fig-test, got 2" in done.stdout + done.stderr
+
+
 def test_what_is_no_file_ends_no_comparison(one_chapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = called(compare.main, one_chapter, "--profile", "nosuch")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)

@@ -45,6 +45,9 @@ class Stranger(nn.Module):
         shape = ", ".join(map(str, images.shape[1:]))
         with named_here(f"{self.argument}: expected one that takes images of shape [batch, {shape}]"):
             outputs: object = self.model(images.clone())
+        # a nested tensor has no shape that could be asked for
+        if isinstance(outputs, Tensor) and outputs.is_nested:
+            outputs = list(outputs.unbind())
         if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(images):
             got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise Failed(f"{self.argument}: expected outputs of shape [{len(images)}, class], got {got}")

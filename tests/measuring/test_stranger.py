@@ -48,6 +48,13 @@ class Sparse(Flat):
     def forward(self, x):
         return self.inner(x).to_sparse()
 
+class Nested(Flat):
+    def forward(self, x):
+        return torch.nested.nested_tensor(list(self.inner(x)), layout=torch.jagged)
+
+def nested():
+    return Nested()
+
 def sparse():
     return Sparse()
 
@@ -284,6 +291,7 @@ def test_outputs_of_half_the_bits_are_judged(here, capsys):
         (["--model", "{}:refuses", *ASKED], "model: expected one that the battery can attack, got KeyError: 'slopes'"),
         (["--model", "{}:fewer", *ASKED], "model: expected outputs of shape ["),
         (["--model", "{}:complex_", *ASKED], "that are dense real numbers on cpu, got torch.strided torch.complex64"),
+        (["--model", "{}:nested", *ASKED], "class], got list"),
         (["--model", "{}:sparse", *ASKED], "outputs that are dense real numbers on cpu, got torch.sparse_coo"),
         (["--model", "{}:empty", *ASKED], "expected outputs that are dense real numbers on cpu, got torch.strided"),
         (["--model", "{}:growing", *ASKED], "model: expected as many classes at each call, got 10, then 20"),
