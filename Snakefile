@@ -49,12 +49,7 @@ RESULTS = Path("results") / NAME
 MARKS = Path("_build") / NAME / "done"
 RUN_OF = {method: f"{MARKS}/run-{key}" for key, method in METHOD_OF.items()}
 # one command writes diagnostics and ablations, and one mark stands for both
-TABLES = [
-    f"{MARKS}/{kind}-{method}"
-    for kind, methods in PROFILE.measured.items()
-    for method in methods
-    if kind != "ablations"
-]
+TABLES = [f"{MARKS}/{kind}-{method}" for kind, method in PROFILE.tables if kind != "ablations"]
 # where Snakemake is started again for one job, what was not there when the job was sent may be there now
 PLANS = workflow.is_main_process
 FINISHED = {method: run_folder(PROFILE.recipes[method]) / DONE for method in RUN_OF}

@@ -135,9 +135,8 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
         write_string(_gathered(drawn), "")
         _run(notebook, running, parameters, folder=source.parent, drawn=drawn, profile=profile.name)
         figures = output.with_name(f"{output.stem}-figures") if given else root / "figures"
-        if missing := [
-            label for label in notebooks.figure_labels(notebook) if not _is_drawn(label, drawn, profile.name)
-        ]:
+        labels = notebooks.figure_labels(notebook)
+        if missing := [label for label in labels if not _is_drawn(label, drawn, profile.name)]:
             raise ValueError(f"expected it to draw all that it labels, got no {', '.join(missing)}")
         note_files(running, drawn)
         for path in _files_under(drawn):
