@@ -112,15 +112,14 @@ def fit(
             call takes up after the last whole epoch.
     Raises:
         ValueError: if the recipe's method is not registered; with ``captured``, on a CPU or in several processes; if
-            ``folder`` holds the run of another recipe, version or data, a damaged checkpoint, files of a run's names
+            the folder holds the run of another recipe, version or data, a damaged checkpoint, files of a run's names
             that no run left there, or with ``half`` a run in full precision; if the finished network could have no
             clusters, which a class with too few examples makes impossible; if the training diverges or collapses, in
             the epoch where it does. What was kept so far stays.
     """
     check_registered(recipe)
-    if folder is not None:
-        _check_nobodys(Path(folder))
     folder = Path(folder or run_folder(recipe))
+    _check_nobodys(folder)
     if not isinstance(dataset, data.Dataset | None):
         raise TypeError(f"dataset: expected a Dataset, as load_dataset gives one, got {brief(dataset)}")
     if dataset is not None and dataset.name != recipe.dataset:
@@ -135,7 +134,8 @@ def fit(
 
 def _check_nobodys(folder: Path) -> None:
     """Refuse a folder with files of a run's names that no run has left there: they would be replaced."""
-    if any((folder / name).exists() for name in (DONE, CHECKPOINT)):
+    # the checkpoint first: who is finishing beside us removes it once the other is there
+    if any((folder / name).exists() for name in (CHECKPOINT, DONE)):
         return
     names = [WEIGHTS, HISTORY, *(f"snapshots/{path.name}" for path in folder.glob("snapshots/*"))]
     if lost := [name for name in names if (folder / name).is_file() and not (folder / name).is_symlink()]:

@@ -1022,12 +1022,15 @@ def test_a_training_that_is_refused_leaves_no_folder(train, home):
     assert not (home / "run").exists()
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["named", "usual folder"])
 @pytest.mark.parametrize("name", [WEIGHTS, HISTORY])
-def test_a_file_of_ones_own_is_not_taken_for_a_runs(train, home, name):
-    (folder := home / "mine").mkdir(parents=True)
+def test_a_file_of_ones_own_is_not_taken_for_a_runs(train, home, name, given):
+    recipe = RECIPES["ce, sgd, crop, milestones"]
+    folder = home / "mine" if given else run_folder(recipe)
+    folder.mkdir(parents=True)
     (folder / name).write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match=f"folder: expected a run's or an empty one, got {name} without a run in"):
-        train(RECIPES["ce, sgd, crop, milestones"], folder=folder)
+        train(recipe, folder=folder if given else None)
     assert (folder / name).read_text(encoding="utf-8") == "mine"
     assert [path.name for path in folder.iterdir()] == [name]
 
