@@ -23,12 +23,14 @@ sys.path.insert(0, str(workflow.basedir))
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.versions import VERSIONS
 from clustr_core.measuring.written import asked_beside, check_weights, is_written
-from clustr_core.storage.files import digest, write_string
+from clustr_core.storage.files import digest, home, write_string
 from clustr_core.storage.gate import brief
 from clustr_core.training.names import DONE
 from clustr_core.training.recipes import run_folder, run_key
 from tools import notebooks
 
+if home().resolve() != Path.cwd():
+    raise ValueError(f"CLUSTR_HOME: expected the folder of this book, {Path.cwd()}, or none, got {home()}")
 PROFILE = load_profile(config.get("profile", "quick"))
 NAME = PROFILE.name
 # the profile as the commands are given it: a file may lie anywhere, under a name that a shell would read otherwise

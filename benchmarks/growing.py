@@ -10,11 +10,14 @@ import pandas as pd
 
 from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.measuring.study import as_far_as_published
-from clustr_core.storage.files import alone
+from clustr_core.measuring.versions import VERSIONS
+from clustr_core.storage.files import alone, seal_of
 from clustr_core.storage.gate import listed
 from clustr_core.storage.tables import read_table, write_table
+from clustr_core.training.recipes import Recipe, run_key, training_version
 
-# columns of keys that are no numbers, though one may look like it
+# `asked` is a digest of what decides a row: rows of what a recipe, a profile or a version said before are other rows.
+# These columns of keys are no numbers, though one may look like it
 TEXT = ("asked", "profile", "method", "dataset", "candidate", "head", "loss")
 
 
@@ -24,6 +27,17 @@ def profile_of(parser: ArgumentParser, name: str) -> Profile:
         return load_profile(name)
     except (OSError, ValueError) as error:
         parser.error(f"--profile: {error}")
+
+
+def asked_of_profile(profile: Profile) -> str:
+    """What decides all rows of a profile, in ten digits: its file, and what trains and measures."""
+    versions = {method: training_version(recipe) for method, recipe in profile.recipes.items()}
+    return seal_of({"profile": profile.sha256, "training": versions, "measured": VERSIONS})[:10]
+
+
+def asked_of_recipe(recipe: Recipe) -> str:
+    """What decides the certificates of a training, in ten digits: its recipe, and what trains and certifies."""
+    return seal_of({"run": run_key(recipe), "certified": VERSIONS["certificate"]})[:10]
 
 
 def results_of(waiting: Sequence[Future]) -> Iterator[Any]:

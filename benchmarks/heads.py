@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 from benchmarks.budget import certified, held_out, trained
-from benchmarks.growing import add_rows, done_at, results_of, rows_at
+from benchmarks.growing import add_rows, asked_of_recipe, done_at, results_of, rows_at
 from clustr_core import data
 from clustr_core.measuring.equal_minutes import TRAINING
 from clustr_core.storage.files import home
@@ -46,21 +46,32 @@ MARGINS = {"mnist5k": (1.0, 2.0), "digits": (0.25, 0.5, 1.0)}
 SHARES = (1 / 8,)
 LARGEST = {"mnist5k": 4.0, "digits": 1.6}
 SETTING_SEED = 1000
-KEY = [*TRAINING, "seconds"]
+KEY = [*TRAINING, "asked", "seconds"]
 Key = tuple[str, str, str, float, float, int]
+
+
+def recipe_of(key: Key) -> Recipe:
+    """The recipe of a training, but for the epochs that fit."""
+    dataset, head, loss, margin, temperature, seed = key
+    changes = {"dataset": dataset, "loss": loss, "margin": margin, "temperature": temperature, "seed": seed}
+    return replace(HEADS[head], **changes)
 
 
 def curves(key: Key, seconds: float) -> pd.DataFrame:
     """One training: a row a bound, with the accuracy that it certifies at each radius."""
     torch.set_num_threads(1)
-    dataset, head, loss, margin, temperature, seed = key
-    given = data.load_dataset(dataset)
-    seen = held_out(given) if seed == SETTING_SEED else given
-    changes = {"dataset": dataset, "loss": loss, "margin": margin, "temperature": temperature, "seed": seed}
+    recipe = recipe_of(key)
+    given = data.load_dataset(recipe.dataset)
+    seen = held_out(given) if recipe.seed == SETTING_SEED else given
     with tempfile.TemporaryDirectory() as folder:
-        run, cost = trained(replace(HEADS[head], **changes), seen, Path(folder), seconds)
-        found = certified(run, seen, np.linspace(0, LARGEST[dataset], 41).round(6))
-    return found.assign(**dict(zip(TRAINING, key, strict=True)), **cost, seconds=seconds)
+        run, cost = trained(recipe, seen, Path(folder), seconds)
+        found = certified(run, seen, np.linspace(0, LARGEST[recipe.dataset], 41).round(6))
+    return found.assign(**dict(zip(KEY, asked_at(key, seconds), strict=True)), **cost)
+
+
+def asked_at(key: Key, seconds: float) -> tuple:
+    """What a training's rows are known by."""
+    return *key, asked_of_recipe(recipe_of(key)), seconds
 
 
 def best_settings(table: pd.DataFrame) -> dict[tuple[str, str], tuple[float, float]]:
@@ -72,14 +83,14 @@ def best_settings(table: pd.DataFrame) -> dict[tuple[str, str], tuple[float, flo
 
 def computed(keys: Sequence[Key], seconds: float, jobs: int, path: Path) -> pd.DataFrame:
     """The rows of all trainings; those that are there already are not computed again."""
-    asked, done = [(*key, seconds) for key in keys], done_at(path, KEY)
+    asked, done = {asked_at(key, seconds): key for key in keys}, done_at(path, KEY)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(curves, key[:-1], seconds) for key in asked if key not in done]
+        waiting = [pool.submit(curves, key, seconds) for at, key in asked.items() if at not in done]
         for rows in results_of(waiting):
-            order = [*TRAINING, *(name for name in rows if name not in TRAINING)]
+            order = [*KEY, *(name for name in rows if name not in KEY)]
             add_rows(path, rows[order], KEY, within=["bound"])
     found = rows_at(path, KEY)
-    return found[found[KEY].apply(tuple, axis=1).isin(set(asked))]
+    return found[found[KEY].apply(tuple, axis=1).isin(asked.keys())]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,14 +23,14 @@ import pandas as pd
 import torch
 
 from benchmarks.budget import SECONDS_PER_CPU_MINUTE, certified, held_out, trained
-from benchmarks.growing import add_rows, done_at, results_of, rows_at
+from benchmarks.growing import add_rows, asked_of_recipe, done_at, results_of, rows_at
 from clustr_core import data
 from clustr_core.storage.files import home
 from clustr_core.training.recipes import LipschitzMargin, Recipe
 from tools.telling import amount, count, told
 
 RADII = [0, 36 / 255, 72 / 255, 108 / 255]
-KEY = ["dataset", "candidate", "minutes", "seed", "images"]
+KEY = ["dataset", "candidate", "asked", "minutes", "seed", "images"]
 COLUMNS = ["clean", "at_36", "at_72", "at_108"]
 _SHARED = {
     "epochs": 1, "batch_size": 256, "learning_rate": 1e-2, "schedule": "triangle", "augmentation": "crop-flip",
@@ -51,12 +51,17 @@ CANDIDATES: dict[str, Recipe] = {
 }
 
 
+def recipe_of(name: str, dataset: str, seed: int) -> Recipe:
+    """A candidate's recipe, but for the epochs that fit."""
+    return replace(CANDIDATES[name], dataset=dataset, seed=seed)
+
+
 def raced(name: str, dataset: str, minutes: float, seed: int, last: bool) -> dict[str, Any]:
     """The row of one training."""
     torch.set_num_threads(1)
     given = data.load_dataset(dataset)
     seen = given if last else held_out(given)
-    recipe = replace(CANDIDATES[name], dataset=dataset, seed=seed)
+    recipe = recipe_of(name, dataset, seed)
     with tempfile.TemporaryDirectory() as folder:
         run, cost = trained(recipe, seen, Path(folder), minutes * SECONDS_PER_CPU_MINUTE)
         found = certified(run, seen, RADII).set_index("bound")
@@ -67,6 +72,7 @@ def raced(name: str, dataset: str, minutes: float, seed: int, last: bool) -> dic
     return {
         "dataset": dataset,
         "candidate": name,
+        "asked": asked_of_recipe(recipe),
         "minutes": minutes,
         "seed": seed,
         "images": where,
@@ -87,11 +93,15 @@ def race(dataset: str, minutes: Sequence[float], keep: Sequence[int], seeds: int
     for number, budget in enumerate(minutes):
         last = number == len(minutes) - 1
         images = "test" if last else "held out"
-        asked = [(dataset, name, budget, seed, images) for name in going for seed in range(seeds if last else 1)]
+        trainings = [(name, seed) for name in going for seed in range(seeds if last else 1)]
+        asked = [
+            (dataset, name, asked_of_recipe(recipe_of(name, dataset, seed)), budget, seed, images)
+            for name, seed in trainings
+        ]
         done = done_at(path, KEY)
         missing = [key for key in asked if key not in done]
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            waiting = [pool.submit(raced, name, dataset, given, seed, last) for _, name, given, seed, _ in missing]
+            waiting = [pool.submit(raced, name, dataset, given, seed, last) for _, name, _, given, seed, _ in missing]
             for row in results_of(waiting):
                 add_rows(path, pd.DataFrame([row]), KEY)
         if not last:

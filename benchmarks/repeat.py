@@ -19,7 +19,7 @@ from multiprocessing import get_context
 import pandas as pd
 import torch
 
-from benchmarks.growing import add_rows, done_at, profile_of, results_of, rows_at
+from benchmarks.growing import add_rows, asked_of_profile, done_at, profile_of, results_of, rows_at
 from clustr_core.measuring.attacked import attacks_of
 from clustr_core.measuring.certified import certificates_of
 from clustr_core.measuring.examination import diagnostics_of
@@ -33,7 +33,6 @@ from clustr_core.training.recipes import Recipe
 from clustr_core.training.run import Run
 from tools.telling import count, told
 
-# `asked` is the digest of the profile's file: rows of what it said before are other rows
 KEY = ["profile", "asked", "method", "seed", "trained_by"]
 RADIUS = 0.5
 
@@ -42,11 +41,6 @@ def seeded(recipe: Recipe, seed: int) -> Recipe:
     """A recipe, and what it starts from, of another seed."""
     start = recipe.warm_start and seeded(recipe.warm_start, seed)
     return replace(recipe, seed=seed, warm_start=start)
-
-
-def asked_of(profile: Profile) -> str:
-    """A profile's file, in ten digits."""
-    return profile.sha256[:10]
 
 
 def numbers(run: Run, profile: Profile) -> Iterator[dict[str, object]]:
@@ -75,7 +69,9 @@ def rows_of(name: str, method: str, seed: int, trained_by: int, measured_by: Seq
             # what an attack is transferred from
             fit(seen.recipes["ce"], device="cpu", progress=False)
             rows += [{"measured_by": threads, **row} for row in numbers(run, seen)]
-    return pd.DataFrame(rows).assign(**dict(zip(KEY, (name, asked_of(profile), method, seed, trained_by), strict=True)))
+    return pd.DataFrame(rows).assign(
+        **dict(zip(KEY, (name, asked_of_profile(profile), method, seed, trained_by), strict=True))
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     profile = profile_of(parser, options.profile)
     if unknown := set(options.methods) - set(profile.recipes):
         parser.error(f"--methods: expected some of {', '.join(profile.recipes)}, got {', '.join(sorted(unknown))}")
-    digest = asked_of(profile)
+    digest = asked_of_profile(profile)
     asked = [
         (options.profile, digest, method, seed, threads)
         for seed in range(options.seeds)

@@ -18,8 +18,16 @@ from multiprocessing import get_context
 import pandas as pd
 import torch
 
-from benchmarks.growing import add_rows, check_published, done_at, profile_of, results_of, rows_at
-from benchmarks.repeat import asked_of, seeded
+from benchmarks.growing import (
+    add_rows,
+    asked_of_profile,
+    check_published,
+    done_at,
+    profile_of,
+    results_of,
+    rows_at,
+)
+from benchmarks.repeat import seeded
 from clustr_core.measuring.attacked import attacks_of
 from clustr_core.measuring.certified import certificates_of
 from clustr_core.measuring.profile import Profile, Protocol, load_profile
@@ -45,7 +53,7 @@ def rows_of(name: str, method: str, seed: int) -> pd.DataFrame:
     """The counts of one training."""
     torch.set_num_threads(1)
     profile = load_profile(name)
-    about = dict(zip(KEY, (name, asked_of(profile), method, seed), strict=True))
+    about = dict(zip(KEY, (name, asked_of_profile(profile), method, seed), strict=True))
     radii = profile.sandwich.apgd_eps if profile.sandwich else RADII
     if profile.recipes[method].seed == seed:
         study = as_far_as_published(name)
@@ -87,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--profile: expected one with an examination, whose eps is asked, got {profile.name}")
     if unknown := sorted(set(options.methods) - set(profile.attacked)):
         parser.error(f"--methods: expected some of {sorted(profile.attacked)}, got {unknown}")
-    path, digest = home() / "results/bench" / "seeds.csv", asked_of(profile)
+    path, digest = home() / "results/bench" / "seeds.csv", asked_of_profile(profile)
     done, trainings = done_at(path, KEY), [*itertools.product(options.seeds, options.methods)]
     missing = [(method, seed) for seed, method in trainings if (options.profile, digest, method, seed) not in done]
     if any(profile.recipes[method].seed == seed for method, seed in missing):

@@ -277,8 +277,9 @@ def _diagnose_stranger(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: expected at most {MOST[name]:,}, got {brief(given)}")
     if not 0 < options.eps <= 1:
         raise ValueError(f"--eps: expected a number above 0 and at most 1, in pixels of [0, 1], got {options.eps}")
-    html = None if options.html is None else Path(options.html)
-    if html is not None and (html.suffix != ".html" or html.is_dir() or not html.absolute().parent.is_dir()):
+    # absolute: the module that is asked about may leave the folder
+    html = None if options.html is None else Path(options.html).absolute()
+    if html is not None and (html.suffix != ".html" or html.is_dir() or not html.parent.is_dir()):
         raise ValueError(f"--html: expected a file name that ends in .html, in a folder that is there, got {html}")
     if html is not None:
         _check_writable("html", html)

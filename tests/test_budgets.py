@@ -1,10 +1,14 @@
 """Trainings of other lengths: what they are, what they are asked, and what is refused before any."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
 from benchmarks import budgets, growing, repeat, seeds
 from clustr_core.measuring.profile import load_profile
+from clustr_core.measuring.versions import VERSIONS
+from clustr_core.training.recipes import AdversarialTraining
 
 PROFILE = """
 shared: {dataset: digits, encoder: small-cnn, width: 8, train_examples: 200, learning_rate: 1.0e-2, seed: 111}
@@ -41,6 +45,19 @@ def test_what_is_asked_knows_the_source_of_a_transfer(home):
     assert budgets.about(load_profile("own"), "pgd-at", 4)[1] != before[1]
     (home / "profiles/own.yaml").write_text(PROFILE % 2, encoding="utf-8")
     assert budgets.about(load_profile("own"), "pgd-at", 3)[1] != before[1]
+
+
+def test_rows_of_another_version_are_other_rows(home, monkeypatch):
+    profile = load_profile("own")
+    asked = {growing.asked_of_profile(profile)}
+    monkeypatch.setattr(AdversarialTraining, "version", 2)
+    asked.add(growing.asked_of_profile(profile))
+    monkeypatch.setitem(VERSIONS, "attack", VERSIONS["attack"] + 1)
+    asked.add(growing.asked_of_profile(profile))
+    recipe = profile.recipes["pgd-at"]
+    asked |= {growing.asked_of_recipe(each) for each in (recipe, replace(recipe, width=recipe.width * 2))}
+    monkeypatch.setitem(VERSIONS, "certificate", VERSIONS["certificate"] + 1)
+    assert len(asked | {growing.asked_of_recipe(recipe)}) == 6
 
 
 def test_a_longer_training_is_measured_once_and_added(home, capsys):

@@ -84,13 +84,15 @@ def test_the_best_half_goes_on_and_what_is_known_is_not_computed_again(tmp_path,
         return {
             "dataset": dataset,
             "candidate": name,
+            "asked": race.asked_of_recipe(race.recipe_of(name, dataset, seed)),
             "minutes": minutes,
             "seed": seed,
             "images": images,
             **dict.fromkeys(race.COLUMNS, share),
         }
 
-    monkeypatch.setattr(race, "CANDIDATES", dict.fromkeys("abc"))
+    some = race.CANDIDATES["SLL 64"]
+    monkeypatch.setattr(race, "CANDIDATES", {name: replace(some, margin=n) for n, name in enumerate("abc", start=1)})
     monkeypatch.setattr(race, "raced", raced)
     monkeypatch.setattr(race, "ProcessPoolExecutor", InPlace)
     path = tmp_path / "race.csv"
@@ -103,6 +105,10 @@ def test_the_best_half_goes_on_and_what_is_known_is_not_computed_again(tmp_path,
     # of other images nothing is there yet
     race.race("mnist5k", [1.0], [], seeds=1, jobs=1, path=path)
     assert asked[-3:] == [(name, 1.0, 0, True) for name in "abc"]
+    # and of another recipe of that name
+    monkeypatch.setitem(race.CANDIDATES, "b", replace(some, margin=7))
+    race.race("mnist5k", [1.0], [], seeds=1, jobs=1, path=path)
+    assert asked[-2:] == [("c", 1.0, 0, True), ("b", 1.0, 0, True)]
 
 
 class InPlace:
@@ -167,8 +173,8 @@ def test_heads_go_on_where_they_stopped(tmp_path, monkeypatch):
     def curves(key, seconds):
         asked.append(key)
         return pd.DataFrame(
-            [{**dict(zip(heads.TRAINING, key, strict=True)), "bound": "margin", "mean_radius": 0.5}]
-        ).assign(seconds=seconds)
+            [{**dict(zip(heads.KEY, heads.asked_at(key, seconds), strict=True)), "bound": "margin", "mean_radius": 0.5}]
+        )
 
     monkeypatch.setattr(heads, "curves", curves)
     monkeypatch.setattr(heads, "ProcessPoolExecutor", InPlace)

@@ -5,6 +5,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from book_copy import ROOT, called, copy_of_the_book, execute, planned, run
+from book_copy import ROOT, called, copy_of_the_book, environment, execute, planned, run
 
 from clustr_core.measuring.profile import load_profile
 from clustr_core.measuring.written import write_rows
@@ -502,6 +504,48 @@ def test_files_of_ones_own_stay_beside_what_is_published(one_chapter: Path, plac
     assert mine.read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.parametrize("name", ["mine", "attacks-mine", "mine-ce"])
+def test_a_table_that_somebody_wrote_there_stays(one_chapter: Path, name: str) -> None:
+    """By ``--output``: a sidecar alone does not make it one that was published."""
+    folder = one_chapter / "results/published/smoke"
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {"profile": {"name": "smoke"}, "method": "ce"}
+    for stem in (name, "attacks-ce"):
+        write_rows(folder / f"{stem}.csv", pd.DataFrame({"x": [1]}), made)
+    assert execute(one_chapter, "01-test").returncode == 0
+    done = called(publish.main, one_chapter, "--profile", "smoke")
+    assert done.returncode == 1
+    assert f"{name}.csv: expected nothing beside what is published, got a file of one's own" in done.stderr
+    for path in folder.glob(f"{name}.*"):
+        path.unlink()
+    assert called(publish.main, one_chapter, "--profile", "smoke").returncode == 0
+    assert not (folder / "attacks-ce.csv").exists()
+
+
+def test_a_publishing_that_was_killed_is_done_again(one_chapter: Path) -> None:
+    """Between a table and its sidecar."""
+    assert execute(one_chapter, "01-test").returncode == 0
+    folder = one_chapter / "results/published/smoke"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "attacks-ce.csv", pd.DataFrame({"x": [1]}), {"profile": {"name": "smoke"}, "method": "ce"})
+    (folder / "attacks-ce.csv").write_text("x\n2\n", encoding="utf-8")
+    done = called(publish.main, one_chapter, "--profile", "smoke")
+    assert done.returncode == 0, done.stderr
+    assert list(folder.glob("*")) == []
+
+
+def test_a_notebook_of_ones_own_beside_a_chapter_stays(one_chapter: Path) -> None:
+    assert execute(one_chapter, "01-test", "quick").returncode == 0
+    mine = one_chapter / "notebooks/01-test.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(), mine)
+    before = mine.read_bytes()
+    done = called(publish.main, one_chapter, "--profile", "quick")
+    assert done.returncode == 1
+    assert done.stderr.startswith("notebooks/01-test.ipynb: expected a published twin, got a notebook of one's own")
+    assert mine.read_bytes() == before
+    assert not (one_chapter / "figures/published").exists()
+
+
 HOSTILE: dict[str, Callable[[dict], object]] = {
     "no notebook": lambda _: [],
     "no cells": lambda run: run | {"cells": 3},
@@ -635,24 +679,70 @@ def test_parameters_are_literals(code: str) -> None:
         notebooks.declared_parameters(nbformat.v4.new_notebook(cells=[cell]))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "---\nkernelspec: [\n---\n",
-        "---\nkernelspec: 3\n---\n\n```{code-cell} ipython3\n1\n```\n",
-        CHAPTER.replace("rows = 2", "rows = = 2"),
-        CHAPTER.replace(":tags: [parameters]", ":tags: 3"),
-        CHAPTER.replace(":tags: [parameters]", ":tags: {"),
-        "",
-    ],
-)
+NO_CHAPTERS = {
+    "no end in its head": "---\nkernelspec: [\n---\n",
+    "a kernel that is none": "---\nkernelspec: 3\n---\n\n```{code-cell} ipython3\n1\n```\n",
+    "marks of a conflict in its head": CHAPTER.replace("kernelspec", "<<<<<<< HEAD\nkernelspec", 1),
+    "marks of a conflict in its parameters": CHAPTER.replace("rows = 2", "<<<<<<< HEAD\nrows = 2"),
+    "no Python in its parameters": CHAPTER.replace("rows = 2", "rows = = 2"),
+    "a label that is a number": CHAPTER.replace(":label: fig-test", ":label: 2024"),
+    "a tag that is a number": CHAPTER.replace(":tags: [hide-cell]", ":tags: [hide-cell, 3]"),
+    "tags that are none": CHAPTER.replace(":tags: [parameters]", ":tags: 3"),
+    "no end in its tags": CHAPTER.replace(":tags: [parameters]", ":tags: {"),
+}
+
+
+@pytest.mark.parametrize("words", NO_CHAPTERS.values(), ids=NO_CHAPTERS.keys())
 def test_a_chapter_that_is_none_is_one_line(one_chapter: Path, words: str) -> None:
-    (one_chapter / "notebooks/01-test.md").write_text(words, encoding="utf-8")
+    source = one_chapter / "notebooks/01-test.md"
+    source.write_text(words, encoding="utf-8")
     done = execute(one_chapter, "01-test")
     assert done.returncode == 1
-    assert done.stderr.startswith("notebooks/01-test.md: ")
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("notebooks/01-test.md: 01-test.md: ")
     assert done.stderr.count("\n") == 1
+    with pytest.raises(ValueError, match=r"^01-test\.md: "):
+        notebooks.read_source(source)
+
+
+def test_a_chapter_that_became_none_is_one_line(one_chapter: Path) -> None:
+    assert execute(one_chapter, "01-test").returncode == 0
+    (one_chapter / "notebooks/01-test.md").write_text(NO_CHAPTERS["a label that is a number"], encoding="utf-8")
+    done = called(publish.main, one_chapter, "--profile", "smoke")
+    assert (done.returncode, done.stderr) == (
+        1, "01-test.md: label: expected a name such as fig-radii, got 2024\n"
+    )  # fmt: skip
+    done = planned(one_chapter, "--cores", "1", "--config", "profile=smoke")
+    assert done.returncode == 1
+    assert "01-test.md: label: expected a name such as fig-radii, got 2024" in done.stdout + done.stderr
+    assert "AttributeError" not in done.stdout + done.stderr
+
+
+def test_a_chapter_that_begins_with_a_mark_of_its_encoding_is_one(one_chapter: Path) -> None:
+    source = one_chapter / "notebooks/01-test.md"
+    plain = notebooks.read_source(source)
+    source.write_text("\ufeff" + CHAPTER, encoding="utf-8")
+    found = notebooks.read_source(source)
+    assert [cell.source for cell in found.cells] == [cell.source for cell in plain.cells]
+    assert found.metadata == plain.metadata
+
+
+def test_the_pipeline_is_run_in_its_own_book(one_chapter: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Else it would read the chapters of one, and draw into the other."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, "-m", "snakemake", "-n", "--config", "profile=smoke"]
+    options = {"cwd": one_chapter, "env": os.environ | environment(one_chapter) | {"CLUSTR_HOME": str(elsewhere)}}
+    done = subprocess.run(command, **options, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert f"CLUSTR_HOME: expected the folder of this book, {one_chapter}, or none, got" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["007", "1e5", "nan"])
+def test_a_profile_has_no_number_for_a_name(one_chapter: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The pipeline would be asked for profile 7, or 100000."""
+    monkeypatch.setenv("CLUSTR_HOME", str(one_chapter))
+    (one_chapter / "profiles/smoke.yaml").rename(one_chapter / f"profiles/{name}.yaml")
+    with pytest.raises(ValueError, match=f"a name that no command line takes for a number, got {name}"):
+        load_profile(name)
 
 
 def test_a_profile_names_chapters_that_are_there(one_chapter: Path) -> None:
@@ -667,6 +757,11 @@ def test_a_copy_of_a_chapter_draws_over_nothing(one_chapter: Path) -> None:
     done = planned(one_chapter, "--cores", "1", "--config", "profile=smoke")
     assert done.returncode != 0
     assert "notebooks: expected one chapter to draw fig-test, got 2" in done.stdout + done.stderr
+    done = execute(one_chapter, "01-test-Copy1")
+    assert done.returncode == 1
+    assert "expected labels that no other chapter has, got fig-test, which 01-test.md draws" in done.stderr
+    assert not (one_chapter / "figures/smoke").exists()
+    assert execute(one_chapter, "01-test-Copy1", "smoke", "-p", "rows=4").returncode == 0
 
 
 def test_what_is_no_file_ends_no_comparison(one_chapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,12 +16,11 @@ from typing import Any
 
 import nbformat
 import papermill
-from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from clustr_core.measuring.profile import Profile, load_profile
 from clustr_core.storage.files import FIGURES, alone, copy_whole, digest, home, write_string
-from clustr_core.storage.gate import read_text, shortened
+from clustr_core.storage.gate import read_text
 from clustr_core.storage.provenance import READ, environment
 from clustr_core.training.fields import field_value, read_yaml
 from tools import notebooks
@@ -120,7 +119,11 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
     if output.resolve() == source.with_suffix(".ipynb"):
         raise ValueError(f"--output: expected another place than the published twin's, got {output}")
     profile = load_profile(profile_name)
-    notebook, declared = _read_chapter(source)
+    notebook = notebooks.read_source(source)
+    declared = notebooks.declared_parameters(notebook)
+    labels = notebooks.figure_labels(notebook)
+    if not given:
+        _check_drawn_here(labels, source, root)
     parameters = chosen_parameters(source, declared, profile.chapters.get(source.stem, {}), profile.name)
     parameters |= given_parameters(given, declared, source)
     made_from = notebooks.provenance(root, source, profile)
@@ -135,7 +138,6 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
         write_string(_gathered(drawn), "")
         _run(notebook, running, parameters, folder=source.parent, drawn=drawn, profile=profile.name)
         figures = output.with_name(f"{output.stem}-figures") if given else root / "figures"
-        labels = notebooks.figure_labels(notebook)
         if missing := [label for label in labels if not _is_drawn(label, drawn, profile.name)]:
             raise ValueError(f"expected it to draw all that it labels, got no {', '.join(missing)}")
         note_files(running, drawn)
@@ -145,21 +147,12 @@ def execute(source: Path, profile_name: str, output: Path, given: Sequence[str] 
         shutil.rmtree(drawn, ignore_errors=True)
 
 
-def _read_chapter(source: Path) -> tuple[NotebookNode, dict[str, Any]]:
-    """A chapter and the parameters that it declares.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    try:
-        notebook = notebooks.read_source(source)
-        nbformat.validate(notebook)
-        return notebook, notebooks.declared_parameters(notebook)
-    except (ValueError, OSError):
-        raise
-    except Exception as error:  # of many kinds, for what is no chapter
-        said = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 200)
-        raise ValueError(f"expected a chapter in MyST Markdown, got another file ({said})") from error
+def _check_drawn_here(labels: Sequence[str], source: Path, root: Path) -> None:
+    """Raises a ValueError if another chapter draws one of a chapter's figures: it would be replaced."""
+    for other in notebooks.sources(root):
+        drawn = set() if other == source else {*notebooks.figure_labels(notebooks.read_source(other))}
+        if twice := [label for label in labels if label in drawn]:
+            raise ValueError(f"expected labels that no other chapter has, got {twice[0]}, which {other.name} draws")
 
 
 def note_files(executed: Path, drawn: Path) -> None:

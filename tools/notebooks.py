@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jupytext
+import nbformat
 from nbformat import NotebookNode
 
 from clustr_core.measuring.profile import Profile
 from clustr_core.storage.files import digest
-from clustr_core.storage.gate import MB, TABLE_LIMIT, brief, read_bytes, read_text
+from clustr_core.storage.gate import MB, TABLE_LIMIT, brief, read_bytes, read_text, shortened
 from clustr_core.storage.provenance import names_in
 
 FIGURE_LABEL = re.compile(r"fig-[a-z0-9]+(?:-[a-z0-9]+)*")
@@ -64,10 +65,35 @@ def sources(root: Path) -> list[Path]:
 
 
 def read_source(path: Path) -> NotebookNode:
-    """A chapter's MyST source as a notebook without outputs, metadata as written."""
-    notebook = jupytext.reads(read_text(path, limit=SOURCE_LIMIT), fmt="md:myst")
-    notebook.metadata.get("jupytext", {}).pop("default_lexer", None)
+    """A chapter's MyST source as a notebook without outputs, metadata as written.
+
+    Raises:
+        ValueError: if it is none; the chapter is named.
+    """
+    # some editors begin a file with a mark of its encoding
+    text = read_text(path, limit=SOURCE_LIMIT).removeprefix("\ufeff")
+    try:
+        notebook = jupytext.reads(text, fmt="md:myst")
+        notebook.metadata.get("jupytext", {}).pop("default_lexer", None)
+        nbformat.validate(notebook)
+    except Exception as error:  # of many kinds, for what is no chapter
+        said = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+        raise ValueError(f"{path.name}: expected a chapter in MyST Markdown, got another file ({said})") from error
+    try:
+        for cell in notebook.cells:
+            _check_names(cell.metadata)
+        declared_parameters(notebook)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
     return notebook
+
+
+def _check_names(metadata: Mapping[str, Any]) -> None:
+    """Raises a ValueError if the label of a cell or one of its tags is no text."""
+    if not isinstance(label := metadata.get("label", ""), str):
+        raise ValueError(f"label: expected a name such as fig-radii, got {brief(label)}")
+    if odd := [tag for tag in metadata.get("tags", []) if not isinstance(tag, str)]:
+        raise ValueError(f"tags: expected names, got {brief(odd[0])}")
 
 
 def has_tag(cell: NotebookNode, tag: str) -> bool:
@@ -86,7 +112,11 @@ def declared_parameters(notebook: NotebookNode) -> dict[str, Any]:
 
 
 def _assignments(code: str) -> Iterator[tuple[str, Any]]:
-    for statement in ast.parse(code).body:
+    try:
+        statements = ast.parse(code).body
+    except SyntaxError as error:
+        raise ValueError(f"parameters cell: expected Python, got {brief(error.text or error.msg)}") from error
+    for statement in statements:
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 pass

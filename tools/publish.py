@@ -19,8 +19,9 @@ import nbformat
 from nbformat import NotebookNode
 
 from clustr_core.measuring.profile import Profile, load_profile
+from clustr_core.measuring.versions import MEASUREMENT_OF
 from clustr_core.measuring.written import is_written
-from clustr_core.storage.files import copy_whole, digest, home, written_whole
+from clustr_core.storage.files import copy_whole, digest, home, read_json, written_whole
 from clustr_core.storage.gate import brief, read_text, shortened
 from clustr_core.storage.provenance import check_sidecar, is_sidecar, profile_of, sidecar_of
 from clustr_core.training.names import DONE, HISTORY, WEIGHTS
@@ -149,6 +150,11 @@ def publish(root: Path, profile: str) -> list[Path]:
                 "another: make figures first"
             )
     _check_is_its_own(root / "results/published" / profile, profile)
+    for source in notebooks.sources(root) if profile == BOOK else []:
+        if (path := source.with_suffix(".ipynb")).exists() and not notebooks.is_executed(path):
+            raise ValueError(
+                f"notebooks/{path.name}: expected a published twin, got a notebook of one's own; move it away"
+            )
     executed = _executed(root, profile)
     twins = {source.with_suffix(".ipynb"): _twin_text(root, source, run, profile) for source, run in executed.items()}
     tables = sorted(root / "results" / profile / f"{kind}-{method}.csv" for kind, method in asked.tables)
@@ -156,7 +162,8 @@ def publish(root: Path, profile: str) -> list[Path]:
     weights = _weights(root, asked) if profile == BOOK else {}
     for table in (*tables, *(path for path in figures if path.suffix == ".csv")):
         check_sidecar(table)
-    rows = [path for table in tables for path in (table, sidecar_of(table))]
+    # the sidecar first: a table alone would be nobody's
+    rows = [path for table in tables for path in (sidecar_of(table), table)]
     places = {root / "results/published" / profile: rows, root / "figures/published" / profile: figures}
     places |= {root / "results/published" / profile / "weights" / method: files for method, files in weights.items()}
     for folder, files in places.items():
@@ -174,7 +181,9 @@ def publish(root: Path, profile: str) -> list[Path]:
 def _check_is_its_own(folder: Path, profile: str) -> None:
     """Raises a ValueError if a folder has published tables that are not of a profile of this name, as ``bench`` has."""
     for table in sorted(folder.glob("*.csv")):
-        of = profile_of(check_sidecar(table)["made"])
+        # not held against its table: whoever published last may have been killed between the two
+        said = read_json(sidecar_of(table)) if is_sidecar(sidecar_of(table)) else {"made": {}}
+        of = profile_of(said["made"])
         if of != profile:
             raise ValueError(
                 f"--profile: expected a name under which nothing else is published, got {profile}: {table.name} is of "
@@ -236,14 +245,22 @@ def _as_executed(run: NotebookNode) -> NotebookNode:
 
 
 def _check_is_made(folder: Path, files: Sequence[Path]) -> None:
-    """Refuse a folder with anything but these files and earlier ones that have sidecars: it would be removed."""
+    """Refuse a folder with anything but these files and earlier ones of their kind: it would be removed."""
     names, kinds = {path.name for path in files}, {path.suffix for path in files} | {".csv", ".json"}
     for path in sorted(folder.glob("*")):
-        is_made = path.suffix in kinds and is_sidecar(path.with_suffix(".json"))
+        is_made = path.suffix in kinds and _is_published(path)
         if path.is_file() and path.name not in names and not is_made:
             raise ValueError(
                 f"{path}: expected nothing beside what is published, got a file of one's own; move it away"
             )
+
+
+def _is_published(path: Path) -> bool:
+    """Whether a file has the name that a figure or a table has here, and a sidecar: one of `--output` has another."""
+    if not is_sidecar(beside := sidecar_of(path)):
+        return False
+    kind, _, method = path.stem.partition("-")
+    return kind in ("fig", "widget") or (kind in MEASUREMENT_OF and method == read_json(beside)["made"].get("method"))
 
 
 def _replace(folder: Path, files: Sequence[Path]) -> None:

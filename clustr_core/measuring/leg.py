@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from clustr_core.training.loop import fit
 from clustr_core.training.names import CHECKPOINT, DONE, HISTORY, WEIGHTS
 from clustr_core.training.recipes import CrossEntropy, Recipe, run_folder, training_version
 from clustr_core.training.run import SNAPSHOT, Run, check_stored_dtype, load_run
-from clustr_core.training.state import check_checkpoint, epochs_kept
+from clustr_core.training.state import check_checkpoint, data_kept, epochs_kept
 
 log = logging.getLogger(__name__)
 Kind = Literal["train", "attacks", "certificates", "diagnostics", "sandwich"]
@@ -753,6 +753,22 @@ def _check_run(theirs: Path, mine: Path, recipe: Recipe) -> None:
         raise ValueError(f"--into: expected a pack of runs that are whole, got {error}") from error
     if (theirs / DONE).exists() and (mine / DONE).exists():
         _check_same_weights(theirs, mine)
+    of_theirs, of_mine = _data_of(theirs), _data_of(mine)
+    if of_theirs and of_mine and of_theirs != of_mine:
+        raise ValueError(
+            f"--into: expected of the run {mine.name} one on the training data {of_mine[:10]}, as in {mine.parent}, "
+            f"got one on {of_theirs[:10]}; move one of the two away"
+        )
+
+
+def _data_of(run: Path) -> str | None:
+    """The digest of the training data of a run, finished or under way; None where there is none, or a damaged one."""
+    with suppress(ValueError, OSError):
+        if (run / DONE).exists():
+            return load_run(run).train_data_sha256
+        if (run / CHECKPOINT).exists():
+            return data_kept(run / CHECKPOINT)
+    return None
 
 
 def _worth(table: Path, profile: Profile) -> int:

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -385,7 +386,16 @@ def _name_of(path: Path) -> str:
         raise ValueError(
             f"profile: expected another name than those of folders in results/, {list(OTHERS)}, got {path.stem}"
         )
+    if own and _is_number(path.stem):
+        raise ValueError(f"profile: expected a name that no command line takes for a number, got {path.stem}")
     return path.stem if own else f"{path.stem}-{digest(str(path))[:6]}"
+
+
+def _is_number(text: str) -> bool:
+    with suppress(ValueError):
+        float(text)
+        return True
+    return False
 
 
 def _import_plugin(name: str, profile: Path) -> None:

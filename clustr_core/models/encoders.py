@@ -21,7 +21,7 @@ from clustr_core.models.one_lipschitz import (
     orthogonal_linear,
     thin_orthogonal_linear,
 )
-from clustr_core.numerics.checks import is_name
+from clustr_core.numerics.checks import check_version, is_name
 from clustr_core.storage.gate import brief
 
 ImageShape = tuple[int, int, int]
@@ -248,27 +248,34 @@ ENCODERS: dict[str, _Build] = {
 
 
 _OURS = frozenset(ENCODERS)
+# of encoders of one's own
+OWN_VERSIONS: dict[str, int] = {}
 
 
-def register_encoder(name: str) -> Callable[[_Builder], _Builder]:
+def register_encoder(name: str, *, version: int = 1) -> Callable[[_Builder], _Builder]:
     """A decorator: a recipe may then name the encoder that the function builds, ``encoder="my-net"``.
 
     The function is called with the shape of an image (channels, height, width), the recipe's width and the name of its
     data. It returns a module from images in [0, 1] to embeddings [batch, dim] that has ``embedding_dim``. Its random
-    weights come from the recipe's seed. A run is named by the encoder's name: another network needs another name. The
-    module must have been imported before a run of it is loaded: a profile lists it under ``plugins``.
+    weights come from the recipe's seed. A run is named by the encoder's name and version: another network needs another
+    one. The module must have been imported before a run of it is loaded: a profile lists it under ``plugins``.
 
+    Args:
+        version: to be raised by one when the function builds another network than before: runs of the earlier one are
+            not loaded as its own.
     Raises:
-        ValueError: if the name is not one such as "my-net", or is an encoder of the package. An encoder may be
-            registered again, as when a cell of a notebook is run twice: the last one counts.
+        ValueError: if the name is not one such as "my-net", or is an encoder of the package; if the version is no
+            positive integer. An encoder may be registered again, as when a cell of a notebook is run twice: the last
+            one counts.
     """
+    check_version(version)
     if not is_name(name):
         raise ValueError(f"name: expected one such as 'my-net', got {name!r}")
     if name in _OURS:
         raise ValueError(f"name: expected a free one, got {name!r}, which is an encoder of the package")
 
     def register(build: _Builder) -> _Builder:
-        ENCODERS[name] = build
+        ENCODERS[name], OWN_VERSIONS[name] = build, version
         return build
 
     return register

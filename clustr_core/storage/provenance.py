@@ -109,7 +109,8 @@ def sidecar_of(table: Path) -> Path:
 def is_sidecar(path: Path) -> bool:
     """Whether a file says what `write_sidecar` says; one that cannot be read does not."""
     try:
-        return {"table", "made", "note"} <= read_json(path).keys()
+        said = read_json(path)
+        return {"table", "note"} <= said.keys() and isinstance(said.get("made"), dict)
     except (ValueError, OSError):
         return False
 

@@ -18,12 +18,14 @@ ENTRY = "content"
 _LENGTH, _SAID = 8, "__metadata__"
 
 
-def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     """Write tensors, and what is said of them, as safetensors: whole or not at all, with a digest of all of it.
 
     Args:
         kind: what the file is, as "a checkpoint".
         facts: JSON-able.
+    Returns:
+        the SHA-256 of the file.
     Raises:
         OSError: as the file system says.
     """
@@ -32,7 +34,8 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: M
     content = {"kind": kind, "facts": said, "sha256": _digest_of(kind, kept, said)}
     with written_whole(path) as temporary:
         # not by save_file, which begins a file of its own beside it, and leaves it there if it is killed
-        temporary.write_bytes(save(kept, metadata={ENTRY: json.dumps(content)}))
+        temporary.write_bytes(written := save(kept, metadata={ENTRY: json.dumps(content)}))
+    return digest(written)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from clustr_core import data
 from clustr_core.models.clusters import Clusters
+from clustr_core.models.encoders import ENCODERS
 from clustr_core.storage.files import alone, digest, read_json, seal_of, write_json, written_whole
 from clustr_core.storage.gate import brief, listed
 from clustr_core.storage.provenance import environment
@@ -240,22 +241,28 @@ def _tell_another_start(run: Run) -> None:
         )  # fmt: skip
 
 
-def _module_digest(recipe: Recipe) -> str | None:
-    """SHA-256 of the file that registers a method of one's own; None of ours, which have versions, and of cells."""
-    module = sys.modules[type(recipe).__module__]
-    path = Path(getattr(module, "__file__", None) or "")
-    return None if module.__name__.startswith("clustr_core.") or not path.is_file() else digest(path.read_bytes())
+def _modules(recipe: Recipe) -> dict[str, tuple[str, str | None]]:
+    """The modules that register the recipe's method and its encoder, by what `run.json` calls their digests: their
+    names, and SHA-256 of their files; None of ours, which have versions, and of cells."""
+    encoder = getattr(ENCODERS.get(recipe.encoder), "__module__", "")
+    names = {"module_sha256": type(recipe).__module__, "encoder_sha256": encoder}
+    return {key: (name, _text_digest(name)) for key, name in names.items()}
+
+
+def _text_digest(name: str) -> str | None:
+    path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+    return None if name.startswith("clustr_core.") or not path.is_file() else digest(path.read_bytes())
 
 
 def _tell_another_module(run: Run) -> None:
-    """Warn where the run was made by other words of the method's module than those here."""
-    if (found := _module_digest(run.recipe)) is None:
-        return
-    if read_json(run.path / DONE).get("module_sha256") not in (None, found):
-        log.warning(
-            "%s: trained by another text of the module %s than the one here; if it trains otherwise, raise its version",
-            run.path, type(run.recipe).__module__,
-        )  # fmt: skip
+    """Warn where the run was made by other words of the method's or the encoder's module than those here."""
+    said = read_json(run.path / DONE)
+    for key, (name, found) in _modules(run.recipe).items():
+        if found is not None and said.get(key) not in (None, found):
+            log.warning(
+                "%s: trained by another text of the module %s than the one here; if its network or its training is "
+                "another, raise the version of what it registers", run.path, name,
+            )  # fmt: skip
 
 
 def _loaded(recipe: Recipe, processes: Processes) -> data.Dataset:
@@ -395,7 +402,7 @@ def finish(
     content: dict[str, Any] = {
         "recipe": recipe_to_dict(recipe),
         "module": type(recipe).__module__,
-        "module_sha256": _module_digest(recipe),
+        **{key: found for key, (_, found) in _modules(recipe).items()},
         "version": training_version(recipe),
         "seed": recipe.seed,
         "weights_dtype": dtype,
@@ -407,6 +414,7 @@ def finish(
         "captured": state.record is not None,
         "trained_on": state.trained_on,
         "start_sha256": state.start_sha256,
+        "snapshots": state.snapshots,
         **environment(str(images.device)),
     }
     # where a file system knows no locks, another process may have finished the same run: its files belong together

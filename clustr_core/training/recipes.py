@@ -6,6 +6,7 @@ This module reads no tensors, so that a pipeline can ask it for names in no time
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -431,8 +432,8 @@ def _naming(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_version(recipe: Recipe) -> str:
-    """What the weights depend on beside the recipe's values and the data: `TRAINING_VERSION`, the method's own, and the
-    precision's."""
+    """What the weights depend on beside the recipe's values and the data: `TRAINING_VERSION`, the method's own, its
+    encoder's where that is one's own, and the precision's."""
     return _in_words(_versions(recipe))
 
 
@@ -443,6 +444,9 @@ def _versions(recipe: Recipe) -> list[tuple[str, int]]:
         chain.append(chain[-1].warm_start)
     precisions = sorted({each.precision for each in chain} & set(PRECISION_VERSIONS))
     own = [(each.method, each.version) for each in chain]
+    # loaded by whoever registers one
+    if encoders := sys.modules.get("clustr_core.models.encoders"):
+        own += [(name, encoders.OWN_VERSIONS.get(name, 1)) for name in sorted({each.encoder for each in chain})]
     return [("", TRAINING_VERSION), *own, *((each, PRECISION_VERSIONS[each]) for each in precisions)]
 
 

@@ -28,6 +28,7 @@ from clustr_core.training.run import (
     Run,
     check_digest,
     check_places,
+    check_snapshots,
     check_tensor,
     check_version,
     load_tensors,
@@ -61,6 +62,8 @@ class State:
     trained_on: list[dict[str, Any]] = field(default_factory=list)
     # of the weights of the run that it started from
     start_sha256: str | None = None
+    # SHA-256 of each snapshot so far, by its epoch in digits, as JSON has it
+    snapshots: dict[str, str] = field(default_factory=dict)
 
 
 def new_state(
@@ -133,7 +136,8 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
     about = progress_facts(recipe, state.data_sha256, state.epoch)
     if state.epoch in recipe.snapshots:
         check_own(snapshot_path(folder, state.epoch).parent)
-        write_tensors(snapshot_path(folder, state.epoch), SNAPSHOT, network_tensors(state.network), about)
+        path = snapshot_path(folder, state.epoch)
+        state.snapshots[str(state.epoch)] = write_tensors(path, SNAPSHOT, network_tensors(state.network), about)
     packed = state.optimiser.state_dict()
     tensors = {f"network.{name}": tensor for name, tensor in network_tensors(state.network).items()}
     for index, slots in packed["state"].items():
@@ -141,7 +145,8 @@ def save_progress(folder: Path, recipe: Recipe, state: State) -> None:
     tensors["generator"] = state.generator.get_state()
     if state.perturbation is not None:
         tensors["perturbation"] = state.perturbation
-    progress = {"history": state.history, "trained_on": state.trained_on, "start_sha256": state.start_sha256}
+    names = ("history", "trained_on", "start_sha256", "snapshots")
+    progress = {name: getattr(state, name) for name in names}
     write_tensors(folder / CHECKPOINT, "a checkpoint", tensors, about | progress)
 
 
@@ -197,6 +202,7 @@ def _check_progress(path: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
     check_places(facts.get("trained_on"), epoch, path)
     if not isinstance(start := facts.get("start_sha256"), str | None):
         raise ValueError(f"{path}: expected in start_sha256 a digest, got {brief(start)}")
+    check_snapshots(facts.get("snapshots"), path)
 
 
 def _check_rest(path: Path, state: State, tensors: dict[str, Tensor], epoch: int) -> None:
@@ -222,6 +228,15 @@ def _check_rest(path: Path, state: State, tensors: dict[str, Tensor], epoch: int
     steps = {float(found[f"optimiser.{index}.step"]) for index in moved if f"optimiser.{index}.step" in found}
     if len(steps) > 1 or any(step < epoch or step != int(step) for step in steps):
         raise ValueError(f"{path}: expected one number of updates, at least {epoch}, got {listed(sorted(steps))}")
+
+
+def data_kept(path: Path) -> str:
+    """The digest of the training data of a checkpoint.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    return str(read_tensors(path, "a checkpoint")[1].get("train_data_sha256"))
 
 
 def epochs_kept(path: Path) -> int:
@@ -259,5 +274,5 @@ def load_checkpoint(path: Path, recipe: Recipe, state: State) -> None:
     if state.perturbation is not None:
         state.perturbation.copy_(tensors["perturbation"])
     state.epoch, state.history, state.trained_on = facts["epoch"], facts["history"], facts["trained_on"]
-    # whatever run of that name is here now; checkpoints of before do not say
-    state.start_sha256 = facts.get("start_sha256")
+    # whatever is here of that name now; checkpoints of before do not say
+    state.start_sha256, state.snapshots = facts.get("start_sha256"), facts.get("snapshots") or {}

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -810,6 +811,23 @@ def test_snapshots_are_those_of_the_training_that_is_taken(home, tmp_path, same)
     snapshots = {name: content for name, content in theirs.items() if "/snapshots/" in name}
     assert len(snapshots) == 3
     assert {name: content for name, content in found.items() if "/snapshots/" in name} == snapshots
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_training_on_other_data_does_not_give_way(home, tmp_path, finished):
+    """It would be lost, and the leg could not go on with the one from there."""
+    home("there")
+    profile = load_profile("tiny")
+    leg(tmp_path / "pack", 1000 if finished else 12)
+    home("here")
+    recipe, digits = profile.recipes["ce"], data.load_dataset("digits")
+    other = replace(digits, train_images=255 - digits.train_images)
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, dataset=other, before_epoch=Mock(side_effect=[None, KeyboardInterrupt]), progress=False)
+    before = contents(run_folder(recipe))
+    with pytest.raises(ValueError, match=r"--into: expected of the run \S+ one on the training data .* got one on"):
+        leg(tmp_path / "pack")
+    assert contents(run_folder(recipe)) == before
 
 
 def test_what_is_no_counterexample_is_named(tmp_path):

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ from clustr_core.training.recipes import (
     run_folder,
 )
 from clustr_core.training.refresh import clusters_and_sampler
-from clustr_core.training.run import load_run, new_network, prefixed, training_digest, training_part
+from clustr_core.training.run import SNAPSHOT, load_run, new_network, prefixed, training_digest, training_part
 from clustr_core.training.sampling import ShuffledBatches
 from clustr_core.training.state import epochs_kept, new_state
 from clustr_core.training.step import Step, learning_rate
@@ -530,6 +531,28 @@ def test_snapshots_are_the_weights_after_their_epochs(trained):
         assert not torch.equal(start[name], end[name])
     with pytest.raises(ValueError, match=r"epoch: expected one of the snapshots \(0, 1, 2\), got 3"):
         run.encoder_at(3)
+
+
+def test_the_snapshot_of_another_training_of_the_recipe_is_refused(home, digits):
+    """As after a copy that was cut short: another number of threads leads to other weights."""
+    recipe = replace(CE, snapshots=(0, 1))
+    stops = Mock(side_effect=[None, KeyboardInterrupt])
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, dataset=digits, folder=home / "run", before_epoch=stops, progress=False)
+    run = fit(recipe, dataset=digits, folder=home / "run", progress=False)
+    run.encoder_at(0)
+    path = run.path / "snapshots/epoch-0001.safetensors"
+    tensors, said = read_tensors(path, SNAPSHOT)
+    write_tensors(path, SNAPSHOT, {name: 2 * each for name, each in tensors.items()}, said)
+    with pytest.raises(ValueError, match="snapshot of epoch 1 of this run, got that of epoch 1 of another training"):
+        run.encoder_at(1)
+    said = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
+    assert set(said.pop("snapshots")) == {"0", "1"}
+    del said["sha256"]
+    for odd in ([1], {"one": "x"}, {"1": 2}):
+        write_json(run.path / "run.json", {**said, "snapshots": odd})
+        with pytest.raises(ValueError, match="expected in snapshots a digest of each, got"):
+            load_run(run.path)
 
 
 def test_a_warm_start_begins_with_the_weights_of_that_run(train):
