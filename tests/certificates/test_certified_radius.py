@@ -655,3 +655,16 @@ def test_centroids_that_nearly_coincide_far_from_each_others_middle():
     clusters = Clusters(centroids, torch.tensor([0, 1, 0, 1]), torch.ones(4).double())
     z = torch.tensor([[0.5, 0.0]]).double()
     assert float(certified_radius(z, clusters)) == pytest.approx(math.sqrt(0.125), rel=1e-6)
+
+
+@pytest.mark.parametrize("pixels", [1, 9, 64])
+def test_in_the_norm_of_the_largest_pixel_the_radius_over_the_root_of_their_number_is_tight(pixels):
+    """The identity and two centroids one vector of ones apart: no Lipschitz constant of 1 allows a larger promise."""
+    generator = torch.Generator().manual_seed(pixels)
+    first = torch.randn(pixels, generator=generator, dtype=torch.float64)
+    clusters = Clusters(torch.stack([first, first + 2]), torch.tensor([0, 1]), torch.ones(2, dtype=torch.float64))
+    z = first + 0.3 * torch.randn(50, pixels, generator=generator, dtype=torch.float64)
+    z = z[nearest_logits(z, clusters).argmax(dim=1) == 0]
+    promised = certified_radius(z, clusters, bound="nearest") / pixels**0.5
+    for factor, moved in ((1 - 1e-9, 0), (1 + 1e-9, 1)):
+        assert (nearest_logits(z + factor * promised[:, None], clusters).argmax(dim=1) == moved).all()
