@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from benchmarks import energy
 from clustr_core import data
 from clustr_core.measuring.certified import certificate_table
 from clustr_core.training.loop import fit
@@ -61,11 +62,12 @@ def held_out(dataset: data.Dataset) -> data.Dataset:
 
 
 def trained(recipe: Recipe, dataset: data.Dataset, folder: Path, seconds: float) -> tuple[Run, dict[str, Any]]:
-    """A run of as many epochs as fit, and what it took."""
+    """A run of as many epochs as fit, and what it took; joules of all that ran beside it, too (`energy`)."""
     recipe = replace(recipe, epochs=epochs_within(recipe, dataset, seconds))
     start = time.process_time()
-    run = fit(recipe, dataset=dataset, folder=folder, device="cpu", progress=False)
-    return run, {"epochs": recipe.epochs, "cpu_seconds": time.process_time() - start}
+    with energy.measured() as taken:
+        run = fit(recipe, dataset=dataset, folder=folder, device="cpu", progress=False)
+    return run, {"epochs": recipe.epochs, "cpu_seconds": time.process_time() - start, "joules": taken.joules}
 
 
 def certified(run: Run, dataset: data.Dataset, radii: np.ndarray | list[float]) -> pd.DataFrame:
