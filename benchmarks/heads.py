@@ -1,6 +1,7 @@
 """What clusters can promise: heads, losses and certificates at equal CPU minutes, over several seeds.
 
     python -m benchmarks.heads --dataset mnist5k --seconds 20 --seeds 3 --jobs 2      (about 40 minutes)
+    python -m benchmarks.heads --dataset folder:data/cifar10-jpeg --seconds 120 --losses margin --jobs 2
 
 One encoder, one budget of process time for every training (`benchmarks.budget`). A head is linear, or has one, two or
 four clusters a class; a loss is that of `losses.certificate_loss`: margin, emma or annealed. For each pair of them the
@@ -41,10 +42,17 @@ HEADS: dict[str, Recipe] = {
     "linear": LipschitzMargin(**_SHARED),
     **{f"clusters-{count}": ClustrCert(per_class=count, **_SHARED) for count in (1, 2, 4)},
 }
+# what is different for photographs: the encoder that certifies most for its minutes (`benchmarks.race`)
+PHOTOGRAPHS = "folder:data/cifar10-jpeg"
+_OF_PHOTOGRAPHS = {
+    "encoder": "lip-cnn-cpl", "width": 48, "precision": "bf16-mixed", "batch_size": 256, "augmentation": "crop-flip",
+    "crop_padding": 2,
+}  # fmt: skip
 # margins in pixels of [0, 1], and temperatures as shares of them
-MARGINS = {"mnist5k": (1.0, 2.0), "digits": (0.25, 0.5, 1.0)}
+MARGINS = {"mnist5k": (1.0, 2.0), "digits": (0.25, 0.5, 1.0), PHOTOGRAPHS: (0.4, 0.8)}
 SHARES = (1 / 8,)
-LARGEST = {"mnist5k": 4.0, "digits": 1.6}
+# of 41 radii; of photographs each second one is a multiple of 36/255
+LARGEST = {"mnist5k": 4.0, "digits": 1.6, PHOTOGRAPHS: 40 * 18 / 255}
 SETTING_SEED = 1000
 KEY = [*TRAINING, "asked", "seconds"]
 Key = tuple[str, str, str, float, float, int]
@@ -54,7 +62,7 @@ def recipe_of(key: Key) -> Recipe:
     """The recipe of a training, but for the epochs that fit."""
     dataset, head, loss, margin, temperature, seed = key
     changes = {"dataset": dataset, "loss": loss, "margin": margin, "temperature": temperature, "seed": seed}
-    return replace(HEADS[head], **changes)
+    return replace(HEADS[head], **changes, **(_OF_PHOTOGRAPHS if dataset == PHOTOGRAPHS else {}))
 
 
 def curves(key: Key, seconds: float) -> pd.DataFrame:
@@ -97,12 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Choose settings, train every seed, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=sorted(MARGINS), default="mnist5k")
+    parser.add_argument("--heads", choices=[*HEADS], nargs="+", default=[*HEADS])
+    parser.add_argument("--losses", choices=LOSSES, nargs="+", default=[*LOSSES])
     parser.add_argument("--seconds", type=amount, default=20.0, help="process time of each training")
     parser.add_argument("--seeds", type=count, default=3)
     parser.add_argument("--jobs", type=count, default=1, help="trainings side by side, a core each")
     options = parser.parse_args(arguments)
     compute = partial(computed, seconds=options.seconds, jobs=options.jobs)
-    pairs, bench = [*itertools.product(HEADS, LOSSES)], home() / "results/bench"
+    pairs, bench = [*itertools.product(options.heads, options.losses)], home() / "results/bench"
     sizes = [(margin, margin * share) for margin in MARGINS[options.dataset] for share in SHARES]
     asked = [(options.dataset, *pair, *size, SETTING_SEED) for pair in pairs for size in sizes]
     chosen = best_settings(compute(asked, path=bench / "heads-settings.csv"))
