@@ -64,7 +64,9 @@ def _microjoules() -> dict[str, tuple[int, int]]:
     for package in sorted(COUNTERS.glob("intel-rapl:[0-9]*")):
         if package.name.count(":") == 1:
             try:
-                stand, most = (int((package / name).read_text()) for name in ("energy_uj", "max_energy_range_uj"))
+                stand, most = (
+                    int((package / name).read_text(encoding="ascii")) for name in ("energy_uj", "max_energy_range_uj")
+                )
             except (OSError, ValueError):
                 continue
             found[package.name] = (stand, most + 1)

@@ -280,7 +280,9 @@ def _diagnose_stranger(options: argparse.Namespace) -> None:
     # absolute: the module that is asked about may leave the folder
     html = None if options.html is None else Path(options.html).absolute()
     if html is not None and (html.suffix != ".html" or html.is_dir() or not html.parent.is_dir()):
-        raise ValueError(f"--html: expected a file name that ends in .html, in a folder that is there, got {html}")
+        raise ValueError(
+            f"--html: expected a file name that ends in .html, in a folder that is there, got {options.html}"
+        )
     if html is not None:
         _check_writable("html", html)
         if html.is_file() and stranger.MARK.encode() not in read_bytes(html, limit=RELEASED_LIMIT)[:1000]:
