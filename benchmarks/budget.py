@@ -61,9 +61,11 @@ def held_out(dataset: data.Dataset) -> data.Dataset:
     )
 
 
-def trained(recipe: Recipe, dataset: data.Dataset, folder: Path, seconds: float) -> tuple[Run, dict[str, Any]]:
-    """A run of as many epochs as fit, and what it took; joules of all that ran beside it, too (`energy`)."""
-    recipe = replace(recipe, epochs=epochs_within(recipe, dataset, seconds))
+def trained(recipe: Recipe, dataset: data.Dataset, folder: Path, seconds: float | None) -> tuple[Run, dict[str, Any]]:
+    """A run of as many epochs as fit, or of the recipe's, and what it took; joules of all that ran beside it, too
+    (`energy`)."""
+    if seconds is not None:
+        recipe = replace(recipe, epochs=epochs_within(recipe, dataset, seconds))
     start = time.process_time()
     with energy.measured() as taken:
         run = fit(recipe, dataset=dataset, folder=folder, device="cpu", progress=False)

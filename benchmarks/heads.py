@@ -1,13 +1,15 @@
 """What clusters can promise: heads, losses and certificates at equal CPU minutes, over several seeds.
 
     python -m benchmarks.heads --dataset mnist5k --seconds 20 --seeds 3 --jobs 2      (about 40 minutes)
-    python -m benchmarks.heads --dataset folder:data/cifar10-jpeg --seconds 120 --losses margin --jobs 2
+    python -m benchmarks.heads --dataset folder:data/cifar10-jpeg --epochs 4 --losses margin --jobs 2
 
-One encoder, one budget of process time for every training (`benchmarks.budget`). A head is linear, or has one, two or
-four clusters a class; a loss is that of `losses.certificate_loss`: margin, emma or annealed. For each pair of them the
-margin and the temperature are those of the largest mean certified radius on training images held out, under one seed
-that is not used again; then all training images are trained on, once a seed, and the whole curve is taken on the test
-images. Adds a training at a time to results/bench/heads-settings.csv and heads.csv: killed, run it again.
+One encoder, one budget of process time for every training (`benchmarks.budget`), or where few epochs fit, so that a
+whole one more or less would decide, one number of epochs: nearly all of their cost is the encoder's. A head is linear,
+or has one, two or four clusters a class; a loss is that of `losses.certificate_loss`: margin, emma or annealed. For
+each pair of them the margin and the temperature are those of the largest mean certified radius on training images held
+out, under one seed that is not used again; then all training images are trained on, once a seed, and the whole curve is
+taken on the test images. Adds a training at a time to results/bench/heads-settings.csv and heads.csv: killed, run it
+again.
 """
 
 import argparse
@@ -58,28 +60,39 @@ KEY = [*TRAINING, "asked", "seconds"]
 Key = tuple[str, str, str, float, float, int]
 
 
-def recipe_of(key: Key) -> Recipe:
-    """The recipe of a training, but for the epochs that fit."""
+def recipe_of(key: Key, epochs: int = 1) -> Recipe:
+    """The recipe of a training, but for the epochs where as many as fit are trained."""
     dataset, head, loss, margin, temperature, seed = key
-    changes = {"dataset": dataset, "loss": loss, "margin": margin, "temperature": temperature, "seed": seed}
+    changes = {
+        "epochs": epochs,
+        "dataset": dataset,
+        "loss": loss,
+        "margin": margin,
+        "temperature": temperature,
+        "seed": seed,
+    }
     return replace(HEADS[head], **changes, **(_OF_PHOTOGRAPHS if dataset == PHOTOGRAPHS else {}))
 
 
-def curves(key: Key, seconds: float) -> pd.DataFrame:
-    """One training: a row a bound, with the accuracy that it certifies at each radius."""
+def curves(key: Key, seconds: float, epochs: int = 1) -> pd.DataFrame:
+    """One training: a row a bound, with the accuracy that it certifies at each radius.
+
+    Args:
+        seconds: the budget; 0 where the epochs are given.
+    """
     torch.set_num_threads(1)
-    recipe = recipe_of(key)
+    recipe = recipe_of(key, epochs)
     given = data.load_dataset(recipe.dataset)
     seen = held_out(given) if recipe.seed == SETTING_SEED else given
     with tempfile.TemporaryDirectory() as folder:
-        run, cost = trained(recipe, seen, Path(folder), seconds)
+        run, cost = trained(recipe, seen, Path(folder), seconds or None)
         found = certified(run, seen, np.linspace(0, LARGEST[recipe.dataset], 41).round(6))
-    return found.assign(**dict(zip(KEY, asked_at(key, seconds), strict=True)), **cost)
+    return found.assign(**dict(zip(KEY, asked_at(key, seconds, epochs), strict=True)), **cost)
 
 
-def asked_at(key: Key, seconds: float) -> tuple:
+def asked_at(key: Key, seconds: float, epochs: int = 1) -> tuple:
     """What a training's rows are known by."""
-    return *key, asked_of_recipe(recipe_of(key)), seconds
+    return *key, asked_of_recipe(recipe_of(key, epochs)), seconds
 
 
 def best_settings(table: pd.DataFrame) -> dict[tuple[str, str], tuple[float, float]]:
@@ -89,11 +102,11 @@ def best_settings(table: pd.DataFrame) -> dict[tuple[str, str], tuple[float, flo
     return {(str(head), str(loss)): (margin, temperature) for head, loss, margin, temperature in chosen}
 
 
-def computed(keys: Sequence[Key], seconds: float, jobs: int, path: Path) -> pd.DataFrame:
+def computed(keys: Sequence[Key], seconds: float, jobs: int, path: Path, epochs: int = 1) -> pd.DataFrame:
     """The rows of all trainings; those that are there already are not computed again."""
-    asked, done = {asked_at(key, seconds): key for key in keys}, done_at(path, KEY)
+    asked, done = {asked_at(key, seconds, epochs): key for key in keys}, done_at(path, KEY)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(curves, key, seconds) for at, key in asked.items() if at not in done]
+        waiting = [pool.submit(curves, key, seconds, epochs) for at, key in asked.items() if at not in done]
         for rows in results_of(waiting):
             order = [*KEY, *(name for name in rows if name not in KEY)]
             add_rows(path, rows[order], KEY, within=["bound"])
@@ -108,10 +121,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--heads", choices=[*HEADS], nargs="+", default=[*HEADS])
     parser.add_argument("--losses", choices=LOSSES, nargs="+", default=[*LOSSES])
     parser.add_argument("--seconds", type=amount, default=20.0, help="process time of each training")
+    parser.add_argument("--epochs", type=count, help="of each training, in place of a time")
     parser.add_argument("--seeds", type=count, default=3)
     parser.add_argument("--jobs", type=count, default=1, help="trainings side by side, a core each")
     options = parser.parse_args(arguments)
-    compute = partial(computed, seconds=options.seconds, jobs=options.jobs)
+    budget = {"seconds": options.seconds} if options.epochs is None else {"seconds": 0.0, "epochs": options.epochs}
+    compute = partial(computed, **budget, jobs=options.jobs)
     pairs, bench = [*itertools.product(options.heads, options.losses)], home() / "results/bench"
     sizes = [(margin, margin * share) for margin in MARGINS[options.dataset] for share in SHARES]
     asked = [(options.dataset, *pair, *size, SETTING_SEED) for pair in pairs for size in sizes]

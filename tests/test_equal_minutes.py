@@ -170,10 +170,16 @@ def test_heads_go_on_where_they_stopped(tmp_path, monkeypatch):
     keys = [("digits", head, "margin", 0.5, 0.1, seed) for head in ("linear", "clusters-2") for seed in range(2)]
     asked = []
 
-    def curves(key, seconds):
+    def curves(key, seconds, epochs):
         asked.append(key)
         return pd.DataFrame(
-            [{**dict(zip(heads.KEY, heads.asked_at(key, seconds), strict=True)), "bound": "margin", "mean_radius": 0.5}]
+            [
+                {
+                    **dict(zip(heads.KEY, heads.asked_at(key, seconds, epochs), strict=True)),
+                    "bound": "margin",
+                    "mean_radius": 0.5,
+                }
+            ]
         )
 
     monkeypatch.setattr(heads, "curves", curves)
@@ -183,9 +189,23 @@ def test_heads_go_on_where_they_stopped(tmp_path, monkeypatch):
     write_table(path, read_table(path))
     assert len(heads.computed(keys, 1.0, 1, path)) == 4
     assert asked == keys
-    # of another budget none
+    # of another budget none, nor of another number of epochs
     assert len(heads.computed(keys[:1], 2.0, 1, path)) == 1
-    assert asked == [*keys, keys[0]]
+    assert len(heads.computed(keys[:1], 1.0, 1, path, epochs=3)) == 1
+    assert asked == [*keys, keys[0], keys[0]]
+
+
+def test_heads_on_photographs_have_an_encoder_for_them_and_the_epochs_that_are_asked(few, monkeypatch):
+    key = (heads.PHOTOGRAPHS, "clusters-2", "margin", 0.8, 0.1, 0)
+    recipe = heads.recipe_of(key, 4)
+    assert (recipe.encoder, recipe.width, recipe.epochs, recipe.precision) == ("lip-cnn-cpl", 48, 4, "bf16-mixed")
+    assert {f"{radius / 255:.6g}" for radius in (36, 72, 108)} <= {
+        f"{radius:.6g}" for radius in np.linspace(0, heads.LARGEST[heads.PHOTOGRAPHS], 41).round(6)
+    }
+    monkeypatch.setattr(heads.data, "load_dataset", lambda _: few)
+    monkeypatch.setitem(heads.HEADS, "linear", replace(heads.HEADS["linear"], width=16))
+    found = heads.curves(("digits", "linear", "margin", 0.5, 0.1, 2), 0.0, 3)
+    assert found[["epochs", "seconds"]].values.tolist() == [[3, 0]]
 
 
 def test_two_that_add_to_a_table_lose_nothing(tmp_path):
