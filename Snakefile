@@ -37,7 +37,9 @@ NAME = PROFILE.name
 GIVEN = shlex.quote(str(PROFILE.path) if PROFILE.name != PROFILE.path.stem else NAME)
 PYTHON = shlex.quote(sys.executable)
 # so many processes, on one machine, share each training and each measurement; a GPU each where GPUs are asked for
-PROCESSES = int(config.get("processes", 1))
+PROCESSES = config.get("processes", 1)
+if type(PROCESSES) is not int or PROCESSES < 1:
+    raise ValueError(f"processes: expected a number above 0, got {brief(PROCESSES)}")
 CLUSTR = f"{PYTHON} -m clustr_core"
 if PROCESSES > 1:
     # one thread each, where Snakemake would give each as many as the job has

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -86,15 +86,26 @@ class Dataset:
         """C."""
         return len(self.class_names)
 
-    @cached_property
+    @property
     def train_digest(self) -> str:
-        """SHA-256 of the training images and labels, computed once."""
-        return _digest_of(self.train_images, self.train_labels)
+        """`digest_of` the training images and labels: computed once, and anew after PyTorch has changed one in place,
+        which it does not see where NumPy does."""
+        return self._kept_digest("train", self.train_images, self.train_labels)
 
-    @cached_property
+    @property
     def test_digest(self) -> str:
-        """SHA-256 of the test images and labels, computed once."""
-        return _digest_of(self.test_images, self.test_labels)
+        """As `train_digest`, of the test images and labels."""
+        return self._kept_digest("test", self.test_images, self.test_labels)
+
+    def _kept_digest(self, part: str, images: Tensor, labels: Tensor) -> str:
+        kept: dict[str, tuple[tuple[int, int], str]] = vars(self).setdefault("_digests", {})
+        # inference tensors do not count their changes
+        if images.is_inference() or labels.is_inference():
+            return digest_of(images, labels)
+        state = images._version, labels._version
+        if part not in kept or kept[part][0] != state:
+            kept[part] = state, digest_of(images, labels)
+        return kept[part][1]
 
     def training_indices(self, count: int | None, seed: int = 0) -> Int[Tensor, " chosen"]:
         """Which training examples to take: all, or ``count`` with each class in its share, in ascending order.
@@ -125,8 +136,14 @@ class Dataset:
         return torch.cat(chosen).sort().values
 
 
-def _digest_of(images: Tensor, labels: Tensor) -> str:
-    return digest(images.cpu().numpy().tobytes(), labels.cpu().numpy().tobytes())
+def digest_of(images: Tensor, labels: Tensor) -> str:
+    """SHA-256 of images and their labels: of their bytes, and where the images are not square of their shape, too.
+
+    As many bytes make square images of one side only; else those of 8 x 16 pixels may be those of 16 x 8.
+    """
+    height, width = images.shape[-2:]
+    shape = () if height == width else (str(list(images.shape)),)
+    return digest(images.cpu().numpy().tobytes(), labels.cpu().numpy().tobytes(), *shape)
 
 
 def load_dataset(name: str, root: str | Path | None = None) -> Dataset:

@@ -180,3 +180,16 @@ def test_the_check_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     assert "claims: " in done.stdout
+
+
+def test_a_table_that_is_gone_with_its_sidecar_is_missed(tmp_path: Path) -> None:
+    """As after a bad merge, or from a backup that lacks a folder."""
+    figures, chapter = tmp_path / "figures/published/quick", tmp_path / "notebooks/01-x.md"
+    figures.mkdir(parents=True)
+    chapter.parent.mkdir()
+    (figures / "fig-x.png").write_bytes(b"")
+    chapter.write_text('```{code-cell} ipython3\nprice = timings.bench("methods-cost")\n```\n', encoding="utf-8")
+    assert list(claims.sidecar_faults(tmp_path)) == [
+        "figures/published/quick/fig-x.png: expected the table of the figure beside it, got none",
+        "results/published/bench/methods-cost.csv: expected the table that 01-x.md reads, got none",
+    ]

@@ -17,6 +17,7 @@ from PIL import Image
 from scipy.stats import chisquare
 
 from clustr_core import cli, data
+from clustr_core.storage import files
 from clustr_core.storage.tensors import read_tensors, write_tensors
 
 
@@ -644,3 +645,27 @@ def test_whatever_pillow_says_the_file_is_named(folder, content):
     bad.write_bytes(content)
     with pytest.raises(ValueError, match=f"folder: expected an image .*PNG.* got an unreadable file {bad}"):
         load(folder)
+
+
+def test_the_same_bytes_in_another_shape_are_other_data():
+    """Images whose width and height were swapped."""
+    pixels, labels = torch.arange(4 * 128, dtype=torch.uint8), torch.tensor([0, 0, 1, 1])
+    wide, tall, square = (pixels[: 4 * h * w].reshape(4, 1, h, w) for h, w in ((8, 16), (16, 8), (8, 8)))
+    found = {data.digest_of(images, labels) for images in (wide, tall, square)}
+    assert len(found) == 3
+    # of square images it is what it always was
+    assert data.digest_of(square, labels) == files.digest(square.numpy().tobytes(), labels.numpy().tobytes())
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_digest_is_that_of_the_images_as_they_are(digits, part):
+    given = {name: getattr(digits, name).clone() for name in ("train_images", "train_labels", "test_images")}
+    own = replace(digits, **given)
+    before = getattr(own, f"{part}_digest")
+    assert getattr(own, f"{part}_digest") == before == getattr(digits, f"{part}_digest")
+    images = getattr(own, f"{part}_images")
+    images[:] = 255 - images
+    assert getattr(own, f"{part}_digest") == data.digest_of(images, getattr(own, f"{part}_labels")) != before
+    with torch.inference_mode():
+        seen = replace(own, **{f"{part}_images": images.clone()})
+    assert getattr(seen, f"{part}_digest") == getattr(own, f"{part}_digest")

@@ -167,6 +167,23 @@ def test_a_failing_cell_leaves_its_traceback_and_nothing_in_place(one_chapter: P
     assert (one_chapter / "_build/smoke/failed/01-test.ipynb").exists()
 
 
+def test_a_chapters_checks_are_made_whatever_the_users_settings_are(
+    one_chapter: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an optimising interpreter nor what a user's kernels begin with decides what a chapter says."""
+    settings = tmp_path_factory.mktemp("ipython")
+    (settings / "profile_default/startup").mkdir(parents=True)
+    (settings / "profile_default/startup/00-mine.py").write_text("rows_of_mine = 7\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    monkeypatch.setenv("IPYTHONDIR", str(settings))
+    source = one_chapter / "notebooks/01-test.md"
+    check = "```{code-cell} ipython3\nassert 'rows_of_mine' in globals()\n```\n"
+    source.write_text(CHAPTER + "\n" + check, encoding="utf-8")
+    done = execute(one_chapter, "01-test")
+    assert done.returncode == 1
+    assert "AssertionError" in done.stderr
+
+
 def test_what_an_earlier_run_left_stays_until_the_next_is_whole(one_chapter: Path) -> None:
     assert execute(one_chapter, "01-test").returncode == 0
     before = (one_chapter / "_build/smoke/01-test.ipynb").read_bytes()

@@ -43,7 +43,7 @@ from clustr_core.measuring.study import Study, as_far_as_published, certified_li
 from clustr_core.measuring.versions import MEASUREMENT_OF
 from clustr_core.measuring.written import asked_of, differing
 from clustr_core.storage.files import digest, home, read_json, seal_of
-from clustr_core.storage.gate import TENSORS_LIMIT, brief, read_bytes
+from clustr_core.storage.gate import MB, TENSORS_LIMIT, brief, read_bytes, read_text
 from clustr_core.storage.provenance import check_sidecar, profile_of
 from clustr_core.storage.tables import read_table
 from clustr_core.training.names import DONE, HISTORY, WEIGHTS
@@ -56,6 +56,8 @@ PAGES = ("index.md", "how-to-read.md", "results.md", "notation.md", "README.md",
 _NUMBER = r"(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
 # a quotient is one number, a radius such as 8/255; 1/2 and 2/3 are words
 _QUOTIENT = rf"{_NUMBER}(?:/\d{{2,}})?"
+# a table of a benchmark that a chapter's code reads
+_BENCH = re.compile(r"\bbench\(\"([\w-]+)\"")
 _COMMENT = re.compile(
     r"\s*(?:%|<!--) *(?P<kind>cell|rows|not from a table|constants of this page): *(?P<text>.*?) *(?:-->)? *"
 )
@@ -234,6 +236,13 @@ def sidecar_faults(root: Path) -> Iterator[str]:
     for sidecar in sorted(path for folder in published for path in folder.glob("*/*.json")):
         if not sidecar.with_suffix(".csv").exists():
             yield f"{sidecar.relative_to(root)}: expected the table {sidecar.stem}.csv beside its sidecar, got none"
+    for picture in sorted(published[1].glob("*/fig-*.png")):
+        if not picture.with_suffix(".csv").exists():
+            yield f"{picture.relative_to(root)}: expected the table of the figure beside it, got none"
+    for page in sorted((root / "notebooks").glob("*.md")):
+        for name in sorted(set(_BENCH.findall(read_text(page, limit=64 * MB)))):
+            if not (table := published[0] / "bench" / f"{name}.csv").exists():
+                yield f"{table.relative_to(root)}: expected the table that {page.name} reads, got none"
 
 
 def _run_faults(root: Path, folder: Path) -> Iterator[str]:

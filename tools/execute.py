@@ -203,7 +203,11 @@ def _run(
         READ: str(_gathered(drawn)),
     }
     os.environ |= {"JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": INLINE}
+    # checks stay in
+    os.environ.pop("PYTHONOPTIMIZE", None)
     with tempfile.TemporaryDirectory() as scratch:
+        # nothing of what a user's kernels begin with
+        os.environ["IPYTHONDIR"] = str(Path(scratch, "ipython"))
         converted = Path(scratch, running.name)
         nbformat.write(notebook, converted)
         for attempt in reversed(range(STARTS)):

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import nn
+from torch import Tensor, nn
 
 from clustr_core import data
 from clustr_core.measuring import power
@@ -34,7 +34,9 @@ from clustr_core.measuring.profile import Protocol
 from clustr_core.measuring.study import full_width
 from clustr_core.measuring.targets import AttackTarget
 from clustr_core.measuring.written import check_output, write_rows
+from clustr_core.models.embed import predictions
 from clustr_core.models.official import load_official
+from clustr_core.numerics.checks import check_positive
 from clustr_core.storage.files import digest, home, read_json
 from clustr_core.storage.gate import TENSORS_LIMIT, read_bytes
 from clustr_core.storage.provenance import environment
@@ -86,6 +88,7 @@ def _measured(options: argparse.Namespace) -> int:
         )
 
     other = digest(source)
+    facts = {"weights_sha256": sha256, "source_sha256": other, "recipe": recipe_to_dict(recipe)}
 
     def stranger() -> nn.Module:
         network = load_official(options.source, dataset="cifar10").to(options.device)
@@ -93,7 +96,8 @@ def _measured(options: argparse.Namespace) -> int:
         return network
 
     if options.battery:
-        return _battery(options, recipe, dataset, network(), stranger())
+        check_positive(examples=options.examples)
+        return _battery(options, recipe, dataset, network(), stranger(), facts)
     target, transferred = target_of(recipe.method, network, asked_of), target_of("source", stranger, other)
     parts = []
     for name, protocol in PROTOCOLS.items():
@@ -101,7 +105,6 @@ def _measured(options: argparse.Namespace) -> int:
         parts.append(measure(target, asked, source=transferred if name == "transfer" else None))
         print(parts[-1].groupby("loss")["robust"].mean().rename(name), flush=True)
     table = pd.concat(parts, ignore_index=True).assign(method=recipe.method)
-    facts = {"weights_sha256": sha256, "source_sha256": other, "recipe": recipe_to_dict(recipe)}
     made = environment(options.device) | {"profile": {"name": None, "sha256": None}} | facts
     write_rows(options.into, table, made, note="Attacks on given weights, by python -m tools.given_weights.")
     return 0
@@ -113,13 +116,47 @@ def _check_same(path: Path, sha256: str) -> None:
         raise ValueError(f"{path}: expected the file of sha256 {sha256[:10]} that was there at first, got {found[:10]}")
 
 
+# of the published rows' predictions; rounding weights to half precision moves a few
+SAME_PREDICTIONS = 0.95
+
+
+def _check_published(network: nn.Module, images: Tensor, labels: Tensor, indices: Sequence[int], device: str) -> None:
+    """What attacks left is read off the published rows: they must be of this network and these images.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    rows = full_width().drop_duplicates("index").set_index("index")
+    if not set(indices) <= set(rows.index):
+        raise ValueError(
+            f"--examples: expected with --battery at most {len(rows)}, whose rows are there, got {len(indices)}"
+        )
+    published = rows.loc[list(indices)]
+    if published["label"].tolist() != labels.tolist():
+        raise ValueError("--data: expected with --battery the images of the published rows, got others")
+    same = np.mean(published["prediction"].to_numpy() == predictions(network, images, device).numpy())
+    if same < SAME_PREDICTIONS:
+        raise ValueError(
+            "--weights: expected with --battery those of the published rows, got others, of whose predictions "
+            f"{same:.0%} are the same"
+        )
+
+
 def _battery(
-    options: argparse.Namespace, recipe: Recipe, dataset: data.Dataset, network: nn.Module, stranger: nn.Module
+    options: argparse.Namespace,
+    recipe: Recipe,
+    dataset: data.Dataset,
+    network: nn.Module,
+    stranger: nn.Module,
+    facts: dict[str, object],
 ) -> int:
     """The checks on single-loss PGD and on the paper's protocol, beside what the published attacks left."""
     indices = drawn_order(dataset)[: options.examples].sort().values
     images = data.to_float(dataset.test_images[indices]).to(options.device)
     labels = dataset.test_labels[indices].to(options.device)
+    _check_published(
+        network, dataset.test_images[indices], dataset.test_labels[indices], indices.tolist(), options.device
+    )
     rows = full_width()
     at_eps = pd.DataFrame(rows[(rows["norm"] == "linf") & (rows["eps"] <= EPS + 1e-6)])
     robust = pd.Series(at_eps.groupby("index")["robust"].min())
@@ -131,7 +168,7 @@ def _battery(
     ]
     about = {"data": dataset.name, "width": recipe.width, "seed": recipe.seed}
     table = pd.DataFrame({**about, **pd.concat(tables, ignore_index=True)})
-    made = environment(options.device) | {"profile": {"name": None, "sha256": None}, "recipe": recipe_to_dict(recipe)}
+    made = environment(options.device) | {"profile": {"name": None, "sha256": None}} | facts
     note = "The battery on given weights, by python -m tools.given_weights --battery."
     write_rows(options.into, table, made, note=note)
     return 0

@@ -150,7 +150,14 @@ def _measured(options: argparse.Namespace) -> int:
     for name in TABLES:
         check_output(folder / f"{name}.csv", "--into")
     check_counts(**{name: getattr(options, name) for name in ("examples", "steps", "restarts")})
-    check_positive(eps=_eps(options, load_profile(options.profile)))
+    profile = load_profile(options.profile)
+    check_positive(eps=_eps(options, profile))
+    if lacking := [method for method in options.methods if method not in profile.recipes]:
+        raise ValueError(f"--methods: expected some of profile {profile.name}, which has no {', '.join(lacking)}")
+    for name in ("widths", "seeds", "methods"):
+        given = getattr(options, name)
+        if len(set(given)) < len(given):
+            raise ValueError(f"--{name}: expected each once, since all are counted, got {given}")
     # as the pipeline does: rows do not depend on how many there are here
     torch.set_num_threads(1)
     dataset = data.load_dataset(next(iter(load_profile(options.profile).recipes.values())).dataset)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from clustr_core import data
 from clustr_core.measuring.versions import COLUMNS, VERSIONS
-from clustr_core.numerics.rounding import full_precision
+from clustr_core.numerics.rounding import float32_by_default, full_precision
 from clustr_core.storage.files import digest
 from clustr_core.storage.gate import check_own, listed
 from clustr_core.storage.provenance import order_of_sums
@@ -70,7 +70,7 @@ class CachedRows:
         """
         check_own(self.path.parent)
         with finished_first():
-            with full_precision(device_here()):
+            with float32_by_default(), full_precision(device_here()):
                 table = self.rows()
             if len(table) != self.count:
                 raise ValueError(f"{self.path}: expected {self.count} rows of this measurement, got {len(table)}")

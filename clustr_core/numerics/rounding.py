@@ -24,6 +24,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def float32_by_default() -> Iterator[None]:
+    """What is made without a dtype inside the block is float32, whatever the caller has made the default."""
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(kept)
+
+
+@contextmanager
 def tf32(device: torch.device) -> Iterator[None]:
     """Float32 products and convolutions of a GPU in TF32 inside the block, and no autocast, whatever was switched.
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clustr_core.numerics.rounding import full_precision, repeatable_convolutions, tf32
+from clustr_core.numerics.rounding import float32_by_default, full_precision, repeatable_convolutions, tf32
 from clustr_core.storage.gate import brief
 from clustr_core.training.recipes import Precision
 
@@ -99,7 +99,7 @@ class Processes:
         """A block in which float32 is what this precision means, whatever the caller has switched on, and a GPU's
         convolutions repeat bit for bit."""
         precision = tf32(self.device) if self.precision == "tf32" else full_precision(self.device)
-        with precision, repeatable_convolutions():
+        with float32_by_default(), precision, repeatable_convolutions():
             yield
 
     def computed(self, network: Callable[[Tensor], Tensor], images: Float[Tensor, "part ..."]) -> Float[Tensor, "..."]:

@@ -489,9 +489,11 @@ def recipe_from_dict(content: dict[str, Any]) -> Recipe:
         ValueError: for an unknown method or field.
     """
     check_warm_starts(content, lambda each: each.get("warm_start") if isinstance(each, dict) else None)
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe: expected its fields, got {brief(content)}")
     content = dict(content)
     method = content.pop("method", None)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise UnknownMethod(f"method: expected one of {sorted(METHODS)}, got {brief(method)}")
     if content.get("warm_start") is not None:
         content["warm_start"] = recipe_from_dict(content["warm_start"])

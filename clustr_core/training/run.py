@@ -19,6 +19,7 @@ from clustr_core.models.classifiers import ClusterClassifier, LinearClassifier, 
 from clustr_core.models.clusters import Clusters
 from clustr_core.models.encoders import build_encoder, to_channels_last_frozen
 from clustr_core.models.one_lipschitz import fold_parametrizations
+from clustr_core.numerics.rounding import float32_by_default, full_precision
 from clustr_core.storage.files import digest, read_json, seal_of
 from clustr_core.storage.gate import TENSORS_LIMIT, VALUE_LIMIT, brief, listed, read_bytes, shortened
 from clustr_core.storage.images import MOST_PIXELS_A_SIDE
@@ -265,7 +266,8 @@ def cluster_network(
     """
     own = prefixed(tensors, "network.encoder.")
     _check_size(own, recipe, image_shape, 0, where)
-    encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
+    with float32_by_default():
+        encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
     load_tensors(encoder, own, where)
     clusters = _clusters(prefixed(tensors, "clusters."), where)
     dim: int = encoder.embedding_dim  # pyright: ignore[reportAssignmentType]
@@ -298,7 +300,8 @@ def _clusters(tensors: dict[str, Tensor], where: Path | str) -> Clusters:
 
 def finished(network: _Network, device: str | torch.device) -> _Network:
     """A network as it is attacked and certified: in evaluation mode, and with channels last."""
-    to_channels_last_frozen(fold_parametrizations(network))
+    with full_precision(torch.device("cpu")):
+        to_channels_last_frozen(fold_parametrizations(network))
     return network.to(device).eval()
 
 
@@ -315,7 +318,7 @@ def training_digest(recipe: Recipe, dataset: data.Dataset) -> str:
     if recipe.train_examples is None:
         return dataset.train_digest
     images, labels = training_part(recipe, dataset)
-    return digest(images.cpu().numpy().tobytes(), labels.cpu().numpy().tobytes())
+    return data.digest_of(images, labels)
 
 
 def check_digest(path: Path, trained_on: str, found: str, name: str) -> None:
@@ -416,7 +419,7 @@ def new_network(
 ) -> LinearClassifier | ClusterClassifier:
     """The recipe's encoder, initialised from its seed, with what is trained along: a linear head, which the magnet loss
     leaves unused, or learnable centroids, still at 0."""
-    with torch.random.fork_rng(devices=[]):
+    with float32_by_default(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         encoder = build_encoder(recipe.encoder, image_shape, width=recipe.width, dataset=recipe.dataset)
         if next(encoder.parameters(), None) is None:

@@ -1397,3 +1397,18 @@ def test_a_weight_that_an_encoder_does_not_use_has_no_state_and_the_run_goes_on(
         assert again.weights_sha256 == whole.weights_sha256
     finally:
         del encoders.ENCODERS["half-used"]
+
+
+@pytest.mark.parametrize("recipe", [CE, ClustrCert(epochs=1, **LIPSCHITZ)], ids=["small-cnn", "lip-mlp"])
+def test_the_sessions_default_dtype_decides_nothing(digits, tmp_path, recipe):
+    plain = fit(recipe, dataset=digits, folder=tmp_path / "plain", progress=False)
+    rows = certificate_table(plain, examples=8, dataset=digits, progress=False)
+    shutil.rmtree(tmp_path / "plain/tables")
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = fit(recipe, dataset=digits, folder=tmp_path / "again", progress=False)
+        assert {tensor.dtype for tensor in again.model().state_dict().values()} <= {torch.float32, torch.int64}
+        assert certificate_table(plain, examples=8, dataset=digits, progress=False).equals(rows)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert again.weights_sha256 == plain.weights_sha256
