@@ -28,9 +28,9 @@ certified_examples: 150
 examination: {eps: 0.1, examples: 6, steps: 2, restarts: 1, queries: 2}
 sandwich: {examples: 140, steps: 2, points: 2}
 """
-# two chunks of 150 images and one of 20: for each eps and loss
 # test images of the digits
 TESTED = 360
+# two chunks of 150 images and one of 20: for each eps and loss
 PIECES, BATCHES = 2 * (2 * 2 + 1) + 1 + 1 + 2 + 1, 3
 
 
